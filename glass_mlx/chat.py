@@ -1,0 +1,176 @@
+"""Chat with a model in the terminal.
+
+python -m glass_mlx.chat --model mistral-7b
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.chat import setup_arg_parser as setup_mlx_lm_parser
+from mlx_lm.sample_utils import make_sampler
+from rich.console import Console
+
+from .cli import add_glass_options, add_verbose, density, run
+from .conversation import Conversation
+from .errors import GlassError
+from .generate import GenerationResponse, stream_generate
+from .loading import DEFAULT_MODEL, load
+
+HELP = """\
+  q or Ctrl-D     leave
+  r               forget the conversation
+  h               this help
+  /density X      decode with this share of the FFN neurons, in (0, 1]; without X, say which
+  /dense          answer the last message again with all neurons, to compare
+  Ctrl-C          stop the answer and keep the conversation"""
+
+
+def setup_arg_parser() -> argparse.ArgumentParser:
+    """mlx-lm's options for chat, and GLASS's."""
+    parser = setup_mlx_lm_parser()
+    parser.prog = "glass_mlx.chat"
+    parser.description = "Chat with a model that decodes on the FFN neurons your prompt calls for."
+    parser.set_defaults(model=DEFAULT_MODEL)
+    add_glass_options(parser)
+    add_verbose(parser)
+    return parser
+
+
+def main() -> None:
+    parser = setup_arg_parser()
+    args = parser.parse_args()
+    if args.pipeline:
+        parser.error("--pipeline: glass_mlx runs on one machine")
+    if args.max_tokens == 0 or args.max_tokens < -1:
+        parser.error("--max-tokens must be positive, or -1 for no limit")
+    run(lambda: Chat(args).loop(), args.verbose)
+
+
+class Chat:
+    """The terminal's side of a conversation."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.console = Console(highlight=False)
+        mx.random.seed(args.seed)
+        with self.console.status(f"loading {args.model} ..."):
+            self.model, self.tokenizer = load(
+                args.model,
+                adapter_path=args.adapter_path,
+                trust_remote_code=args.trust_remote_code,
+                density=1.0 if args.dense else args.density,
+                global_weight=args.global_weight,
+                signal=args.signal,
+                stats=args.stats,
+            )
+            self.conversation = Conversation(self.model, self.tokenizer, args.system_prompt, args.max_kv_size)
+
+    def loop(self) -> None:
+        """Read messages and commands until the user leaves."""
+        sizes = sum(block.size for block in self.model.blocks)
+        self._note(f"{self.args.model}: {sizes:,} FFN neurons in {len(self.model.blocks)} layers")
+        print(HELP)
+        while True:
+            try:
+                line = input(">> ").strip()
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:
+                print()
+                continue
+            if line == "q":
+                return
+            if line:
+                self._do(line)
+
+    def _do(self, line: str) -> None:
+        command, _, argument = line.partition(" ")
+        if line == "r":
+            self.conversation.reset()
+            self._note("conversation forgotten")
+        elif line == "h":
+            print(HELP)
+        elif command == "/density":
+            self._set_density(argument.strip())
+        elif command == "/dense":
+            self._answer_densely()
+        elif command.startswith("/"):
+            self._note(f"there is no {command}; h lists what there is")
+        else:
+            self._answer(line)
+
+    def _set_density(self, text: str) -> None:
+        session = self.conversation.session
+        if text:
+            try:
+                session.configure(density=density(text))
+            except argparse.ArgumentTypeError as e:
+                self._note(str(e))
+                return
+        self._note(f"density {session.config.density:g}")
+
+    def _options(self) -> dict[str, Any]:
+        args = self.args
+        sampler = make_sampler(
+            args.temp,
+            args.top_p,
+            xtc_threshold=args.xtc_threshold,
+            xtc_probability=args.xtc_probability,
+            xtc_special_tokens=self.tokenizer.encode("\n") + list(self.tokenizer.eos_token_ids),
+        )
+        return {
+            "sampler": sampler,
+            "max_tokens": args.max_tokens,
+            "prefill_step_size": args.prefill_step_size,
+        }
+
+    def _answer(self, text: str) -> None:
+        self._show(self.conversation.reply(text, **self._options()))
+
+    def _answer_densely(self) -> None:
+        """The last message again, by the dense model; the conversation goes on from its own answer."""
+        messages = self.conversation.messages
+        last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=None)
+        if last is None:
+            self._note("nothing to answer yet")
+            return
+        prompt = self.tokenizer.apply_chat_template(messages[: last + 1], add_generation_prompt=True)
+        options = {**self._options(), "max_kv_size": self.args.max_kv_size}
+        self._show(stream_generate(self.model, self.tokenizer, prompt, density=1.0, **options))
+
+    def _show(self, stream: Any) -> None:
+        """Print an answer as it comes, and a line about it. Ctrl-C ends it."""
+        response = None
+        try:
+            for response in stream:
+                print(response.text, end="", flush=True)
+        except KeyboardInterrupt:
+            stream.close()
+            print(" [stopped]", end="")
+        except GlassError as e:
+            self._note(f"error: {e}")
+        print()
+        if response is not None:
+            self._note(status_line(response))
+
+    def _note(self, text: str) -> None:
+        self.console.print(text, style="dim", markup=False, soft_wrap=True)
+        sys.stdout.flush()
+
+
+def status_line(r: GenerationResponse) -> str:
+    """What an answer cost, in one line."""
+    return (
+        f"{r.generation_tokens} tokens · {r.generation_tps:.1f} tok/s · prompt {r.prompt_tps:.1f} tok/s · "
+        f"density {r.density:g} · {r.kept_neurons:,} of {r.total_neurons:,} neurons · "
+        f"global weight {r.global_weight:.2g} · peak {r.peak_memory:.2f} GB"
+    )
+
+
+if __name__ == "__main__":
+    main()

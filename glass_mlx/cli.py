@@ -1,0 +1,70 @@
+"""What the command lines share: GLASS's options, and errors as one line."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from .errors import GlassError
+from .importance import SIGNALS
+from .session import GlassConfig
+
+
+def density(text: str) -> float:
+    """Parse a density; argparse reports the error."""
+    try:
+        return GlassConfig(density=float(text)).density
+    except (GlassError, ValueError) as e:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1") from e
+
+
+def global_weight(text: str) -> float | str:
+    """Parse a global weight; argparse reports the error."""
+    try:
+        return GlassConfig(global_weight=text if text == "auto" else float(text)).global_weight
+    except (GlassError, ValueError) as e:
+        raise argparse.ArgumentTypeError(f'{text!r} is neither "auto" nor in 0 to 1') from e
+
+
+def add_glass_options(parser: argparse.ArgumentParser) -> None:
+    """Add --density, --global-weight, --signal, --stats and --dense."""
+    group = parser.add_argument_group("GLASS")
+    group.add_argument(
+        "--density",
+        type=density,
+        default=GlassConfig.density,
+        help=f"share of the FFN neurons to decode with, in (0, 1] (default: {GlassConfig.density})",
+    )
+    group.add_argument(
+        "--global-weight",
+        type=global_weight,
+        default=GlassConfig.global_weight,
+        metavar="WEIGHT",
+        help="weight of the model's global ranks against the prompt's, 0 to 1 (default: auto)",
+    )
+    group.add_argument("--signal", choices=SIGNALS, default=GlassConfig.signal, help="what neurons are ranked by")
+    group.add_argument("--stats", metavar="FILE", help="global ranks (default: looked up)")
+    group.add_argument("--dense", action="store_true", help="decode with all neurons, as mlx-lm does")
+
+
+def add_verbose(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
+
+
+def run(command: Callable[[], None], verbose: bool = False) -> None:
+    """Run a command line's work: a GlassError ends it with one line and exit code 1."""
+    logging.basicConfig(format="[%(levelname)s] %(message)s")
+    try:
+        command()
+    except GlassError as e:
+        if verbose:
+            raise
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader, `head` say, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

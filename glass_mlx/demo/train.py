@@ -1,0 +1,399 @@
+"""Train the embedded demo model from text.
+
+    pip install 'glass_mlx[train]'
+    python -m glass_mlx.demo.train --prose prose.txt.xz --dialogues dialogues.jsonl.xz --out my-model
+
+The prose file holds one paragraph a line and a blank line between books; the dialogues file holds one
+``{"messages": [{"role", "content"}, ...]}`` a line. The result is a Llama-architecture model in the
+mlx-lm directory format. PyTorch is used because its CPU kernels train several times faster than MLX's.
+
+The learning rate follows the elapsed time, so a run takes ``--minutes`` on any machine. It writes a checkpoint
+every few minutes; the same command with ``--resume`` goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import lzma
+import math
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+try:
+    import torch
+    import torch.nn.functional as F
+    from safetensors.torch import load_file, save_file
+    from torch import nn
+except ImportError:  # pragma: no cover - depends on the installation
+    sys.exit("Training needs PyTorch: pip install 'glass_mlx[train]'")
+
+DEFAULT_TOKENIZER = Path(__file__).parent / "model"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+HELD_OUT_EVERY = 60  # one book in so many is kept for the held-out loss
+
+
+@dataclass
+class Config:
+    """The fields of a Llama ``config.json`` that differ between our models."""
+
+    vocab_size: int = 4096
+    hidden_size: int = 256
+    intermediate_size: int = 1024
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    head_dim: int = 32
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 2048
+
+    def to_json(self) -> dict:
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            **asdict(self),
+            "hidden_act": "silu",
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "dtype": "bfloat16",
+        }
+
+
+class Attention(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.c = c
+        q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, q, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, kv, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, kv, bias=False)
+        self.o_proj = nn.Linear(q, c.hidden_size, bias=False)
+
+    def forward(self, x, cos, sin):
+        B, L, _ = x.shape
+
+        def heads(y, n, rotary):
+            y = y.view(B, L, n, self.c.head_dim).transpose(1, 2)
+            if not rotary:
+                return y
+            a, b = y.chunk(2, dim=-1)
+            return y * cos + torch.cat((-b, a), dim=-1) * sin
+
+        q = heads(self.q_proj(x), self.c.num_attention_heads, True)
+        k = heads(self.k_proj(x), self.c.num_key_value_heads, True)
+        v = heads(self.v_proj(x), self.c.num_key_value_heads, False)
+        out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, is_causal=True, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).reshape(B, L, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.self_attn = Attention(c)
+        self.mlp = MLP(c)
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+
+    def forward(self, x, cos, sin):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """Parameter names equal those of a Hugging Face Llama checkpoint without the ``model.`` prefix."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.c = c
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
+        self.norm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        for p in self.parameters():
+            if p.ndim == 2:
+                nn.init.normal_(p, std=0.02)
+        for layer in self.layers:  # the residual stream starts as the embedding
+            nn.init.zeros_(layer.self_attn.o_proj.weight)
+            nn.init.zeros_(layer.mlp.down_proj.weight)
+        freqs = c.rope_theta ** (-torch.arange(0, c.head_dim, 2).float() / c.head_dim)
+        angles = torch.outer(torch.arange(c.max_position_embeddings).float(), freqs).repeat(1, 2)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def loss(self, tokens, reduction="mean"):
+        """Cross-entropy in nats of ``tokens[:, 1:]`` given what precedes them; tokens [B, L] int64."""
+        L = tokens.shape[1] - 1
+        x = self.embed_tokens(tokens[:, :-1])
+        for layer in self.layers:
+            x = layer(x, self.cos[:L], self.sin[:L])
+        logits = F.linear(self.norm(x), self.embed_tokens.weight)
+        return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction=reduction)
+
+
+def grow(weights: dict, layers: int) -> dict:
+    """Deepen a checkpoint without changing what it computes: the added blocks, spread evenly, are
+    copies of their predecessors with zero output projections."""
+    old = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("layers."))
+    if layers < old:
+        sys.exit(f"--init has {old} layers, more than the {layers} asked for.")
+    source = [i * old // layers for i in range(layers)]
+    grown = {k: v for k, v in weights.items() if not k.startswith("layers.")}
+    for new, i in enumerate(source):
+        copied = new > 0 and source[new - 1] == i
+        for k, v in weights.items():
+            if k.startswith(f"layers.{i}."):
+                zero = copied and ("o_proj" in k or "down_proj" in k)
+                name = k.replace(f"layers.{i}.", f"layers.{new}.")
+                grown[name] = torch.zeros_like(v) if zero else v.clone()
+    return grown
+
+
+def read_text(path: Path) -> str:
+    opener = lzma.open if path.suffix == ".xz" else open
+    with opener(path, "rt", encoding="utf-8") as f:
+        return f.read()
+
+
+def book_rows(ids: np.ndarray, newline: int, bos: int, length: int) -> Iterator[np.ndarray]:
+    """Cut one book into rows of ``length`` tokens: BOS, then text that starts at a paragraph where it can."""
+    starts = np.flatnonzero(ids == newline) + 1
+    at, body = 0, length - 1
+    while at + body <= len(ids):
+        yield np.concatenate(([bos], ids[at : at + body]))
+        later = starts[(starts > at + body // 2) & (starts <= at + body)]
+        at = int(later[-1]) if len(later) else at + body
+
+
+def dialogue_tokens(path: Path, tokenizer_dir: Path, tokenizer) -> list[np.ndarray]:
+    """Each dialogue through the chat template, as it will be rendered when chatting."""
+    import jinja2
+
+    template = jinja2.Template((tokenizer_dir / "chat_template.jinja").read_text())
+    texts = [
+        template.render(messages=json.loads(line)["messages"], bos_token="<s>", eos_token="</s>")
+        for line in read_text(path).splitlines()
+    ]
+    encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
+    return [np.array(e.ids, np.uint16) for e in encoded]
+
+
+def prepare(args, tokenizer) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Tokenise once, cached in the output directory: training rows of prose and of dialogues (uint16,
+    [rows, context + 1]) and the token lists of the held-out books' first paragraphs."""
+    cache, length = args.out / "tokens.npz", args.context + 1
+    if cache.exists():
+        with np.load(cache) as z:
+            if z["prose"].shape[1] == length:
+                held = np.split(z["held"], z["held_at"])
+                return z["prose"], z["dialogues"], held
+    newline = tokenizer.encode("\n", add_special_tokens=False).ids[-1]
+    bos = tokenizer.token_to_id("<s>")
+    rows, held = [], []
+    books = read_text(args.prose).split("\n\n")
+    print(f"tokenising {len(books)} books ...", flush=True)
+    for n in range(0, len(books), 8):
+        encoded = tokenizer.encode_batch(books[n : n + 8], add_special_tokens=False)
+        for i, e in enumerate(encoded, n):
+            if i % HELD_OUT_EVERY == 0:
+                for paragraph in [p for p in books[i].split("\n") if len(p) > 200][20:40]:
+                    ids = tokenizer.encode(paragraph, add_special_tokens=False).ids
+                    held.append(np.array([bos, *ids][:length], np.uint16))
+            else:
+                rows.extend(book_rows(np.array(e.ids, np.uint16), newline, bos, length))
+    prose = np.stack(rows).astype(np.uint16)
+    flat = np.concatenate(dialogue_tokens(args.dialogues, args.tokenizer, tokenizer))
+    dialogues = flat[: len(flat) // length * length].reshape(-1, length)
+    np.savez(
+        cache,
+        prose=prose,
+        dialogues=dialogues,
+        held=np.concatenate(held),
+        held_at=np.cumsum([len(h) for h in held])[:-1],
+    )
+    return prose, dialogues, held
+
+
+@torch.no_grad()
+def nats_per_byte(model: Llama, sequences: list[np.ndarray], tokenizer) -> float:
+    """Held-out loss: the summed negative log likelihood over the bytes of the predicted text."""
+    nats = bytes_ = 0.0
+    for ids in sequences:
+        nats += model.loss(torch.from_numpy(ids.astype(np.int64))[None], reduction="sum").item()
+        text = tokenizer.decode(ids[1:].tolist(), skip_special_tokens=True)
+        bytes_ += len(text.encode())
+    return nats / bytes_
+
+
+def export(model: Llama, out: Path, tokenizer_dir: Path) -> None:
+    """Write the mlx-lm model directory, bfloat16 weights; complete or not at all."""
+    tensors = {f"model.{k}": v.detach().to(torch.bfloat16).contiguous() for k, v in model.state_dict().items()}
+    save_file(tensors, out / "model.tmp", metadata={"format": "mlx"})
+    (out / "model.tmp").replace(out / "model.safetensors")
+    (out / "config.json").write_text(json.dumps(model.c.to_json(), indent=2) + "\n")
+    for name in TOKENIZER_FILES:
+        if (tokenizer_dir / name).exists() and not (out / name).exists():
+            shutil.copy(tokenizer_dir / name, out / name)
+
+
+def make_optimizers(model: Llama, args) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for the rest."""
+    matrices = [p for p in model.layers.parameters() if p.ndim == 2]
+    rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    return [
+        torch.optim.Muon(matrices, lr=args.muon_lr, momentum=0.95, weight_decay=0.01),
+        torch.optim.AdamW(rest, lr=args.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
+
+
+def schedule(progress: float) -> float:
+    """Learning-rate factor at ``progress`` in [0, 1]: 2 % warm-up, then linear to 2 %."""
+    return min(1.0, progress / 0.02 + 0.01) * (1 - 0.98 * min(progress, 1.0))
+
+
+def setup_arg_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Train the demo model.")
+    parser.add_argument("--prose", type=Path, required=True, help="one paragraph a line (.txt, .xz)")
+    parser.add_argument("--dialogues", type=Path, required=True, help="messages as JSON lines")
+    parser.add_argument("--dialogues-dev", type=Path, help="held-out dialogues")
+    parser.add_argument("--out", type=Path, required=True, help="model and checkpoint directory")
+    parser.add_argument("--init", type=Path, help="start from this Llama checkpoint, deepened")
+    parser.add_argument("--tokenizer", type=Path, default=DEFAULT_TOKENIZER)
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--layers", type=int, default=Config.num_hidden_layers)
+    parser.add_argument("--minutes", type=float, default=120, help="training time")
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--dialogue-share", type=float, default=0.15)
+    parser.add_argument("--muon-lr", type=float, default=0.02)
+    parser.add_argument("--adam-lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--eval-minutes", type=float, default=10)
+    parser.add_argument("--no-compile", action="store_true")
+    return parser
+
+
+def main() -> None:
+    args = setup_arg_parser().parse_args()
+    from tokenizers import Tokenizer
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = Tokenizer.from_file(str(args.tokenizer / "tokenizer.json"))
+    prose, dialogues, held = prepare(args, tokenizer)
+    held_out = {"prose": held}
+    if args.dialogues_dev:
+        dev = dialogue_tokens(args.dialogues_dev, args.tokenizer, tokenizer)[:40]
+        held_out["dialogues"] = [d[: args.context + 1] for d in dev]
+
+    model = Llama(Config(vocab_size=tokenizer.get_vocab_size(), num_hidden_layers=args.layers))
+    if args.init:
+        weights = load_file(args.init / "model.safetensors")
+        weights = {k.removeprefix("model."): v.float() for k, v in weights.items()}
+        model.load_state_dict(grow(weights, args.layers))
+    model.to(device)
+    optimizers = make_optimizers(model, args)
+    peak = [[g["lr"] for g in o.param_groups] for o in optimizers]
+    step, elapsed, checkpoint = 0, 0.0, args.out / "checkpoint.pt"
+    if args.resume and checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(saved["model"])
+        for optimizer, state in zip(optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
+        step, elapsed = saved["step"], saved["elapsed"]
+
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters / 1e6:.2f} M parameters, {prose.size / 1e6:.1f} M prose tokens, "
+          f"{dialogues.size / 1e6:.1f} M dialogue tokens", flush=True)  # fmt: skip
+
+    def loss_fn(tokens):
+        with torch.autocast(device, torch.bfloat16):
+            return model.loss(tokens)
+
+    train_loss = loss_fn if args.no_compile else torch.compile(loss_fn)
+
+    def evaluate() -> str:
+        scores = {k: nats_per_byte(model, v, tokenizer) for k, v in held_out.items()}
+        return ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
+
+    def save() -> None:
+        state = {
+            "model": model.state_dict(),
+            "optimizers": [o.state_dict() for o in optimizers],
+            "step": step,
+            "elapsed": elapsed,
+        }
+        torch.save(state, checkpoint.with_suffix(".tmp"))
+        checkpoint.with_suffix(".tmp").replace(checkpoint)
+        export(model, args.out, args.tokenizer)
+
+    print(f"held-out nats per byte before: {evaluate()}", flush=True)
+    per_batch = max(1, round(args.batch_size * args.dialogue_share))
+    total, average = args.minutes * 60, None
+    next_eval = elapsed + args.eval_minutes * 60
+    while elapsed < total:
+        tic = time.perf_counter()
+        # rows are drawn by step number, so that a resumed run goes on in the same order
+        rng = np.random.default_rng((args.seed, 1 + step * args.batch_size // len(prose)))
+        order = rng.permutation(len(prose))
+        for _ in range(100):
+            n = args.batch_size - per_batch
+            rows = order[np.arange(step * n, step * n + n) % len(prose)]
+            talk = np.random.default_rng((args.seed, step)).integers(len(dialogues), size=per_batch)
+            batch = np.concatenate([prose[rows], dialogues[talk]]).astype(np.int64)
+            now = elapsed + time.perf_counter() - tic
+            for optimizer, lrs in zip(optimizers, peak):
+                for group, lr in zip(optimizer.param_groups, lrs):
+                    group["lr"] = lr * schedule(now / total)
+            loss = train_loss(torch.from_numpy(batch).to(device))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            step += 1
+            average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
+            if not math.isfinite(average):
+                sys.exit(f"The loss is {average} at step {step}: lower --muon-lr or --adam-lr.")
+            if now >= total:
+                break
+        seconds = time.perf_counter() - tic
+        elapsed += seconds
+        tokens = step * args.batch_size * args.context
+        speed = 100 * args.batch_size * args.context / seconds
+        print(f"step {step}  {elapsed / 60:.1f}/{args.minutes:g} min  {tokens / 1e6:.1f} M tokens  "
+              f"loss {average:.4f} nats/token  {speed:,.0f} tokens/s", flush=True)  # fmt: skip
+        if elapsed >= next_eval or elapsed >= total:
+            next_eval = elapsed + args.eval_minutes * 60
+            save()
+            print(f"held-out nats per byte: {evaluate()}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""Find the feed-forward blocks of any mlx-lm model and swap their projections.
+
+Nearly every family writes its FFN as projections around an elementwise activation, so a block works on any subset of
+its neurons once its projections are sliced: no family needs code of its own here, only its projection names in
+``PROJECTIONS``. What the names promise is checked on each distinct kind of block (``check``) before it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .slicing import SLICEABLE, slice_columns, slice_rows
+
+# (input projections, output projection) by the names that mlx-lm's families give them, most specific first.
+PROJECTIONS = (
+    (("gate_proj", "up_proj"), "down_proj"),  # llama, mistral, qwen2, qwen3, gemma, cohere, ...
+    (("gate_up_proj",), "down_proj"),  # phi3, glm, glm4, plamo2: fused [gate; up]
+    (("up_proj",), "down_proj"),  # nemotron, apertus; phi3small: fused, interleaved
+    (("w1", "w3"), "w2"),  # internlm2, lfm2
+    (("w1", "v1"), "w2"),  # dbrx
+    (("w1", "w2"), "c_proj"),  # qwen: w2 is the gate
+    (("c_fc_0", "c_fc_1"), "c_proj"),  # exaone
+    (("mlp_gate", "mlp_linear"), "mlp_resid"),  # talkie
+    (("c_fc",), "c_proj"),  # gpt2, gpt_bigcode, starcoder2, nanochat
+    (("fc1",), "fc2"),  # phi
+    (("fc_in",), "fc_out"),  # gptj
+    (("dense_h_to_4h",), "dense_4h_to_h"),  # gpt_neox
+    (("ff_proj",), "ff_out"),  # olmo: fused, in the transformer block itself
+    (("proj_1",), "proj_2"),  # openelm: fused
+    (("input_linear",), "output_linear"),  # granitemoehybrid: fused
+)
+
+# How a fused projection orders the 2F rows of its two halves. "" means that it is not fused.
+HALVES, INTERLEAVED = "halves", "interleaved"
+
+# Blocks below these are no dense decoder FFNs: routed experts see few tokens each and already read little
+# memory per token; vision and audio towers do not run while decoding.
+_SKIPPED_PARTS = {"experts", "switch_mlp"}
+_SKIPPED_PREFIXES = ("vision", "visual", "audio")
+
+
+@dataclass
+class Block:
+    """One feed-forward block: a module and the names of its projections.
+
+    Attributes:
+        path: the module's path in the model, such as ``model.layers.0.mlp``.
+        module: the module that holds the projections and whose forward code uses them.
+        inputs: names of the projections to the neurons (gate, up, or a fused one).
+        output: name of the projection from the neurons.
+        size: F, the number of neurons (intermediate_size).
+        fused: row order of a fused projection: ``""``, ``"halves"`` or ``"interleaved"``.
+    """
+
+    path: str
+    module: nn.Module
+    inputs: tuple[str, ...]
+    output: str
+    size: int
+    fused: str = ""
+
+    def rows(self, kept: mx.array) -> mx.array:
+        """Rows of the input projections that belong to the kept neurons [k]."""
+        if self.fused == HALVES:
+            return mx.concatenate([kept, kept + self.size])
+        if self.fused == INTERLEAVED:
+            return mx.stack([2 * kept, 2 * kept + 1], axis=1).reshape(-1)
+        return kept
+
+    def compact(self, kept: mx.array) -> dict[str, nn.Module]:
+        """The block's projections with only the kept neurons [k] (int32), by name."""
+        rows = self.rows(kept)
+        sliced = {name: slice_rows(self.module[name], rows) for name in self.inputs}
+        return {**sliced, self.output: slice_columns(self.module[self.output], kept)}
+
+    def kind(self) -> tuple:
+        """What two blocks must share for one check to speak for both."""
+        projections = [self.module[name] for name in (*self.inputs, self.output)]
+        return (
+            type(self.module),
+            self.inputs,
+            self.output,
+            tuple((type(p), p.weight.shape, p.weight.dtype, "bias" in p) for p in projections),
+            tuple(
+                (k, v if isinstance(v, (bool, int, float, str)) else getattr(v, "__name__", ""))
+                for k, v in sorted(vars(self.module).items())
+                if not k.startswith("_") and not k.startswith("layer")
+            ),
+        )
+
+
+class Tap:
+    """Stands in for an output projection and shows its input, the hidden vectors, to ``observe``;
+    what ``observe`` returns, if anything, is projected in their place."""
+
+    def __init__(self, projection: nn.Module, observe: Callable[[mx.array], mx.array | None]):
+        self.projection, self.observe = projection, observe
+
+    def __call__(self, h: mx.array) -> mx.array:
+        seen = self.observe(h)
+        return self.projection(h if seen is None else seen)
+
+    def __getattr__(self, name):  # some families read the projection's weight (its dtype, say)
+        return getattr(self.projection, name)
+
+
+@contextmanager
+def swapped(blocks: list[Block], projections: list[dict[str, nn.Module]]) -> Iterator[None]:
+    """Run the model with other projections in its blocks, and put the model's own back afterwards."""
+    own = [{name: block.module[name] for name in new} for block, new in zip(blocks, projections)]
+    try:
+        for block, new in zip(blocks, projections):
+            dict.update(block.module, new)
+        yield
+    finally:
+        for block, old in zip(blocks, own):
+            dict.update(block.module, old)
+
+
+def find_blocks(model: nn.Module) -> tuple[list[Block], dict[str, str]]:
+    """The FFN blocks of a model that can decode on a subset of their neurons.
+
+    Args:
+        model (nn.Module): a loaded mlx-lm model.
+
+    Returns:
+        tuple: the blocks in the model's order, and the blocks that must stay dense: {path: reason}.
+    """
+    blocks, dense, seen, checked = [], {}, set(), {}
+    for path, module in _walk(model):
+        if id(module) in seen or _skipped(path):
+            continue
+        seen.add(id(module))
+        for inputs, output in PROJECTIONS:
+            if all(isinstance(module.get(name), nn.Module) for name in (*inputs, output)):
+                block = _structure(path, module, inputs, output)
+                if isinstance(block, str):
+                    if block:
+                        dense[path] = block
+                    continue
+                kind = block.kind()
+                if kind not in checked:
+                    checked[kind] = check(block)
+                layout, reason = checked[kind]
+                if reason:
+                    dense[path] = reason
+                else:
+                    block.fused = layout
+                    blocks.append(block)
+                break
+    for block in blocks:
+        dense.pop(block.path, None)
+    return blocks, dense
+
+
+def check(block: Block) -> tuple[str, str]:
+    """Try a block on random input: permuting its neurons must not change the output, and keeping half of them
+    must give what the whole block gives with the other half's hidden values zeroed.
+
+    The kept half is the one that fires most, so that a block that normalises over its neurons shows it.
+
+    Returns:
+        tuple[str, str]: the layout of a fused projection, and the reason for a failure ("" if it passed).
+    """
+    layouts = (HALVES, INTERLEAVED) if block.fused else ("",)
+    reason = ""
+    for layout in layouts:
+        candidate = Block(block.path, block.module, block.inputs, block.output, block.size, layout)
+        try:
+            reason = _try(candidate)
+        except Exception as e:  # a family's own code fails on the probe: say so and leave it dense
+            reason = f"cannot be run on its own ({type(e).__name__}: {str(e).splitlines()[0][:80]})"
+        if not reason:
+            return layout, ""
+    return "", reason
+
+
+def _walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """All sub-modules with their paths, parents first, in the order of the model's definition."""
+    yield path, module
+    stack = [(f"{path}.{k}" if path else k, v) for k, v in module.children().items()]
+    stack.reverse()
+    while stack:
+        name, value = stack.pop()
+        if isinstance(value, nn.Module):
+            yield from _walk(value, name)
+        elif isinstance(value, list):
+            stack.extend((f"{name}.{i}", v) for i, v in reversed(list(enumerate(value))))
+        elif isinstance(value, dict):
+            stack.extend((f"{name}.{k}", v) for k, v in reversed(list(value.items())))
+
+
+def _skipped(path: str) -> bool:
+    parts = path.split(".")
+    return any(p in _SKIPPED_PARTS or p.startswith(_SKIPPED_PREFIXES) for p in parts)
+
+
+def _dims(linear: nn.Module) -> tuple[int, int]:
+    """(input, output) dimensions of a linear layer, quantised or not."""
+    out_dims, in_dims = linear.weight.shape
+    if isinstance(linear, nn.QuantizedLinear):
+        in_dims = in_dims * 32 // linear.bits
+    return in_dims, out_dims
+
+
+def _structure(path: str, module: nn.Module, inputs: tuple[str, ...], output: str) -> Block | str:
+    """A block if the shapes fit, else why not ("" where the names mean something else altogether)."""
+    projections = [module[name] for name in (*inputs, output)]
+    for p in projections:
+        if type(p) not in SLICEABLE:
+            if "Switch" in type(p).__name__:
+                return ""  # routed experts
+            if hasattr(p, "linear") or hasattr(p, "fuse"):
+                return "has an adapter: fuse it into the model first (mlx_lm.fuse)"
+            return f"{type(p).__name__} projections cannot be sliced"
+    size = _dims(projections[-1])[0]
+    widths = {_dims(p)[1] for p in projections[:-1]}
+    if widths == {size}:
+        return Block(path, module, inputs, output, size)
+    if widths == {2 * size} and len(inputs) == 1:
+        return Block(path, module, inputs, output, size, HALVES)
+    return ""
+
+
+def _try(block: Block) -> str:
+    module, n = block.module, block.size
+    projection = module[block.output]
+    key = mx.random.key(0)
+    dtype = _float_dtype(module[block.inputs[0]])
+    x = mx.random.normal((1, 4, _dims(module[block.inputs[0]])[0]), key=key).astype(dtype)
+    hidden = []
+    with swapped([block], [{block.output: Tap(projection, hidden.append)}]):
+        dense = module(x)
+    if len(hidden) != 1 or hidden[0].shape[-1] != n:
+        return "its output projection does not see the neurons once"
+    order = mx.argsort(-mx.sum(mx.abs(hidden[0].astype(mx.float32)), axis=(0, 1)))
+    half = order[: max(1, n // 2)].astype(mx.int32)
+    mask = mx.zeros((n,), dtype).at[half].add(1)
+    with swapped([block], [{block.output: Tap(projection, lambda h: h * mask)}]):
+        masked = module(x)
+    with swapped([block], [block.compact(mx.sort(half))]):
+        sliced = module(x)
+    with swapped([block], [block.compact(order.astype(mx.int32))]):
+        permuted = module(x)
+    if not _close(permuted, dense):
+        return "its output depends on the order of its neurons"
+    if not _close(sliced, masked):
+        return "its neurons are not independent of one another"
+    return ""
+
+
+def _float_dtype(linear: nn.Module) -> mx.Dtype:
+    dtype = linear.scales.dtype if isinstance(linear, nn.QuantizedLinear) else linear.weight.dtype
+    return dtype if mx.issubdtype(dtype, mx.floating) else mx.bfloat16
+
+
+def _close(a: mx.array, b: mx.array) -> bool:
+    tolerance = 1e-3 if a.dtype == mx.float32 else 3e-2
+    a, b = a.astype(mx.float32), b.astype(mx.float32)
+    return bool(mx.max(mx.abs(a - b)) <= tolerance * mx.max(mx.abs(b)))

@@ -1,0 +1,317 @@
+"""Generate text with GLASS, as mlx-lm's functions of the same names do.
+
+python -m glass_mlx.generate --prompt "The old house stood"
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import GenerationResponse as DenseResponse
+from mlx_lm.generate import setup_arg_parser as setup_mlx_lm_parser
+from mlx_lm.generate import stream_generate as stream_dense
+from mlx_lm.models.cache import load_prompt_cache
+from mlx_lm.sample_utils import make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from .cli import add_glass_options, run
+from .errors import GlassError
+from .loading import DEFAULT_MODEL, load
+from .model import GlassModel
+from .ranking import kept_count
+
+
+@dataclass
+class GenerationResponse(DenseResponse):
+    """mlx-lm's response, and how GLASS decoded it.
+
+    Attributes:
+        density (float): share of the FFN neurons asked for; 1.0 is the dense model.
+        kept_neurons (int): FFN neurons decoded with, over all layers.
+        total_neurons (int): FFN neurons of these layers.
+        global_weight (float): weight that the global ranks had in the choice.
+        signal (str): what the neurons were ranked by.
+    """
+
+    density: float = 1.0
+    kept_neurons: int = 0
+    total_neurons: int = 0
+    global_weight: float = 0.0
+    signal: str = ""
+
+
+def stream_generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str | mx.array | list[int],
+    max_tokens: int = 256,
+    draft_model: nn.Module | None = None,
+    *,
+    density: float | None = None,
+    global_weight: float | str | None = None,
+    signal: str | None = None,
+    prompt_cache: list[Any] | None = None,
+    max_kv_size: int | None = None,
+    **kwargs: Any,
+) -> Iterator[GenerationResponse]:
+    """Generate text as ``mlx_lm.stream_generate`` does, with the same arguments, decoding sparsely.
+
+    The prompt is prefilled densely to its last token; then the neurons are chosen, and every further token is
+    decoded on their weights. With a prompt cache of an earlier turn the evidence of both turns counts.
+    A plain mlx-lm model is passed on to mlx-lm as it is.
+
+    Args:
+        model (nn.Module): a GlassModel.
+        tokenizer: its tokenizer.
+        prompt: text or tokens.
+        max_tokens (int): at most so many tokens; -1 for no limit.
+        draft_model (nn.Module, optional): for mlx-lm's speculative decoding, which verifies several tokens at
+            once, and those run dense: the result is the dense model's.
+        density, global_weight, signal: where this and later answers of the conversation differ from the
+            model's configuration.
+        prompt_cache (list, optional): from ``model.make_cache()``; updated in place.
+        max_kv_size (int, optional): for a new cache, as in mlx-lm.
+        kwargs: the remaining options of mlx-lm's ``generate_step``.
+
+    Yields:
+        GenerationResponse: a piece of text and what mlx-lm and GLASS say of it.
+
+    Raises:
+        GlassError: an argument is out of range, or the prompt is empty.
+    """
+    choice = {"density": density, "global_weight": global_weight, "signal": signal}
+    prompt = _encode(tokenizer, prompt)
+    if prompt.size == 0 and kwargs.get("input_embeddings") is None:
+        raise GlassError("The prompt is empty: it has no tokens.")
+    if draft_model is not None and (prompt_cache is not None or any(choice.values())):
+        raise GlassError(
+            "With a draft model, start a new conversation at the model's own density: "
+            "give neither prompt_cache nor density, global_weight or signal."
+        )
+    session = None
+    if isinstance(model, GlassModel) and draft_model is None:
+        if prompt_cache is None:
+            prompt_cache = model.make_cache(max_kv_size)
+        session = model.session(prompt_cache)
+        session.configure(**choice)
+        embedded = kwargs.get("input_embeddings")
+        session.begin_prompt(prompt.size if embedded is None else embedded.shape[0])
+        kwargs["prompt_cache"] = prompt_cache
+    else:
+        kwargs.update(max_kv_size=max_kv_size)
+        if prompt_cache is not None:
+            kwargs["prompt_cache"] = prompt_cache
+    said = None
+    for response in stream_dense(model, tokenizer, prompt, max_tokens, draft_model, **kwargs):
+        said = said or _describe(model, session)  # after the prompt, which decides the global weight
+        yield GenerationResponse(**vars(response), **said)
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str | mx.array | list[int],
+    verbose: bool = False,
+    **kwargs: Any,
+) -> str:
+    """Generate a whole answer as ``mlx_lm.generate`` does; see :func:`stream_generate` for the arguments."""
+    text, response = "", None
+    if verbose:
+        print("=" * 10)
+    for response in stream_generate(model, tokenizer, prompt, **kwargs):
+        text += response.text
+        if verbose:
+            print(response.text, end="", flush=True)
+    if verbose:
+        print("\n" + "=" * 10)
+        print(_statistics(response))
+    return text
+
+
+def _encode(tokenizer: Any, prompt: str | mx.array | list[int]) -> mx.array:
+    """Tokens of a prompt by mlx-lm's rule: BOS is added unless the text begins with it."""
+    if isinstance(prompt, str):
+        if not isinstance(tokenizer, TokenizerWrapper):
+            tokenizer = TokenizerWrapper(tokenizer)
+        bos = tokenizer.bos_token
+        prompt = tokenizer.encode(prompt, add_special_tokens=bos is None or not prompt.startswith(bos))
+    return prompt if isinstance(prompt, mx.array) else mx.array(prompt, dtype=mx.int32)
+
+
+def _describe(model: nn.Module, session: Any) -> dict[str, Any]:
+    """The fields of a response that say how GLASS decodes it."""
+    if not isinstance(model, GlassModel):
+        return {}
+    sizes = [block.size for block in model.blocks]
+    if session is None:
+        return {"kept_neurons": sum(sizes), "total_neurons": sum(sizes)}
+    config = session.config
+    return {
+        "density": config.density,
+        "kept_neurons": sum(kept_count(config.density, n) for n in sizes),
+        "total_neurons": sum(sizes),
+        "global_weight": model.global_weight(session),
+        "signal": config.signal,
+    }
+
+
+def _statistics(r: GenerationResponse) -> str:
+    lines = [
+        f"Prompt: {r.prompt_tokens} tokens, {r.prompt_tps:.3f} tokens-per-sec",
+        f"Generation: {r.generation_tokens} tokens, {r.generation_tps:.3f} tokens-per-sec",
+        f"Peak memory: {r.peak_memory:.3f} GB",
+    ]
+    if r.total_neurons:
+        lines.append(
+            f"GLASS: density {r.density:g}, {r.kept_neurons:,} of {r.total_neurons:,} FFN neurons, "
+            f"global weight {r.global_weight:g}, signal {r.signal or 'none'}"
+        )
+    return "\n".join(lines)
+
+
+def setup_arg_parser() -> argparse.ArgumentParser:
+    """mlx-lm's options for generate, and GLASS's."""
+    parser = setup_mlx_lm_parser()
+    parser.prog = "glass_mlx.generate"
+    parser.description = "Generate text on the FFN neurons that the prompt calls for."
+    # --verbose True, given, also shows tracebacks
+    parser.set_defaults(model=DEFAULT_MODEL, verbose=None)
+    add_glass_options(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    return parser
+
+
+def main() -> None:
+    parser = setup_arg_parser()
+    args = parser.parse_args()
+    if args.image:
+        parser.error("--image: glass_mlx generates from text only")
+    if args.max_tokens == 0 or args.max_tokens < -1:
+        parser.error("--max-tokens must be positive, or -1 for no limit")
+    if args.draft_model and args.prompt_cache_file:
+        parser.error("--draft-model cannot be used with --prompt-cache-file")
+    try:
+        template = json.loads(args.chat_template_config or "{}")
+        if not isinstance(template, dict):
+            raise ValueError("not an object")
+    except ValueError as e:
+        parser.error(f"--chat-template-config is no JSON object: {e}")
+    run(lambda: _generate(args, template), args.verbose is True)
+
+
+def _generate(args: argparse.Namespace, template: dict[str, Any]) -> None:
+    if args.seed is not None:
+        mx.random.seed(args.seed)
+    options: dict[str, Any] = {}
+    if args.prompt_cache_file:
+        options["prompt_cache"] = _read_cache(args.prompt_cache_file)
+    model, tokenizer = load(
+        args.model,
+        adapter_path=args.adapter_path,
+        model_config={"quantize_activations": args.quantize_activations},
+        trust_remote_code=args.trust_remote_code,
+        density=args.density,
+        global_weight=args.global_weight,
+        signal=args.signal,
+        stats=False if args.dense and not args.stats else args.stats,
+    )
+    for token in args.extra_eos_token:
+        tokenizer.add_eos_token(token)
+    if args.draft_model:
+        options["draft_model"] = load(args.draft_model, stats=False)[0].dense
+        options["num_draft_tokens"] = args.num_draft_tokens
+    used: nn.Module = model.dense if args.dense else model
+    sampler = make_sampler(
+        args.temp,
+        args.top_p,
+        args.min_p,
+        args.min_tokens_to_keep,
+        top_k=args.top_k,
+        xtc_probability=args.xtc_probability,
+        xtc_threshold=args.xtc_threshold,
+        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
+    )
+    prompt = _prompt(args, tokenizer, template)
+    if args.kv_bits is not None:
+        options |= {"kv_bits": args.kv_bits, "kv_group_size": args.kv_group_size}
+        options["quantized_kv_start"] = args.quantized_kv_start
+    text, tokens, response = "", [], None
+    loud = args.verbose is not False and not args.json
+    if loud:
+        print("=" * 10)
+    for response in stream_generate(
+        used,
+        tokenizer,
+        prompt,
+        max_tokens=args.max_tokens,
+        sampler=sampler,
+        max_kv_size=args.max_kv_size,
+        prefill_step_size=args.prefill_step_size,
+        **options,
+    ):
+        text += response.text
+        tokens.append(response.token)
+        if not args.json:
+            print(response.text, end="", flush=True)
+    if args.json:
+        print(json.dumps(_as_json(text, tokens, response)))
+    elif loud:
+        print("\n" + "=" * 10)
+        print(_statistics(response))
+    else:
+        print()
+
+
+def _prompt(args: argparse.Namespace, tokenizer: Any, template: dict[str, Any]) -> list[int]:
+    prompt = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    if args.ignore_chat_template or not tokenizer.has_chat_template:
+        return tokenizer.encode(prompt)
+    messages = [{"role": "user", "content": prompt}]
+    if args.system_prompt is not None:
+        messages.insert(0, {"role": "system", "content": args.system_prompt})
+    prefilled = args.prefill_response is not None
+    if prefilled:
+        messages.append({"role": "assistant", "content": args.prefill_response})
+    return tokenizer.apply_chat_template(
+        messages,
+        continue_final_message=prefilled,
+        add_generation_prompt=not prefilled,
+        **template,
+    )
+
+
+def _read_cache(path: str) -> list[Any]:
+    try:
+        return load_prompt_cache(path)
+    except (OSError, RuntimeError, ValueError, KeyError) as e:
+        raise GlassError(f"{path} is no prompt cache: {str(e).splitlines()[0]}") from e
+
+
+def _as_json(text: str, tokens: list[int], r: GenerationResponse) -> dict[str, Any]:
+    return {
+        "text": text,
+        "tokens": tokens,
+        "prompt_tokens": r.prompt_tokens,
+        "generation_tokens": r.generation_tokens,
+        "prompt_tps": r.prompt_tps,
+        "generation_tps": r.generation_tps,
+        "peak_memory": r.peak_memory,
+        "density": r.density,
+        "kept_neurons": r.kept_neurons,
+        "global_weight": r.global_weight,
+        "signal": r.signal,
+        "finish_reason": r.finish_reason,
+    }
+
+
+if __name__ == "__main__":
+    main()

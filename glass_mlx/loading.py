@@ -1,0 +1,197 @@
+"""Load a model by path, Hub repository or alias, and make a GlassModel of it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+import mlx_lm
+from huggingface_hub import errors as hub_errors
+from huggingface_hub import snapshot_download
+from mlx.utils import tree_unflatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from .errors import GlassError
+from .model import GlassModel
+from .session import GlassConfig
+from .stats import GlobalRanks, find_ranks
+
+logger = logging.getLogger("glass_mlx")
+
+DEFAULT_MODEL = "demo"
+DEMO_PATH = Path(__file__).parent / "demo" / "model"
+
+# Short names for what people run on a Mac.
+ALIASES = {
+    "mistral-7b": "mlx-community/Mistral-7B-Instruct-v0.3-4bit",
+    "ministral-8b": "mlx-community/Ministral-8B-Instruct-2410-4bit",
+    "llama-3.1-8b": "mlx-community/Meta-Llama-3.1-8B-Instruct-4bit",
+    "llama-3.2-1b": "mlx-community/Llama-3.2-1B-Instruct-4bit",
+    "llama-3.2-3b": "mlx-community/Llama-3.2-3B-Instruct-4bit",
+    "qwen2.5-7b": "mlx-community/Qwen2.5-7B-Instruct-4bit",
+    "qwen3-0.6b": "mlx-community/Qwen3-0.6B-4bit",
+    "qwen3-1.7b": "mlx-community/Qwen3-1.7B-4bit",
+    "qwen3-4b": "mlx-community/Qwen3-4B-4bit",
+    "qwen3-8b": "mlx-community/Qwen3-8B-4bit",
+    "qwen3-14b": "mlx-community/Qwen3-14B-4bit",
+    "gemma-2-2b": "mlx-community/gemma-2-2b-it-4bit",
+    "gemma-3-1b": "mlx-community/gemma-3-1b-it-4bit",
+    "gemma-3-4b": "mlx-community/gemma-3-4b-it-4bit",
+    "gemma-3-12b": "mlx-community/gemma-3-12b-it-4bit",
+    "phi-3.5-mini": "mlx-community/Phi-3.5-mini-instruct-4bit",
+    "phi-4": "mlx-community/phi-4-4bit",
+    "smollm3-3b": "mlx-community/SmolLM3-3B-4bit",
+}
+
+# What mlx-lm itself downloads of a repository.
+_MODEL_FILES = [
+    "*.json",
+    "model*.safetensors",
+    "*.py",
+    "tokenizer.model",
+    "*.tiktoken",
+    "tiktoken.model",
+    "*.txt",
+    "*.jsonl",
+    "*.jinja",
+]
+
+
+def resolve_model(name: str | Path, revision: str | None = None) -> Path:
+    """The directory of a model: ``demo``, an alias, a local path, or a Hub repository (downloaded if need be).
+
+    Raises:
+        GlassError: there is no such model, or it cannot be downloaded.
+    """
+    if str(name) == DEFAULT_MODEL:
+        return DEMO_PATH
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise GlassError(f"{path} is no model directory: it has no config.json.")
+        return path
+    if path.exists():
+        raise GlassError(f"{path} is a file; give the model's directory.")
+    repo = ALIASES.get(str(name), str(name))
+    if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
+        raise GlassError(
+            f"Unknown model {str(name)!r}: neither a directory, nor a Hub repository (owner/name), nor one "
+            f"of the aliases {DEFAULT_MODEL}, {', '.join(ALIASES)}."
+        )
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=_MODEL_FILES))
+    except hub_errors.GatedRepoError as e:
+        raise GlassError(f"{repo} is gated: accept its licence on the Hub, then `hf auth login`.") from e
+    except hub_errors.RevisionNotFoundError as e:
+        raise GlassError(f"{repo} has no revision {revision!r}.") from e
+    except hub_errors.RepositoryNotFoundError as e:
+        raise GlassError(f"The Hub has no model {repo}: check the name, or `hf auth login`.") from e
+    except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, OSError) as e:
+        raise GlassError(
+            f"{repo} is not in the local cache and cannot be downloaded ({_first_line(e)}). "
+            "Check the network, or give a local path."
+        ) from e
+    except hub_errors.HFValidationError as e:
+        raise GlassError(f"{repo!r} is no valid Hub repository name.") from e
+
+
+def load_dense(path: Path, adapter_path: str | None = None, **options: Any) -> tuple[nn.Module, TokenizerWrapper, dict]:
+    """mlx-lm's ``load`` with one-line errors and an adapter fused in; returns (model, tokenizer, config)."""
+    try:
+        model, tokenizer, config = mlx_lm.load(str(path), adapter_path=adapter_path, return_config=True, **options)
+    except FileNotFoundError as e:
+        raise GlassError(f"{path} lacks a file: {_first_line(e)}.") from e
+    except KeyError as e:
+        raise GlassError(f"{path}/config.json lacks {e}; is it a text model for mlx-lm?") from e
+    except (ValueError, RuntimeError, TypeError) as e:
+        raise GlassError(f"mlx-lm cannot load {path} as a text model: {_first_line(e)}") from e
+    if adapter_path is not None:
+        fused = [(n, m.fuse()) for n, m in model.named_modules() if hasattr(m, "fuse")]
+        model.update_modules(tree_unflatten(fused))
+    return model, tokenizer, config
+
+
+def load(
+    path_or_hf_repo: str | Path = DEFAULT_MODEL,
+    tokenizer_config: dict[str, Any] | None = None,
+    model_config: dict[str, Any] | None = None,
+    adapter_path: str | None = None,
+    lazy: bool = False,
+    return_config: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    *,
+    density: float = GlassConfig.density,
+    global_weight: float | str = GlassConfig.global_weight,
+    signal: str = GlassConfig.signal,
+    stats: str | Path | bool | None = None,
+):
+    """Load a model that decodes with GLASS; the arguments up to ``trust_remote_code`` are mlx-lm's.
+
+    Args:
+        path_or_hf_repo (str): a directory, a Hub repository, an alias (``ALIASES``) or ``demo``.
+        density (float): share of the FFN neurons to decode with, in (0, 1]. Default: ``0.5``.
+        global_weight (float or "auto"): weight of the global ranks against the prompt's, in [0, 1].
+        signal (str): ``"impact"`` or ``"activation"``.
+        stats (str or bool, optional): a global-ranks file; ``None`` looks for the model's own, ``False``
+            goes without.
+
+    Returns:
+        tuple: (GlassModel, tokenizer), and the model's config as a third if ``return_config``.
+
+    Raises:
+        GlassError: the model cannot be found, loaded or sparsified, or an argument is out of range.
+        StatsError: the ranks file is damaged or belongs to another model.
+    """
+    config = GlassConfig(density, global_weight, signal)
+    path = resolve_model(path_or_hf_repo, revision)
+    dense, tokenizer, model_config = load_dense(
+        path,
+        adapter_path,
+        tokenizer_config={"trust_remote_code": trust_remote_code, **(tokenizer_config or {})},
+        model_config=model_config,
+        lazy=lazy,
+        trust_remote_code=trust_remote_code,
+    )
+    model = wrap(dense, config=config, stats=stats, path=path)
+    return (model, tokenizer, model_config) if return_config else (model, tokenizer)
+
+
+def wrap(
+    model: nn.Module,
+    *,
+    config: GlassConfig | None = None,
+    stats: str | Path | bool | GlobalRanks | None = None,
+    path: str | Path | None = None,
+    **choice: Any,
+) -> GlassModel:
+    """Make a GlassModel of an mlx-lm model that is already loaded. The model itself stays as it is.
+
+    Args:
+        model (nn.Module): the loaded model.
+        config (GlassConfig, optional): the choice of neurons; or give its fields ``density``,
+            ``global_weight`` and ``signal`` as keywords.
+        stats: as in :func:`load`; or ranks already read.
+        path (str, optional): the model's directory, kept as ``GlassModel.path``.
+
+    Raises:
+        GlassError, StatsError: as :func:`load`.
+    """
+    config = (config or GlassConfig()).updated(**choice)
+    wrapped = GlassModel(model, config, path=Path(path) if path is not None else None)
+    ranks = stats if isinstance(stats, GlobalRanks) else find_ranks(wrapped, stats)
+    if ranks is not None:
+        wrapped.set_global_ranks(ranks.check(wrapped).ranks)
+    elif stats is not False and config.global_weight != 0 and config.density < 1:
+        logger.warning(
+            "no global ranks for this model: the prompt alone chooses the neurons. "
+            "Build ranks with: python -m glass_mlx.stats build --model %s --out ranks.safetensors",
+            path or "MODEL",
+        )
+    return wrapped
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,270 @@
+"""GlassModel: an mlx-lm model that prefills densely and decodes on the neurons its prompt calls for.
+
+prompt -> record -> rank -> fuse -> select -> compact -> decode
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
+
+from .errors import GlassError
+from .ffn import Block, Tap, find_blocks, swapped
+from .importance import energy, output_norms
+from .ranking import auto_global_weight, fuse, kept_count, rank, select
+from .session import GlassConfig, Session
+
+logger = logging.getLogger("glass_mlx")
+
+
+@dataclass
+class _Plan:
+    """What GLASS knows of a model. Kept out of the module tree: none of it is a parameter."""
+
+    blocks: list[Block]
+    left_dense: dict[str, str]
+    global_ranks: dict[str, list[mx.array]] | None = None
+    norms: list[mx.array] = field(default_factory=list)
+    path: Path | None = None
+
+
+class GlassModel(nn.Module):
+    """Wraps a loaded mlx-lm model; usable wherever mlx-lm takes a model.
+
+    Every prompt cache from ``make_cache`` carries its own :class:`Session`, so several conversations can be open on
+    one model. Calls with a cache of another origin, or without one, run the dense model.
+
+    Attributes:
+        dense (nn.Module): the wrapped model, unchanged in behaviour.
+        config (GlassConfig): the choice of neurons for new sessions.
+        path (Path | None): the model's directory, where known.
+    """
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        config: GlassConfig | None = None,
+        global_ranks: dict[str, list[mx.array]] | None = None,
+        path: Path | None = None,
+    ):
+        """
+        Args:
+            dense (nn.Module): a loaded mlx-lm model.
+            config (GlassConfig, optional): the choice of neurons. Default: ``GlassConfig()``.
+            global_ranks (dict, optional): for each signal the ranks [F] of every block, in the order of
+                ``blocks``. Without them the prompt alone decides.
+            path (Path, optional): the model's directory.
+
+        Raises:
+            GlassError: the model has no FFN block that can be sparsified.
+        """
+        super().__init__()
+        blocks, left_dense = find_blocks(dense)
+        if not blocks:
+            name = getattr(dense, "model_type", type(dense).__name__)
+            raise GlassError(
+                f"{name} has no dense FFN block that GLASS can sparsify ({_why_none(dense, left_dense)}). "
+                "Use it with mlx-lm directly."
+            )
+        self.dense = dense
+        self.config = config or GlassConfig()
+        self._plan = _Plan(blocks, left_dense, global_ranks, path=path)
+        for message in _summarise(left_dense):
+            logger.warning(message)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The FFN blocks that decode sparsely, in the model's order."""
+        return self._plan.blocks
+
+    @property
+    def left_dense(self) -> dict[str, str]:
+        """FFN blocks that stay dense: {path: reason}."""
+        return self._plan.left_dense
+
+    @property
+    def path(self) -> Path | None:
+        return self._plan.path
+
+    @property
+    def global_ranks(self) -> dict[str, list[mx.array]] | None:
+        """The model's global ranks by signal, [F] for each block, or None."""
+        return self._plan.global_ranks
+
+    def set_global_ranks(self, ranks: dict[str, list[mx.array]] | None) -> None:
+        """Use these ranks for the choices to come: for each signal, [F] for each block."""
+        self._plan.global_ranks = ranks
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "dense":
+                raise
+            return getattr(self.dense, name)
+
+    def make_cache(self, max_kv_size: int | None = None, **config: Any) -> list[Any]:
+        """A new prompt cache: mlx-lm's own for this model and, last, a new session.
+
+        Args:
+            max_kv_size (int, optional): as in mlx-lm's ``make_prompt_cache``.
+            config: ``density``, ``global_weight`` or ``signal``, where this conversation differs.
+        """
+        return [
+            *make_prompt_cache(self.dense, max_kv_size),
+            Session(self.config.updated(**config)),
+        ]
+
+    def session(self, cache: list[Any]) -> Session:
+        """The session of a prompt cache that ``make_cache`` made or mlx-lm loaded from a file.
+
+        Raises:
+            GlassError: the cache has none.
+        """
+        session = self._find_session(cache)
+        if session is None:
+            raise GlassError("This prompt cache has no session; make it with model.make_cache().")
+        return session
+
+    def kept_neurons(self, cache: list[Any]) -> dict[str, mx.array]:
+        """The neurons that a conversation decodes with: {block path: indices [k] int32, ascending}.
+
+        Raises:
+            GlassError: nothing to choose by yet: no prompt was read and there are no global ranks.
+        """
+        session = self.session(cache)
+        return {b.path: kept for b, kept in zip(self.blocks, self._kept(session))}
+
+    def __call__(
+        self,
+        inputs: mx.array,
+        cache: list[Any] | None = None,
+        input_embeddings: mx.array | None = None,
+        **kwargs: Any,
+    ) -> mx.array:
+        """Logits [B, L, vocabulary] of tokens [B, L]; a prefill or a decode step of the cache's session."""
+        if input_embeddings is not None:
+            kwargs["input_embeddings"] = input_embeddings
+        session = self._find_session(cache) if cache else None
+        if session is None:
+            return self.dense(inputs, cache=cache, **kwargs)
+        tokens = inputs if input_embeddings is None else input_embeddings
+        length = tokens.shape[1]
+        if session.is_prefill(length):
+            return self._prefill(session, length, inputs, cache[:-1], kwargs)
+        return self._decode(session, length, inputs, cache[:-1], kwargs)
+
+    def _prefill(self, session: Session, length: int, inputs, cache, kwargs) -> mx.array:
+        """The dense model, with each block's evidence recorded."""
+        if session.config.density == 1:
+            logits = self.dense(inputs, cache=cache, **kwargs)
+            session.record(mx.zeros((sum(b.size for b in self.blocks),)), length)
+            return logits
+        norms = self._norms() if session.config.signal == "impact" else [None] * len(self.blocks)
+        energies = [mx.zeros((block.size,)) for block in self.blocks]
+
+        def tap(i: int, block: Block) -> dict[str, Tap]:
+            def observe(h: mx.array) -> None:
+                energies[i] = energies[i] + energy(h, norms[i])
+
+            return {block.output: Tap(block.module[block.output], observe)}
+
+        with swapped(self.blocks, [tap(i, block) for i, block in enumerate(self.blocks)]):
+            logits = self.dense(inputs, cache=cache, **kwargs)
+        session.record(mx.concatenate(energies), length)
+        return logits
+
+    def _decode(self, session: Session, length: int, inputs, cache, kwargs) -> mx.array:
+        """The same forward code on the session's compact projections."""
+        session.advance(length)
+        if session.config.density == 1:
+            return self.dense(inputs, cache=cache, **kwargs)
+        if session.compact is None:
+            session.compact = []
+            for block, kept in zip(self.blocks, self._kept(session)):
+                compact = block.compact(kept)
+                # start on this block while the next one is being described
+                mx.async_eval([projection.parameters() for projection in compact.values()])
+                session.compact.append(compact)
+        with swapped(self.blocks, session.compact):
+            return self.dense(inputs, cache=cache, **kwargs)
+
+    def _kept(self, session: Session) -> list[mx.array]:
+        if session.kept is None:
+            session.kept = self._choose(session)
+        return session.kept
+
+    def _choose(self, session: Session) -> list[mx.array]:
+        """Rank the session's evidence, fuse it with the global ranks and select, on the device."""
+        config, sizes = session.config, [block.size for block in self.blocks]
+        counts = [kept_count(config.density, n) for n in sizes]
+        if config.density == 1:
+            return [mx.arange(n, dtype=mx.int32) for n in sizes]
+        global_ranks = self.global_ranks and self.global_ranks[config.signal]
+        if session.energy is None and not global_ranks:
+            raise GlassError("No neurons are chosen yet: read a prompt first, or load global ranks.")
+        weight = self.global_weight(session)
+        if weight == 1:
+            scores = global_ranks
+        else:
+            ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
+            scores = [rank(e) for e in mx.split(session.energy, ends)]
+            if weight > 0:
+                scores = [fuse(l, g, weight) for l, g in zip(scores, global_ranks)]
+        return [select(s, k) for s, k in zip(scores, counts)]
+
+    def global_weight(self, session: Session) -> float:
+        """The weight that the global ranks get in a session's choice: its configuration's, unless there are
+        no ranks (0), nothing local but a single token (1, if the configured weight is not 0), or it is
+        "auto" (by the number of prompt tokens)."""
+        if not self.global_ranks:
+            return 0.0
+        weight = session.config.global_weight
+        if weight == "auto":
+            return auto_global_weight(session.prompt_tokens)
+        if session.energy is None or (session.prompt_tokens <= 1 and weight > 0):
+            return 1.0
+        return float(weight)
+
+    def _norms(self) -> list[mx.array]:
+        if not self._plan.norms:
+            for block in self.blocks:
+                norms = output_norms(block.module[block.output])
+                mx.eval(norms)  # one block at a time: a quantised one is dequantised for this
+                self._plan.norms.append(norms)
+        return self._plan.norms
+
+    def _find_session(self, cache: list[Any]) -> Session | None:
+        if not cache:
+            return None
+        if isinstance(cache[-1], Session):
+            return cache[-1]
+        restored = Session.restore(cache[-1])
+        if restored is not None:
+            cache[-1] = restored
+        return restored
+
+
+def _why_none(dense: nn.Module, left_dense: dict[str, str]) -> str:
+    if left_dense:
+        return "; ".join(_summarise(left_dense))
+    if any("Switch" in type(m).__name__ or "experts" in path.split(".") for path, m in dense.named_modules()):
+        return "its FFNs are routed experts"
+    return "none of its modules has the projections of an FFN: an SSM, or no text model"
+
+
+def _summarise(left_dense: dict[str, str]) -> list[str]:
+    """One line for each reason why blocks stay dense."""
+    reasons: dict[str, list[str]] = {}
+    for path, reason in left_dense.items():
+        reasons.setdefault(reason, []).append(path)
+    return [
+        f"left dense: {paths[0]}{f' and {len(paths) - 1} more' if paths[1:] else ''} ({reason})"
+        for reason, paths in reasons.items()
+    ]

@@ -1,0 +1,215 @@
+"""What GLASS remembers of one conversation. It travels with the prompt cache, as its last element."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import ArraysCache
+
+from .errors import GlassError
+from .importance import SIGNALS
+
+_SAVED = "glass_mlx session 1"
+_MAX_MARKS = 8
+
+
+@dataclass(frozen=True)
+class GlassConfig:
+    """How neurons are chosen.
+
+    Attributes:
+        density: share of the FFN neurons to keep, in (0, 1]; 1 decodes with the model's own weights.
+        global_weight: weight of the model's global ranks in [0, 1], or ``"auto"``: by the prompt's length.
+        signal: ``"impact"`` (activation times output-weight norm) or ``"activation"``.
+    """
+
+    density: float = 0.5
+    global_weight: float | str = "auto"
+    signal: str = "impact"
+
+    def __post_init__(self):
+        if not _is_number(self.density) or not 0 < self.density <= 1:
+            raise GlassError(f"density must be above 0 and at most 1, not {self.density!r}.")
+        w = self.global_weight
+        if w != "auto" and (not _is_number(w) or not 0 <= w <= 1):
+            raise GlassError(f'global_weight must be "auto" or between 0 and 1, not {w!r}.')
+        if self.signal not in SIGNALS:
+            raise GlassError(f"signal must be one of {', '.join(SIGNALS)}, not {self.signal!r}.")
+
+    def updated(self, **changes: Any) -> GlassConfig:
+        """A copy with the given fields changed; None leaves a field as it is."""
+        return replace(self, **{k: v for k, v in changes.items() if v is not None})
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A recorded stretch of the prompt cache, from token ``start`` to before ``end``, of which ``tokens`` were
+    recorded; ``energy`` is the session's evidence after it."""
+
+    start: int
+    end: int
+    tokens: int
+    energy: mx.array
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+class Session:
+    """A conversation's evidence, its kept neurons and their compact weights.
+
+    It has the interface of an mlx-lm cache entry, so that whatever mlx-lm does to a prompt cache (evaluate, deep-copy,
+    trim, save, load) is done to the session as well. It has no ``merge``: a session's weights are its own, so
+    conversations are not batched together.
+
+    The phase of a call is explicit after ``begin_prompt``. Without it (mlx-lm's own loops drive the model) it is
+    inferred: a call of several tokens is prefill, and so is the first one-token call after one, which is how
+    mlx-lm runs a prompt's last token. Where a prefill chunk's remainder is a single token, that one is taken
+    for the last, and the real last token is then decoded on the compact weights; and a later turn whose prompt
+    is a single token is taken for decoding.
+
+    Attributes:
+        config (GlassConfig): how this conversation chooses its neurons.
+        offset (int): tokens in the prompt cache.
+        prompt_tokens (int): tokens whose evidence was recorded.
+        energy (mx.array | None): evidence of all blocks, concatenated, [sum of F] float32.
+        kept (list[mx.array] | None): kept neurons of each block, [k] int32, ascending.
+        compact (list[dict[str, nn.Module]] | None): compact projections of each block.
+    """
+
+    def __init__(self, config: GlassConfig):
+        self.config = config
+        self.offset = 0
+        self.energy: mx.array | None = None
+        self.marks: list[Mark] = []  # what trimming falls back to
+        self.prompt_left = 0
+        self.in_prompt = True
+        self.kept: list[mx.array] | None = None
+        self.compact: list[dict[str, nn.Module]] | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(mark.tokens for mark in self.marks)
+
+    def configure(self, **changes: Any) -> None:
+        """Change density, global_weight or signal from the next decoded token on. A change of signal
+        discards the recorded evidence, which is of the other signal."""
+        config = self.config.updated(**changes)
+        if config.signal != self.config.signal:
+            self.energy, self.marks = None, []
+        if config != self.config:
+            self.config = config
+            self._forget_choice()
+
+    def begin_prompt(self, tokens: int) -> None:
+        """Announce that the next ``tokens`` tokens are a prompt: dense and recorded, to the last one."""
+        self.prompt_left = tokens
+
+    def is_prefill(self, length: int) -> bool:
+        """Whether a call of ``length`` tokens is prefill."""
+        return self.prompt_left > 0 or length > 1 or self.in_prompt
+
+    def record(self, energy: mx.array, length: int) -> None:
+        """Add the evidence of a prefill call: energy [sum of F] float32 over ``length`` tokens."""
+        self.energy = energy if self.energy is None else self.energy + energy
+        self.marks.append(Mark(self.offset, self.offset + length, length, self.energy))
+        if len(self.marks) > _MAX_MARKS:
+            a, b = self.marks[:2]
+            self.marks[:2] = [Mark(a.start, b.end, a.tokens + b.tokens, b.energy)]
+        if self.prompt_left > 0:
+            self.prompt_left = max(0, self.prompt_left - length)
+            self.in_prompt = self.prompt_left > 0
+        else:
+            self.in_prompt = length > 1
+        self.offset += length
+        self._forget_choice()
+
+    def advance(self, length: int) -> None:
+        """Count decoded tokens."""
+        self.offset += length
+
+    def _forget_choice(self) -> None:
+        self.kept = self.compact = None
+
+    # The interface of an mlx-lm cache entry.
+
+    def is_trimmable(self) -> bool:
+        return True
+
+    def trim(self, n: int) -> int:
+        """Take back the last n tokens. Generated tokens left no evidence. Those of a prompt take their
+        average share of the recorded call's evidence with them, all of it if the whole call goes."""
+        n = min(n, self.offset)
+        self.offset -= n
+        if not self.marks or self.offset >= self.marks[-1].end:
+            return n
+        while self.marks and self.offset <= self.marks[-1].start:
+            self.marks.pop()
+        if self.marks and self.offset < self.marks[-1].end:
+            cut = self.marks.pop()
+            share = (self.offset - cut.start) / (cut.end - cut.start)
+            before = self.marks[-1].energy if self.marks else mx.zeros_like(cut.energy)
+            energy = before + share * (cut.energy - before)
+            tokens = max(1, round(share * cut.tokens))
+            self.marks.append(Mark(cut.start, self.offset, tokens, energy))
+        self.energy = self.marks[-1].energy if self.marks else None
+        self.in_prompt, self.prompt_left = True, 0
+        self._forget_choice()
+        return n
+
+    def size(self) -> int:
+        return self.offset
+
+    def empty(self) -> bool:
+        return self.offset == 0
+
+    @property
+    def nbytes(self) -> int:
+        arrays = [mark.energy for mark in self.marks] + (self.kept or [])
+        for projections in self.compact or []:
+            for module in projections.values():
+                arrays.extend(v for v in module.values() if isinstance(v, mx.array))
+        return sum(a.nbytes for a in arrays)
+
+    @property
+    def state(self) -> tuple:
+        header = {
+            "config": asdict(self.config),
+            "offset": self.offset,
+            "marks": [(mark.start, mark.end, mark.tokens) for mark in self.marks],
+            "in_prompt": self.in_prompt,
+        }
+        arrays = [mark.energy for mark in self.marks] + (self.kept or [])
+        return [_SAVED, json.dumps(header), *arrays], None, None
+
+    def __deepcopy__(self, memo: dict) -> Session:
+        # MLX arrays are never changed in place here, so copies share them, the compact weights above all.
+        copy = Session(self.config)
+        copy.__dict__.update(self.__dict__)
+        copy.marks = list(self.marks)
+        return copy
+
+    @classmethod
+    def restore(cls, entry: Any) -> Session | None:
+        """The session that mlx-lm's ``load_prompt_cache`` read as an ArraysCache, or None if it is none."""
+        if type(entry) is not ArraysCache or entry.cache[:1] != [_SAVED]:
+            return None
+        header, arrays = json.loads(entry.cache[1]), entry.cache[2:]
+        session = cls(GlassConfig(**header["config"]))
+        session.offset, session.in_prompt = header["offset"], header["in_prompt"]
+        spans = header["marks"]
+        session.marks = [Mark(*span, energy) for span, energy in zip(spans, arrays)]
+        if session.marks:
+            session.energy = session.marks[-1].energy
+        session.kept = arrays[len(spans) :] or None
+        return session
+
+
+# mlx-lm's load_prompt_cache makes each entry again by its class name, which must be one of mlx-lm's own.
+# Under this name a saved session comes back as plain arrays, which ``restore`` turns into a session.
+Session.__name__ = ArraysCache.__name__
