@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-COMMANDS = ("chat", "generate", "stats", "families")
+COMMANDS = ("chat", "generate", "stats", "evaluate", "benchmark", "families")
 
 
 def main() -> None:

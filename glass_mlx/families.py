@@ -12,6 +12,8 @@ import json
 import logging
 from dataclasses import asdict, dataclass
 
+import mlx.core as mx
+
 from .cli import add_verbose, run
 from .errors import GlassError
 from .model import GlassModel
@@ -43,6 +45,8 @@ def survey(name: str) -> Family:
         return Family(name, False, note=f"not tried: {e}")
     except GlassError as e:
         return Family(name, False, note=str(e).split(". Use it")[0].removeprefix(f"{name} "))
+    except Exception as e:  # a family of a newer mlx-lm, say: the others are still worth listing
+        return Family(name, False, note=f"not tried: {type(e).__name__}: {e}".splitlines()[0])
     kinds = {f"{'+'.join(b.inputs)}/{b.output}": None for b in model.blocks}
     notes = {f"{path}: {reason}": None for path, reason in model.left_dense.items()}
     return Family(name, True, ", ".join(kinds), "; ".join(list(notes)[:1]))
@@ -69,6 +73,7 @@ def main() -> None:
 
 
 def _print(names: list[str], as_json: bool) -> None:
+    mx.disable_compile()  # on a CPU, compiling costs more than it saves for one small call
     logging.getLogger("glass_mlx").setLevel(logging.ERROR)  # the table has what it would warn of
     families = []
     if not as_json:

@@ -151,14 +151,19 @@ class GlassModel(nn.Module):
         """Logits [B, L, vocabulary] of tokens [B, L]; a prefill or a decode step of the cache's session."""
         if input_embeddings is not None:
             kwargs["input_embeddings"] = input_embeddings
-        session = self._find_session(cache) if cache else None
+        session = self._find_session(cache)
         if session is None:
             return self.dense(inputs, cache=cache, **kwargs)
-        tokens = inputs if input_embeddings is None else input_embeddings
-        length = tokens.shape[1]
-        if session.is_prefill(length):
-            return self._prefill(session, length, inputs, cache[:-1], kwargs)
-        return self._decode(session, length, inputs, cache[:-1], kwargs)
+        length = (inputs if input_embeddings is None else input_embeddings).shape[1]
+        phase = self._prefill if session.is_prefill(length) else self._decode
+        return phase(session, length, inputs, cache[:-1], kwargs)
+
+    def decode(self, inputs: mx.array, cache: list[Any]) -> mx.array:
+        """Logits [B, L, vocabulary] of tokens [B, L], decoded sparsely whatever their number.
+
+        A call of the model takes several tokens for a prompt; this feeds it a given continuation.
+        """
+        return self._decode(self.session(cache), inputs.shape[1], inputs, cache[:-1], {})
 
     def _prefill(self, session: Session, length: int, inputs, cache, kwargs) -> mx.array:
         """The dense model, with each block's evidence recorded."""
@@ -240,7 +245,7 @@ class GlassModel(nn.Module):
                 self._plan.norms.append(norms)
         return self._plan.norms
 
-    def _find_session(self, cache: list[Any]) -> Session | None:
+    def _find_session(self, cache: list[Any] | None) -> Session | None:
         if not cache:
             return None
         if isinstance(cache[-1], Session):

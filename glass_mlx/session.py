@@ -130,8 +130,9 @@ class Session:
         self._forget_choice()
 
     def advance(self, length: int) -> None:
-        """Count decoded tokens."""
+        """Count decoded tokens; they end a prompt."""
         self.offset += length
+        self.in_prompt, self.prompt_left = False, 0
 
     def _forget_choice(self) -> None:
         self.kept = self.compact = None

@@ -112,16 +112,7 @@ class GlobalRanks:
                 small = np.uint16 if r.shape[0] < 2**16 else np.uint32
                 tensors[f"layers.{i}.{signal}.rank"] = np.array(r).astype(small)
                 tensors[f"layers.{i}.{signal}.energy"] = np.array(e)
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary, metadata=self.metadata)
-            temporary.replace(path)
-        except (OSError, SafetensorError) as e:
-            raise GlassError(f"Cannot write {path}: {e}") from e
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata=self.metadata))
 
     def check(self, model: GlassModel) -> GlobalRanks:
         """Return self if the ranks are this model's.
@@ -177,6 +168,31 @@ def find_ranks(model: GlassModel, source: str | Path | bool | None = None) -> Gl
         if entry["fingerprint"] == wanted:
             return GlobalRanks.read(STATS_DIR / entry["file"])
     return None
+
+
+def write_index(directory: Path) -> int:
+    """Write ``index.json`` for the ranks files of a directory; returns how many there are."""
+    entries = []
+    for path in sorted(directory.glob("*.safetensors")):
+        metadata = GlobalRanks.read(path).metadata
+        entry = {key: metadata[key] for key in ("model", "model_type", "fingerprint")}
+        entries.append({"file": path.name, **entry})
+    index = {"format_version": FORMAT_VERSION, "models": entries}
+    write_atomically(directory / "index.json", lambda p: p.write_text(json.dumps(index, indent=2) + "\n"))
+    return len(entries)
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` make a temporary file, then rename it: the file is complete, or as it was before."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as e:
+        raise GlassError(f"Cannot write {path}: {e}") from e
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def build_ranks(
@@ -283,12 +299,18 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     build.add_argument("--seed", type=int, default=0, help="PRNG seed")
     build.add_argument("--trust-remote-code", action="store_true")
     add_verbose(build)
+    index = commands.add_parser("index", help="list a directory's ranks files in its index.json")
+    index.add_argument("directory", type=Path, nargs="?", default=STATS_DIR)
+    add_verbose(index)
     return parser
 
 
 def main() -> None:
     parser = setup_arg_parser()
     args = parser.parse_args()
+    if args.command == "index":
+        run(lambda: print(f"{write_index(args.directory)} models in {args.directory / 'index.json'}"), args.verbose)
+        return
     for option in ("tokens", "sequences", "length"):
         if getattr(args, option) < 1:
             parser.error(f"--{option} must be at least 1")
