@@ -6,6 +6,7 @@ python -m glass_mlx.chat --model mistral-7b
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from typing import Any
 
@@ -19,6 +20,9 @@ from .conversation import Conversation
 from .errors import GlassError
 from .generate import GenerationResponse, stream_generate
 from .loading import DEFAULT_MODEL, load
+
+with contextlib.suppress(ImportError):  # gives input() a history and line editing, where Python has it
+    import readline  # noqa: F401
 
 HELP = """\
   q or Ctrl-D     leave
@@ -35,7 +39,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.prog = "glass_mlx.chat"
     parser.description = "Chat with a model that decodes on the FFN neurons your prompt calls for."
     parser.set_defaults(model=DEFAULT_MODEL)
-    add_glass_options(parser)
+    add_glass_options(parser, build=True)
     add_verbose(parser)
     return parser
 
@@ -57,17 +61,18 @@ class Chat:
         self.args = args
         self.console = Console(highlight=False)
         mx.random.seed(args.seed)
-        with self.console.status(f"loading {args.model} ..."):
-            self.model, self.tokenizer = load(
-                args.model,
-                adapter_path=args.adapter_path,
-                trust_remote_code=args.trust_remote_code,
-                density=1.0 if args.dense else args.density,
-                global_weight=args.global_weight,
-                signal=args.signal,
-                stats=args.stats,
-            )
-            self.conversation = Conversation(self.model, self.tokenizer, args.system_prompt, args.max_kv_size)
+        self.model, self.tokenizer = load(
+            args.model,
+            adapter_path=args.adapter_path,
+            trust_remote_code=args.trust_remote_code,
+            density=1.0 if args.dense else args.density,
+            global_weight=args.global_weight,
+            signal=args.signal,
+            stats=args.stats,
+            stats_repo=args.stats_repo,
+            build=args.build and not args.dense and args.global_weight != 0,
+        )
+        self.conversation = Conversation(self.model, self.tokenizer, args.system_prompt, args.max_kv_size)
 
     def loop(self) -> None:
         """Read messages and commands until the user leaves."""
@@ -167,8 +172,7 @@ def status_line(r: GenerationResponse) -> str:
     """What an answer cost, in one line."""
     return (
         f"{r.generation_tokens} tokens · {r.generation_tps:.1f} tok/s · prompt {r.prompt_tps:.1f} tok/s · "
-        f"density {r.density:g} · {r.kept_neurons:,} of {r.total_neurons:,} neurons · "
-        f"global weight {r.global_weight:.2g} · peak {r.peak_memory:.2f} GB"
+        f"density {r.density:g} ({r.kept_neurons:,} of {r.total_neurons:,} neurons) · peak {r.peak_memory:.2f} GB"
     )
 
 

@@ -29,8 +29,8 @@ def global_weight(text: str) -> float | str:
         raise argparse.ArgumentTypeError(f'{text!r} is neither "auto" nor in 0 to 1') from e
 
 
-def add_glass_options(parser: argparse.ArgumentParser) -> None:
-    """Add --density, --global-weight, --signal, --stats and --dense."""
+def add_glass_options(parser: argparse.ArgumentParser, build: bool) -> None:
+    """Add GLASS's options; ``build`` is whether ranks are measured at first use unless told otherwise."""
     group = parser.add_argument_group("GLASS")
     group.add_argument(
         "--density",
@@ -47,6 +47,13 @@ def add_glass_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--signal", choices=SIGNALS, default=GlassConfig.signal, help="what neurons are ranked by")
     group.add_argument("--stats", metavar="FILE", help="global ranks (default: looked up)")
+    group.add_argument("--stats-repo", metavar="REPO", help="Hub repository of global ranks, owner/name[@revision]")
+    group.add_argument(
+        "--build",
+        action=argparse.BooleanOptionalAction,
+        default=build,
+        help="where a model has no global ranks yet, measure them first (default: %(default)s)",
+    )
     group.add_argument("--dense", action="store_true", help="decode with all neurons, as mlx-lm does")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
 from .errors import GlassError
-from .generate import GenerationResponse, stream_generate
+from .generate import GenerationResponse, render, stream_generate
 from .model import GlassModel
 
 
@@ -63,8 +63,9 @@ class Conversation:
         Yields:
             GenerationResponse: pieces of the answer.
         """
-        self.messages.append({"role": "user", "content": text})
-        prompt = self.tokenizer.apply_chat_template(self.messages, add_generation_prompt=True)
+        messages = [*self.messages, {"role": "user", "content": text}]
+        prompt = render(self.tokenizer, messages, add_generation_prompt=True)
+        self.messages = messages
         new = prompt[self._reuse(prompt) :]
         answer, generated = "", []
         stream = stream_generate(self.model, self.tokenizer, new, prompt_cache=self.cache, **options)
@@ -73,6 +74,10 @@ class Conversation:
                 answer += response.text
                 generated.append(response.token)
                 yield response
+        except KeyboardInterrupt:
+            if len({entry.offset for entry in self.cache if hasattr(entry, "offset")}) > 1:
+                self._new_cache(vars(self.session.config))  # it came between two layers
+            raise
         finally:
             stream.close()
             # what was prefilled or decoded is in the cache, even if it was cut short

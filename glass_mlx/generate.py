@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from jinja2 import TemplateError
 from mlx_lm.generate import GenerationResponse as DenseResponse
 from mlx_lm.generate import setup_arg_parser as setup_mlx_lm_parser
 from mlx_lm.generate import stream_generate as stream_dense
@@ -90,7 +91,7 @@ def stream_generate(
     prompt = _encode(tokenizer, prompt)
     if prompt.size == 0 and kwargs.get("input_embeddings") is None:
         raise GlassError("The prompt is empty: it has no tokens.")
-    if draft_model is not None and (prompt_cache is not None or any(choice.values())):
+    if draft_model is not None and any(v is not None for v in (prompt_cache, *choice.values())):
         raise GlassError(
             "With a draft model, start a new conversation at the model's own density: "
             "give neither prompt_cache nor density, global_weight or signal."
@@ -145,6 +146,14 @@ def _encode(tokenizer: Any, prompt: str | mx.array | list[int]) -> mx.array:
     return prompt if isinstance(prompt, mx.array) else mx.array(prompt, dtype=mx.int32)
 
 
+def render(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> Any:
+    """Tokens of a conversation by the chat template; templates refuse some, a system prompt say."""
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except TemplateError as e:
+        raise GlassError(f"The model's chat template does not take this conversation: {e}") from e
+
+
 def _describe(model: nn.Module, session: Any) -> dict[str, Any]:
     """The fields of a response that say how GLASS decodes it."""
     if not isinstance(model, GlassModel):
@@ -183,7 +192,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.description = "Generate text on the FFN neurons that the prompt calls for."
     # --verbose True, given, also shows tracebacks
     parser.set_defaults(model=DEFAULT_MODEL, verbose=None)
-    add_glass_options(parser)
+    add_glass_options(parser, build=False)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     return parser
 
@@ -210,8 +219,7 @@ def _generate(args: argparse.Namespace, template: dict[str, Any]) -> None:
     if args.seed is not None:
         mx.random.seed(args.seed)
     options: dict[str, Any] = {}
-    if args.prompt_cache_file:
-        options["prompt_cache"] = _read_cache(args.prompt_cache_file)
+    cached = _read_cache(args.prompt_cache_file) if args.prompt_cache_file else None
     model, tokenizer = load(
         args.model,
         adapter_path=args.adapter_path,
@@ -221,13 +229,21 @@ def _generate(args: argparse.Namespace, template: dict[str, Any]) -> None:
         global_weight=args.global_weight,
         signal=args.signal,
         stats=False if args.dense and not args.stats else args.stats,
+        stats_repo=args.stats_repo,
+        build=args.build and args.global_weight != 0,
     )
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)
     if args.draft_model:
-        options["draft_model"] = load(args.draft_model, stats=False)[0].dense
+        draft, draft_tokenizer = load(args.draft_model, stats=False)
+        if draft_tokenizer.vocab_size != tokenizer.vocab_size:
+            raise GlassError(f"{args.draft_model} cannot draft for {args.model}: their vocabularies differ.")
+        options["draft_model"] = draft.dense
         options["num_draft_tokens"] = args.num_draft_tokens
     used: nn.Module = model.dense if args.dense else model
+    if cached is not None:
+        cached = model.add_session(cached)
+        options["prompt_cache"] = cached[:-1] if args.dense else cached
     sampler = make_sampler(
         args.temp,
         args.top_p,
@@ -238,7 +254,7 @@ def _generate(args: argparse.Namespace, template: dict[str, Any]) -> None:
         xtc_threshold=args.xtc_threshold,
         xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
     )
-    prompt = _prompt(args, tokenizer, template)
+    prompt = _prompt(args, tokenizer, template, after_cache=cached is not None)
     if args.kv_bits is not None:
         options |= {"kv_bits": args.kv_bits, "kv_group_size": args.kv_group_size}
         options["quantized_kv_start"] = args.quantized_kv_start
@@ -246,20 +262,15 @@ def _generate(args: argparse.Namespace, template: dict[str, Any]) -> None:
     loud = args.verbose is not False and not args.json
     if loud:
         print("=" * 10)
-    for response in stream_generate(
-        used,
-        tokenizer,
-        prompt,
-        max_tokens=args.max_tokens,
-        sampler=sampler,
-        max_kv_size=args.max_kv_size,
-        prefill_step_size=args.prefill_step_size,
-        **options,
-    ):
-        text += response.text
-        tokens.append(response.token)
-        if not args.json:
-            print(response.text, end="", flush=True)
+    options |= {"max_kv_size": args.max_kv_size, "prefill_step_size": args.prefill_step_size}
+    try:
+        for response in stream_generate(used, tokenizer, prompt, args.max_tokens, sampler=sampler, **options):
+            text += response.text
+            tokens.append(response.token)
+            if not args.json:
+                print(response.text, end="", flush=True)
+    except (ValueError, RuntimeError) as e:  # options of mlx-lm's that the model, or the prompt cache, cannot have
+        raise GlassError(f"mlx-lm cannot generate with these options: {str(e).splitlines()[0]}") from e
     if args.json:
         print(json.dumps(_as_json(text, tokens, response)))
     elif loud:
@@ -269,24 +280,28 @@ def _generate(args: argparse.Namespace, template: dict[str, Any]) -> None:
         print()
 
 
-def _prompt(args: argparse.Namespace, tokenizer: Any, template: dict[str, Any]) -> list[int]:
+def _prompt(args: argparse.Namespace, tokenizer: Any, template: dict[str, Any], after_cache: bool) -> list[int]:
+    """The prompt's tokens; after a prompt cache, as in mlx-lm, only what the template has from the user's text on."""
     prompt = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
     if prompt == "-":
         prompt = sys.stdin.read()
     if args.ignore_chat_template or not tokenizer.has_chat_template:
-        return tokenizer.encode(prompt)
-    messages = [{"role": "user", "content": prompt}]
-    if args.system_prompt is not None:
-        messages.insert(0, {"role": "system", "content": args.system_prompt})
+        return tokenizer.encode(prompt, add_special_tokens=not after_cache)
     prefilled = args.prefill_response is not None
-    if prefilled:
-        messages.append({"role": "assistant", "content": args.prefill_response})
-    return tokenizer.apply_chat_template(
-        messages,
-        continue_final_message=prefilled,
-        add_generation_prompt=not prefilled,
-        **template,
-    )
+
+    def rendered(text: str, **options: Any) -> Any:
+        messages = [{"role": "user", "content": text}]
+        if args.system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": args.system_prompt})
+        if prefilled:
+            messages.append({"role": "assistant", "content": args.prefill_response})
+        options |= {"continue_final_message": prefilled, "add_generation_prompt": not prefilled}
+        return render(tokenizer, messages, **options, **template)
+
+    if not after_cache:
+        return rendered(prompt)
+    start = rendered("<query>", tokenize=False).index("<query>")
+    return tokenizer.encode(rendered(prompt, tokenize=False)[start:], add_special_tokens=False)
 
 
 def _read_cache(path: str) -> list[Any]:

@@ -44,14 +44,14 @@ def energy(h: mx.array, norms: mx.array | None = None, weights: mx.array | None 
     Args:
         h (mx.array): hidden vectors, [..., F], any float dtype.
         norms (mx.array, optional): output-weight norms [F] float32; given for impact, not for activation.
-        weights (mx.array, optional): a weight for each token, h.shape[:-1]; 0 leaves a token out.
+        weights (mx.array, optional): a weight for each token, in any shape; 0 leaves a token out.
 
     Returns:
         mx.array: [F] float32.
     """
     shares = token_shares(h, norms)
     if weights is not None:
-        shares = shares * weights[..., None]
+        shares = shares * weights.reshape(*h.shape[:-1], 1)
     return mx.sum(shares.reshape(-1, shares.shape[-1]), axis=0)
 
 

@@ -8,15 +8,16 @@ from typing import Any
 
 import mlx.nn as nn
 import mlx_lm
-from huggingface_hub import errors as hub_errors
 from huggingface_hub import snapshot_download
 from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .errors import GlassError
+from .hub import hub_access
+from .lookup import find_ranks
 from .model import GlassModel
+from .ranks import GlobalRanks
 from .session import GlassConfig
-from .stats import GlobalRanks, find_ranks
 
 logger = logging.getLogger("glass_mlx")
 
@@ -45,8 +46,9 @@ ALIASES = {
     "smollm3-3b": "mlx-community/SmolLM3-3B-4bit",
 }
 
-# What mlx-lm itself downloads of a repository.
+# What mlx-lm itself downloads of a repository, and the card.
 _MODEL_FILES = [
+    "README.md",  # its card says what it is a conversion of
     "*.json",
     "model*.safetensors",
     "*.py",
@@ -80,21 +82,8 @@ def resolve_model(name: str | Path, revision: str | None = None) -> Path:
             f"Unknown model {str(name)!r}: neither a directory, nor a Hub repository (owner/name), nor one "
             f"of the aliases {DEFAULT_MODEL}, {', '.join(ALIASES)}."
         )
-    try:
+    with hub_access(repo, revision):
         return Path(snapshot_download(repo, revision=revision, allow_patterns=_MODEL_FILES))
-    except hub_errors.GatedRepoError as e:
-        raise GlassError(f"{repo} is gated: accept its licence on the Hub, then `hf auth login`.") from e
-    except hub_errors.RevisionNotFoundError as e:
-        raise GlassError(f"{repo} has no revision {revision!r}.") from e
-    except hub_errors.RepositoryNotFoundError as e:
-        raise GlassError(f"The Hub has no model {repo}: check the name, or `hf auth login`.") from e
-    except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, OSError) as e:
-        raise GlassError(
-            f"{repo} is not in the local cache and cannot be downloaded ({_first_line(e)}). "
-            "Check the network, or give a local path."
-        ) from e
-    except hub_errors.HFValidationError as e:
-        raise GlassError(f"{repo!r} is no valid Hub repository name.") from e
 
 
 def load_dense(path: Path, adapter_path: str | None = None, **options: Any) -> tuple[nn.Module, TokenizerWrapper, dict]:
@@ -105,7 +94,7 @@ def load_dense(path: Path, adapter_path: str | None = None, **options: Any) -> t
         raise GlassError(f"{path} lacks a file: {_first_line(e)}.") from e
     except KeyError as e:
         raise GlassError(f"{path}/config.json lacks {e}; is it a text model for mlx-lm?") from e
-    except (ValueError, RuntimeError, TypeError) as e:
+    except (ValueError, RuntimeError, TypeError, AttributeError, OSError) as e:
         raise GlassError(f"mlx-lm cannot load {path} as a text model: {_first_line(e)}") from e
     if adapter_path is not None:
         fused = [(n, m.fuse()) for n, m in model.named_modules() if hasattr(m, "fuse")]
@@ -127,6 +116,8 @@ def load(
     global_weight: float | str = GlassConfig.global_weight,
     signal: str = GlassConfig.signal,
     stats: str | Path | bool | None = None,
+    stats_repo: str | None = None,
+    build: bool = False,
 ):
     """Load a model that decodes with GLASS; the arguments up to ``trust_remote_code`` are mlx-lm's.
 
@@ -135,8 +126,11 @@ def load(
         density (float): share of the FFN neurons to decode with, in (0, 1]. Default: ``0.5``.
         global_weight (float or "auto"): weight of the global ranks against the prompt's, in [0, 1].
         signal (str): ``"impact"`` or ``"activation"``.
-        stats (str or bool, optional): a global-ranks file; ``None`` looks for the model's own, ``False``
-            goes without.
+        stats (str or bool, optional): a global-ranks file; ``None`` looks for the model's own in ``stats/``, the
+            user's cache and ``stats_repo``; ``False`` goes without.
+        stats_repo (str, optional): a Hub repository of ranks, ``owner/name`` or ``owner/name@revision``. Default:
+            the environment's ``GLASS_STATS_REPO``.
+        build (bool): where there are no ranks, measure them now, with a progress bar, and keep them in the cache.
 
     Returns:
         tuple: (GlassModel, tokenizer), and the model's config as a third if ``return_config``.
@@ -155,7 +149,11 @@ def load(
         lazy=lazy,
         trust_remote_code=trust_remote_code,
     )
-    model = wrap(dense, config=config, stats=stats, path=path)
+    model = GlassModel(dense, config, path=path)
+    ranks = find_ranks(model, stats, stats_repo)
+    if ranks is None and build and stats is not False:
+        ranks = _build(model, tokenizer)
+    _use(model, ranks, stats is not False)
     return (model, tokenizer, model_config) if return_config else (model, tokenizer)
 
 
@@ -181,17 +179,33 @@ def wrap(
     """
     config = (config or GlassConfig()).updated(**choice)
     wrapped = GlassModel(model, config, path=Path(path) if path is not None else None)
-    ranks = stats if isinstance(stats, GlobalRanks) else find_ranks(wrapped, stats)
-    if ranks is not None:
-        wrapped.set_global_ranks(ranks.check(wrapped).ranks)
-    elif stats is not False and config.global_weight != 0 and config.density < 1:
-        logger.warning(
-            "no global ranks for this model: the prompt alone chooses the neurons. "
-            "Build ranks with: python -m glass_mlx.stats build --model %s --out ranks.safetensors",
-            path or "MODEL",
-        )
+    ranks = stats.check(wrapped) if isinstance(stats, GlobalRanks) else find_ranks(wrapped, stats)
+    _use(wrapped, ranks, stats is not False)
     return wrapped
 
 
+def _use(model: GlassModel, ranks: GlobalRanks | None, expected: bool) -> None:
+    """Give a model its ranks; say so where it should have some and has none."""
+    if ranks is not None:
+        model.set_global_ranks(ranks.ranks)
+    elif expected and model.config.global_weight != 0 and model.config.density < 1:
+        logger.warning(
+            "no global ranks for this model: the prompt alone chooses the neurons. "
+            "Measure them once with: python -m glass_mlx.stats build --model %s",
+            model.path or "MODEL",
+        )
+
+
+def _build(model: GlassModel, tokenizer: TokenizerWrapper) -> GlobalRanks | None:
+    from .stats import build_ranks  # which imports this module to load models by name
+
+    logger.warning("no global ranks for this model yet: measuring them, once. Ctrl-C goes on without.")
+    try:
+        return GlobalRanks.read(build_ranks(model, tokenizer))
+    except KeyboardInterrupt:
+        logger.warning("stopped; what was measured is kept for the next time.")
+        return None
+
+
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")

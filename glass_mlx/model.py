@@ -121,6 +121,16 @@ class GlassModel(nn.Module):
             Session(self.config.updated(**config)),
         ]
 
+    def add_session(self, cache: list[Any]) -> list[Any]:
+        """A prompt cache with a session: the cache as it is if it has one, else a copy of the list with a new one.
+        The tokens in a cache that plain mlx-lm filled (``mlx_lm.cache_prompt``, say) left no evidence, so what is
+        read from now on and the global ranks decide."""
+        if self._find_session(cache) is not None:
+            return cache
+        session = Session(self.config)
+        session.offset = max((entry.size() for entry in cache), default=0)
+        return [*cache, session]
+
     def session(self, cache: list[Any]) -> Session:
         """The session of a prompt cache that ``make_cache`` made or mlx-lm loaded from a file.
 
@@ -167,10 +177,6 @@ class GlassModel(nn.Module):
 
     def _prefill(self, session: Session, length: int, inputs, cache, kwargs) -> mx.array:
         """The dense model, with each block's evidence recorded."""
-        if session.config.density == 1:
-            logits = self.dense(inputs, cache=cache, **kwargs)
-            session.record(mx.zeros((sum(b.size for b in self.blocks),)), length)
-            return logits
         norms = self._norms() if session.config.signal == "impact" else [None] * len(self.blocks)
         energies = [mx.zeros((block.size,)) for block in self.blocks]
 

@@ -1,344 +1,298 @@
-"""Global ranks: how important each neuron is to what the model itself likes to say.
+"""Global ranks from the command line.
 
-    python -m glass_mlx.stats build --model demo --out ranks.safetensors
-
-They are measured once per model from its null prompt: sequences that it samples from the BOS token alone.
-A file holds, for FFN block i and both signals, ``layers.{i}.{signal}.rank`` ([F] uint16 or uint32, 1 = most
-important) and ``layers.{i}.{signal}.energy`` ([F] float32, mean share of a token's energy, sums to 1), and
-says in its metadata what it belongs to and how it was made.
+python -m glass_mlx.stats build --model demo             measure a model's ranks
+python -m glass_mlx.stats list | show F | verify F --model M | diff A B | plot F --out F.png
+python -m glass_mlx.stats upload F --repo owner/name     share them
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
-import mlx_lm
 import numpy as np
-from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.sample_utils import make_sampler
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
 
-from ._version import __version__
-from .cli import add_verbose, run
+from .calibrate import Source, calibrate, compare, dataset_rows, given_sequences, null_prompt, text_rows
+from .cli import add_verbose, density, run
 from .errors import GlassError, StatsError
-from .ffn import Tap, swapped
-from .importance import SIGNALS, energy, output_norms
-from .ranking import rank
+from .hub import upload
+from .importance import SIGNALS
+from .lookup import STATS_DIR, cache_dir, cached_file
+from .model import GlassModel
+from .ranks import GlobalRanks, write_index
 
-if TYPE_CHECKING:
-    from .model import GlassModel
-
-FORMAT_VERSION = "1"
-_CHECKOUT = Path(__file__).parents[1] / "stats"
-_INSTALLED = Path(__file__).parent / "_stats"
-STATS_DIR = _INSTALLED if _INSTALLED.is_dir() else _CHECKOUT
-
-
-@dataclass
-class GlobalRanks:
-    """A model's global ranks.
-
-    Attributes:
-        ranks: for each signal, the ranks [F] (int64) of every FFN block.
-        energies: for each signal, the energies [F] (float32) of every FFN block.
-        metadata: strings: format_version, model, model_type, fingerprint, sizes (F of each block, JSON),
-            tokens, sequences, temperature, seed, method and tool versions.
-    """
-
-    ranks: dict[str, list[mx.array]]
-    energies: dict[str, list[mx.array]]
-    metadata: dict[str, str]
-
-    @classmethod
-    def read(cls, path: str | Path) -> GlobalRanks:
-        """Read a file.
-
-        Raises:
-            StatsError: it is missing, damaged or not a ranks file of this version.
-        """
-        try:
-            with safe_open(str(path), framework="numpy") as f:
-                return cls._read(f)
-        except FileNotFoundError as e:
-            raise StatsError(f"There is no ranks file {path}.") from e
-        except (SafetensorError, OSError, ValueError, TypeError, KeyError) as e:
-            raise StatsError(f"{path} is not a usable ranks file: {str(e).splitlines()[0]}") from e
-
-    @classmethod
-    def _read(cls, f: Any) -> GlobalRanks:
-        metadata = f.metadata() or {}
-        version = metadata.get("format_version")
-        if version != FORMAT_VERSION:
-            raise ValueError(f"format version {version}, expected {FORMAT_VERSION}")
-        sizes = json.loads(metadata["sizes"])
-        names = set(f.keys())
-        ranks: dict[str, list[mx.array]] = {}
-        energies: dict[str, list[mx.array]] = {}
-        for signal in SIGNALS:
-            ranks[signal], energies[signal] = [], []
-            for i, size in enumerate(sizes):
-                prefix = f"layers.{i}.{signal}"
-                for kind, dtypes in (("rank", ("U16", "U32")), ("energy", ("F32",))):
-                    if f"{prefix}.{kind}" not in names:
-                        raise ValueError(f"{prefix}.{kind} is missing")
-                    entry = f.get_slice(f"{prefix}.{kind}")
-                    if entry.get_shape() != [size] or entry.get_dtype() not in dtypes:
-                        raise ValueError(f"{prefix}.{kind} has a wrong shape or dtype")
-                order = f.get_tensor(f"{prefix}.rank").astype(np.int64)
-                if not np.array_equal(np.sort(order), np.arange(1, size + 1)):
-                    raise ValueError(f"{prefix}.rank is no ranking of {size} neurons")
-                values = f.get_tensor(f"{prefix}.energy")
-                if not (np.isfinite(values).all() and (values >= 0).all()):
-                    raise ValueError(f"{prefix}.energy has values that are no energies")
-                ranks[signal].append(mx.array(order))
-                energies[signal].append(mx.array(values))
-        return cls(ranks, energies, dict(metadata))
-
-    def write(self, path: str | Path) -> None:
-        """Write a file: complete, or not at all."""
-        tensors = {}
-        for signal in SIGNALS:
-            for i, (r, e) in enumerate(zip(self.ranks[signal], self.energies[signal])):
-                small = np.uint16 if r.shape[0] < 2**16 else np.uint32
-                tensors[f"layers.{i}.{signal}.rank"] = np.array(r).astype(small)
-                tensors[f"layers.{i}.{signal}.energy"] = np.array(e)
-        write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata=self.metadata))
-
-    def check(self, model: GlassModel) -> GlobalRanks:
-        """Return self if the ranks are this model's.
-
-        Raises:
-            StatsError: they are not, with the reason.
-        """
-        made_for = self.metadata.get("model", "another model")
-        sizes, expected = json.loads(self.metadata["sizes"]), [b.size for b in model.blocks]
-        if len(sizes) != len(expected):
-            raise StatsError(
-                f"The ranks are for {made_for} with {len(sizes)} FFN layers; this model has {len(expected)}."
-            )
-        for i, (got, want) in enumerate(zip(sizes, expected)):
-            if got != want:
-                raise StatsError(
-                    f"The ranks are for {made_for} with {got} neurons in FFN layer {i}; this model has {want}."
-                )
-        if self.metadata.get("fingerprint") != fingerprint(model):
-            raise StatsError(f"The ranks are for {made_for}, whose weights differ from this model's.")
-        return self
-
-
-def fingerprint(model: GlassModel) -> str:
-    """A short digest of a model's FFN weights: shapes, dtypes and some values of its first and last block."""
-    digest = hashlib.sha256(json.dumps([block.size for block in model.blocks]).encode())
-    for block in (model.blocks[0], model.blocks[-1]):
-        for name in (*block.inputs, block.output):
-            weight = block.module[name].weight
-            digest.update(f"{name} {weight.shape} {weight.dtype}".encode())
-            digest.update(np.array(weight[:2].reshape(-1)[:512].view(mx.uint8)).tobytes())
-    return digest.hexdigest()[:32]
-
-
-def find_ranks(model: GlassModel, source: str | Path | bool | None = None) -> GlobalRanks | None:
-    """Ranks for a model: from the file ``source``, or by the model's fingerprint from ``stats/``.
-
-    Returns:
-        GlobalRanks | None: None where the model is not known, or ``source`` is False.
-
-    Raises:
-        StatsError: the file is unusable.
-    """
-    if source is False:
-        return None
-    if source is not None and source is not True:
-        return GlobalRanks.read(source)
-    index = STATS_DIR / "index.json"
-    if not index.is_file():
-        return None
-    wanted = fingerprint(model)
-    for entry in json.loads(index.read_text())["models"]:
-        if entry["fingerprint"] == wanted:
-            return GlobalRanks.read(STATS_DIR / entry["file"])
-    return None
-
-
-def write_index(directory: Path) -> int:
-    """Write ``index.json`` for the ranks files of a directory; returns how many there are."""
-    entries = []
-    for path in sorted(directory.glob("*.safetensors")):
-        metadata = GlobalRanks.read(path).metadata
-        entry = {key: metadata[key] for key in ("model", "model_type", "fingerprint")}
-        entries.append({"file": path.name, **entry})
-    index = {"format_version": FORMAT_VERSION, "models": entries}
-    write_atomically(directory / "index.json", lambda p: p.write_text(json.dumps(index, indent=2) + "\n"))
-    return len(entries)
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` make a temporary file, then rename it: the file is complete, or as it was before."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        temporary.replace(path)
-    except (OSError, SafetensorError) as e:
-        raise GlassError(f"Cannot write {path}: {e}") from e
-    finally:
-        temporary.unlink(missing_ok=True)
+DEFAULT_TOKENS = 65536
+DEFAULT_STABLE_AT = 0.95
 
 
 def build_ranks(
     model: GlassModel,
     tokenizer: Any,
-    tokens: int = 16384,
-    sequences: int = 32,
-    length: int = 256,
-    temperature: float = 1.0,
-    seed: int = 0,
-    name: str = "",
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> GlobalRanks:
-    """Measure a model's global ranks on what it says by itself.
+    out: Path | None = None,
+    source: Source | None = None,
+    tokens: int = DEFAULT_TOKENS,
+    stable_at: float | None = DEFAULT_STABLE_AT,
+    name: str | None = None,
+) -> Path:
+    """Measure a model's ranks with a progress bar, and write them to ``out`` or to the user's cache.
 
-    The dense model samples ``sequences`` continuations of its BOS token at a time, up to ``length`` tokens or
-    the end of the sequence, until ``tokens`` tokens are recorded.
-
-    Args:
-        model (GlassModel): the model; its dense form is run.
-        tokenizer: its tokenizer, for the BOS and end tokens.
-        tokens (int): how many tokens to record, at least.
-        sequences (int): sequences in a batch.
-        length (int): longest sequence, in tokens.
-        temperature (float): of the sampling.
-        seed (int): of the sampling; the same seed gives the same ranks on the same machine.
-        name (str): what to call the model in the metadata.
-        progress: called with the tokens recorded so far and ``tokens``.
+    An interrupted run leaves what it has read beside the file, and the next one goes on from there.
 
     Returns:
-        GlobalRanks: both signals, all blocks.
+        Path: the file.
     """
-    bos = tokenizer.bos_token_id
-    if bos is None:  # families without one start a text with their end token
-        bos = tokenizer.eos_token_id
-    ends = mx.array(sorted(tokenizer.eos_token_ids))
-    sampler = make_sampler(temp=temperature)
-    norms = [output_norms(block.module[block.output]) for block in model.blocks]
-    sums = {signal: [mx.zeros((b.size,)) for b in model.blocks] for signal in SIGNALS}
-    alive = mx.ones((sequences, 1))
+    out = out or cached_file(model)
+    source = source or null_prompt(model, tokenizer)
+    with tqdm(total=tokens, unit="tok", desc="ranks", file=sys.stderr, disable=None) as bar:
 
-    def tap(i: int, projection: Any) -> Tap:
-        def observe(h: mx.array) -> None:
-            weights = alive[:, : h.shape[1]]
-            sums["activation"][i] = sums["activation"][i] + energy(h, None, weights)
-            sums["impact"][i] = sums["impact"][i] + energy(h, norms[i], weights)
+        def progress(done: int, agreement: dict[str, float]) -> None:
+            bar.update(min(done, tokens) - bar.n)
+            goal = "" if stable_at is None else f" of {stable_at:.0%}"
+            bar.set_postfix_str(f"stable {agreement['overlap']:.1%}{goal}")
 
-        return Tap(projection, observe)
-
-    taps = [{b.output: tap(i, b.module[b.output])} for i, b in enumerate(model.blocks)]
-    mx.random.seed(seed)
-    recorded = batches = 0
-    while recorded < tokens:
-        cache = make_prompt_cache(model.dense)
-        inputs = mx.full((sequences, 1), bos, dtype=mx.int32)
-        alive = mx.ones((sequences, 1))
-        batches += 1
-        for _ in range(length):
-            recorded += int(alive.sum().item())
-            with swapped(model.blocks, taps):
-                logits = model.dense(inputs, cache=cache)[:, -1, :].astype(mx.float32)
-            inputs = sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))[:, None]
-            # a sequence that ended is not recorded any further
-            alive = alive * mx.all(inputs != ends, axis=-1, keepdims=True)
-            mx.eval(inputs, alive, sums)
-            progress(min(recorded, tokens), tokens)
-            if recorded >= tokens or not alive.any().item():
-                break
-        mx.clear_cache()
-    energies = {s: [e / mx.sum(e) for e in sums[s]] for s in SIGNALS}
-    return GlobalRanks(
-        ranks={s: [rank(e) for e in energies[s]] for s in SIGNALS},
-        energies=energies,
-        metadata={
-            "format_version": FORMAT_VERSION,
-            "model": name,
-            "model_type": str(getattr(model.dense, "model_type", "")),
-            "fingerprint": fingerprint(model),
-            "sizes": json.dumps([block.size for block in model.blocks]),
-            "blocks": json.dumps([block.path for block in model.blocks]),
-            "method": "null prompt",
-            "tokens": str(recorded),
-            "sequences": str(batches * sequences),
-            "length": str(length),
-            "temperature": str(temperature),
-            "seed": str(seed),
-            "glass_mlx": __version__,
-            "mlx": mx.__version__,
-            "mlx_lm": mlx_lm.__version__,
-        },
-    )
+        partial = out.with_name(f"{out.name}.partial")
+        ranks = calibrate(model, source, tokens, stable_at, name, partial, progress)
+    ranks.write(out)
+    return out
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="glass_mlx.stats", description="Global neuron ranks.")
     commands = parser.add_subparsers(dest="command", required=True)
-    build = commands.add_parser("build", help="measure a model's ranks by null prompt")
+
+    def add(name: str, does: Any, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(does=does)
+        add_verbose(command)
+        return command
+
+    build = add("build", _build, "measure a model's ranks")
     build.add_argument("--model", required=True, help="directory, Hub repository or alias")
-    build.add_argument("--out", required=True, type=Path, help="the .safetensors file to write")
-    build.add_argument("--tokens", type=int, default=16384, help="tokens to record")
-    build.add_argument("--sequences", type=int, default=32, help="sequences in a batch")
-    build.add_argument("--length", type=int, default=256, help="longest sequence in tokens")
+    build.add_argument("--out", type=Path, help="the .safetensors file to write (default: the user's cache)")
+    build.add_argument("--tokens", type=_positive, default=DEFAULT_TOKENS, help="read at most this many tokens")
+    build.add_argument(
+        "--stable-at",
+        type=density,
+        default=DEFAULT_STABLE_AT,
+        metavar="X",
+        help="stop when two halves agree on this share of the better neurons (default: %(default)s)",
+    )
+    build.add_argument("--all", action="store_true", help="read all --tokens, however stable the ranks are")
+    build.add_argument("--sequences", type=_positive, default=32, help="sequences in a batch")
+    build.add_argument("--length", type=_positive, default=256, help="longest sequence in tokens")
     build.add_argument("--temp", type=float, default=1.0, help="sampling temperature")
     build.add_argument("--seed", type=int, default=0, help="PRNG seed")
+    given = build.add_mutually_exclusive_group()
+    given.add_argument("--chat", action="store_true", help="let the model answer an empty message, not BOS alone")
+    given.add_argument("--text", type=Path, metavar="FILE", help="read this text instead of the model's own")
+    given.add_argument("--dataset", type=Path, metavar="FILE", help='read JSON lines with "text" or "messages"')
     build.add_argument("--trust-remote-code", action="store_true")
-    add_verbose(build)
-    index = commands.add_parser("index", help="list a directory's ranks files in its index.json")
+
+    add("list", _list, "list the ranks at hand")
+    show = add("show", _show, "what a file is")
+    show.add_argument("file", help="a file, or the name of a listed model")
+    verify = add("verify", _verify, "check a file, and that it is a model's")
+    verify.add_argument("file", help="a file, or the name of a listed model")
+    verify.add_argument("--model", help="directory, Hub repository or alias")
+    verify.add_argument("--trust-remote-code", action="store_true")
+    diff = add("diff", _diff, "how two files differ, per layer")
+    diff.add_argument("files", nargs=2, metavar="file")
+    diff.add_argument("--density", type=density, default=0.5, help="share of the neurons to compare")
+    diff.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    plot = add("plot", _plot, "draw how concentrated importance is, per layer")
+    plot.add_argument("file", help="a file, or the name of a listed model")
+    plot.add_argument("--out", type=Path, required=True, help="the PNG to write")
+    plot.add_argument("--model", help="also draw how a prompt's own ranks overlap with these")
+    plot.add_argument("--prompt", help="the prompt for that (default: the bundled ones)")
+    plot.add_argument("--density", type=density, default=0.5, help="share of the neurons to compare")
+    share = add("upload", _upload, "upload a file to a Hub repository")
+    share.add_argument("file", help="a file, or the name of a listed model")
+    share.add_argument("--repo", required=True, help="owner/name")
+    share.add_argument("--private", action="store_true", help="make a new repository private")
+    share.add_argument("--license", default="other", help="licence that the card names (default: %(default)s)")
+    index = add("index", _index, "write the index.json of a directory of ranks files")
     index.add_argument("directory", type=Path, nargs="?", default=STATS_DIR)
-    add_verbose(index)
     return parser
 
 
 def main() -> None:
     parser = setup_arg_parser()
     args = parser.parse_args()
-    if args.command == "index":
-        run(lambda: print(f"{write_index(args.directory)} models in {args.directory / 'index.json'}"), args.verbose)
-        return
-    for option in ("tokens", "sequences", "length"):
-        if getattr(args, option) < 1:
-            parser.error(f"--{option} must be at least 1")
-    if args.temp < 0:
+    if args.command == "build" and args.temp < 0:
         parser.error("--temp must not be negative")
-    run(lambda: _build(args), args.verbose)
+    run(lambda: args.does(args), args.verbose)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return int(text)
+
+
+def _load(args: argparse.Namespace) -> tuple[GlassModel, Any]:
+    from .loading import load
+
+    return load(args.model, stats=False, trust_remote_code=getattr(args, "trust_remote_code", False))
 
 
 def _build(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
+    model, tokenizer = _load(args)
+    if args.text is not None:
+        rows = text_rows(_read_text(args.text), tokenizer, args.length)
+        settings = {"file": args.text.name, "length": args.length}
+        source = given_sequences("text", rows, args.sequences, settings)
+    elif args.dataset is not None:
+        lines = [line for line in _read_text(args.dataset).splitlines() if line.strip()]
+        rows = dataset_rows(lines, tokenizer, args.length)
+        settings = {"file": args.dataset.name, "length": args.length}
+        source = given_sequences("dataset", rows, args.sequences, settings)
+    else:
+        source = null_prompt(model, tokenizer, args.sequences, args.length, args.temp, args.seed, args.chat)
+    name = args.model if "/" not in args.model else None
+    stable_at = None if args.all else args.stable_at
+    out = build_ranks(model, tokenizer, args.out, source, args.tokens, stable_at, name)
+    ranks = GlobalRanks.read(out)
+    print(f"{out}: {len(ranks.sizes)} FFN layers, {ranks.metadata['tokens']} tokens, {_stability(ranks)}")
 
-    from .loading import load
 
-    model, tokenizer = load(args.model, stats=False, trust_remote_code=args.trust_remote_code)
-    with tqdm(total=args.tokens, unit="tok", file=sys.stderr, disable=None) as bar:
-        ranks = build_ranks(
-            model,
-            tokenizer,
-            tokens=args.tokens,
-            sequences=args.sequences,
-            length=args.length,
-            temperature=args.temp,
-            seed=args.seed,
-            name=args.model,
-            progress=lambda done, total: bar.update(done - bar.n),
-        )
-    ranks.write(args.out)
-    print(f"{args.out}: {len(model.blocks)} FFN layers, {ranks.metadata['tokens']} tokens")
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise GlassError(f"Cannot read {path}: {e}") from e
+
+
+def _stability(ranks: GlobalRanks) -> str:
+    try:
+        s = json.loads(ranks.metadata["stability"])
+        return f"halves agree on {s['overlap']:.1%} of the better neurons, rank correlation {s['correlation']:.3f}"
+    except (KeyError, ValueError, TypeError):
+        return "stability unknown"
+
+
+def _at_hand() -> list[tuple[str, Path]]:
+    """Where each ranks file at hand is from, and the file."""
+    places = (("stats", STATS_DIR), ("cache", cache_dir()))
+    return [(place, path) for place, directory in places for path in sorted(directory.glob("*.safetensors"))]
+
+
+def _find(name: str) -> Path:
+    """A ranks file by its path or by the model's name."""
+    if Path(name).exists():
+        return Path(name)
+    for _, path in _at_hand():
+        try:
+            metadata = GlobalRanks.read(path).metadata
+        except StatsError:
+            continue
+        if name in (metadata.get("model"), metadata.get("original"), path.stem):
+            return path
+    raise GlassError(f"There is no ranks file {name}, and none at hand is for a model of this name.")
+
+
+def _list(args: argparse.Namespace) -> None:
+    table = Table("model", "layers", "neurons", "method", "tokens", "where", "file")
+    for place, path in _at_hand():
+        try:
+            ranks = GlobalRanks.read(path)
+        except StatsError as e:
+            table.add_row("unreadable", "", "", str(e).split(": ")[-1], "", place, path.name)
+            continue
+        m = ranks.metadata
+        row = (m.get("model", ""), len(ranks.sizes), f"{sum(ranks.sizes):,}", m.get("method", ""), m.get("tokens", ""))
+        table.add_row(*map(str, row), place, path.name)
+    Console().print(table)
+
+
+def _show(args: argparse.Namespace) -> None:
+    path = _find(args.file)
+    ranks = GlobalRanks.read(path)
+    print(path)
+    for key, value in sorted(ranks.metadata.items()):
+        print(f"  {key:16} {value if len(value) < 160 else value[:157] + '...'}")
+
+
+def _verify(args: argparse.Namespace) -> None:
+    path = _find(args.file)
+    ranks = GlobalRanks.read(path)
+    if args.model is None:
+        print(f"{path}: sound; {len(ranks.sizes)} FFN layers; for {ranks.metadata.get('model', 'an unnamed model')}")
+        return
+    ranks.check(_load(args)[0])
+    print(f"{path}: sound, and fits {args.model}")
+
+
+def _diff(args: argparse.Namespace) -> None:
+    a, b = (GlobalRanks.read(_find(name)) for name in args.files)
+    if a.sizes != b.sizes:
+        raise GlassError(f"The files are for models of different shapes: {_shape(a)} and {_shape(b)}.")
+    layers = [
+        {
+            signal: compare(np.array(a.energies[signal][i]), np.array(b.energies[signal][i]), args.density)
+            for signal in SIGNALS
+        }
+        for i in range(len(a.sizes))
+    ]
+    if args.json:
+        print(json.dumps({"density": args.density, "layers": layers}))
+        return
+    heads = [f"{signal} {what}" for signal in SIGNALS for what in ("correlation", "overlap")]
+    table = Table("layer", *heads)
+    for i, layer in enumerate(layers):
+        table.add_row(str(i), *(f"{layer[s][w]:.3f}" for s in SIGNALS for w in ("correlation", "overlap")))
+    Console().print(table)
+    print(f"overlap of the best {args.density:.0%} of the neurons; chance is {args.density:.2f}")
+
+
+def _shape(ranks: GlobalRanks) -> str:
+    return f"{len(ranks.sizes)} layers of {ranks.sizes[0] if ranks.sizes else 0} neurons"
+
+
+def _plot(args: argparse.Namespace) -> None:
+    from .plot import plot_ranks
+
+    ranks = GlobalRanks.read(_find(args.file))
+    overlaps = None
+    if args.model is not None:
+        model, tokenizer = _load(args)
+        ranks.check(model)
+        overlaps = _local_overlaps(model, tokenizer, ranks, args.prompt, args.density)
+    plot_ranks(ranks, args.out, overlaps, args.density)
+    print(args.out)
+
+
+def _local_overlaps(
+    model: GlassModel, tokenizer: Any, ranks: GlobalRanks, prompt: str | None, share: float
+) -> np.ndarray:
+    """Overlap of the best ``share`` of each layer's neurons by a prompt with those by the global ranks,
+    [prompts, layers]."""
+    from .evaluate import PROMPTS
+
+    prompts = [prompt] if prompt else PROMPTS.read_text(encoding="utf-8").splitlines()
+    signal, rows = model.config.signal, []
+    for text in prompts:
+        cache = model.make_cache()
+        tokens = mx.array(tokenizer.encode(text))[None]
+        mx.eval(model(tokens, cache=cache))
+        energy = np.array(model.session(cache).energy)
+        local = np.split(energy, np.cumsum(ranks.sizes)[:-1])
+        rows.append([compare(l, np.array(g), share)["overlap"] for l, g in zip(local, ranks.energies[signal])])
+    return np.array(rows)
+
+
+def _upload(args: argparse.Namespace) -> None:
+    print(upload(_find(args.file), args.repo, private=args.private, license=args.license))
+
+
+def _index(args: argparse.Namespace) -> None:
+    print(f"{args.directory / 'index.json'}: {write_index(args.directory)} models")
 
 
 if __name__ == "__main__":

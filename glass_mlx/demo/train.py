@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -31,8 +32,8 @@ try:
     import torch.nn.functional as F
     from safetensors.torch import load_file, save_file
     from torch import nn
-except ImportError:  # pragma: no cover - depends on the installation
-    sys.exit("Training needs PyTorch: pip install 'glass_mlx[train]'")
+except ImportError:  # main() asks for it; what makes rows of texts does without
+    torch, nn = None, SimpleNamespace(Module=object)
 
 DEFAULT_TOKENIZER = Path(__file__).parent / "model"
 TOKENIZER_FILES = (
@@ -226,8 +227,13 @@ def prepare(args, tokenizer) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
                     held.append(np.array([bos, *ids][:length], np.uint16))
             else:
                 rows.extend(book_rows(np.array(e.ids, np.uint16), newline, bos, length))
+    flat = np.concatenate([[], *dialogue_tokens(args.dialogues, args.tokenizer, tokenizer)]).astype(np.uint16)
+    if not rows or not held or len(flat) < length:
+        sys.exit(
+            f"error: too little text: {len(rows)} rows of prose and {len(flat) // length} of dialogues, "
+            f"{len(held)} held-out paragraphs (of one book in {HELD_OUT_EVERY}, the first among them)"
+        )
     prose = np.stack(rows).astype(np.uint16)
-    flat = np.concatenate(dialogue_tokens(args.dialogues, args.tokenizer, tokenizer))
     dialogues = flat[: len(flat) // length * length].reshape(-1, length)
     np.savez(
         cache,
@@ -239,12 +245,12 @@ def prepare(args, tokenizer) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
     return prose, dialogues, held
 
 
-@torch.no_grad()
 def nats_per_byte(model: Llama, sequences: list[np.ndarray], tokenizer) -> float:
     """Held-out loss: the summed negative log likelihood over the bytes of the predicted text."""
     nats = bytes_ = 0.0
     for ids in sequences:
-        nats += model.loss(torch.from_numpy(ids.astype(np.int64))[None], reduction="sum").item()
+        with torch.no_grad():
+            nats += model.loss(torch.from_numpy(ids.astype(np.int64))[None], reduction="sum").item()
         text = tokenizer.decode(ids[1:].tolist(), skip_special_tokens=True)
         bytes_ += len(text.encode())
     return nats / bytes_
@@ -300,6 +306,8 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = setup_arg_parser().parse_args()
+    if torch is None:
+        sys.exit("error: training needs PyTorch: pip install 'glass_mlx[train]'")
     from tokenizers import Tokenizer
 
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,234 @@
+"""Global ranks: how important each neuron is to what the model itself likes to say. Their file format.
+
+A file holds, for FFN block i and both signals, ``layers.{i}.{signal}.rank`` ([F] uint16 or uint32, 1 = most important)
+and ``layers.{i}.{signal}.energy`` ([F] float32, mean share of a token's energy, sums to 1), and says in its metadata
+what it belongs to and how it was made. It is data only: a safetensors file, checked before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from huggingface_hub import ModelCard
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from .errors import GlassError, StatsError
+from .importance import SIGNALS
+
+if TYPE_CHECKING:
+    from .model import GlassModel
+
+FORMAT_VERSION = "1"
+
+
+@dataclass
+class GlobalRanks:
+    """A model's global ranks.
+
+    Attributes:
+        ranks: for each signal, the ranks [F] (int64) of every FFN block.
+        energies: for each signal, the energies [F] (float32) of every FFN block.
+        metadata: strings: format_version; model, original, revision, model_type, quantization and fingerprint
+            (what it belongs to); sizes (F of each block) and blocks (their paths), as JSON; method, tokens,
+            sequences, length, temperature, seed, stability and tool versions (how it was made).
+    """
+
+    ranks: dict[str, list[mx.array]]
+    energies: dict[str, list[mx.array]]
+    metadata: dict[str, str]
+
+    @property
+    def sizes(self) -> list[int]:
+        """F of each FFN block."""
+        return json.loads(self.metadata["sizes"])
+
+    @classmethod
+    def read(cls, path: str | Path) -> GlobalRanks:
+        """Read a file.
+
+        Raises:
+            StatsError: it is missing, damaged or not a ranks file of this version.
+        """
+        try:
+            with safe_open(str(path), framework="numpy") as f:
+                return cls._read(f)
+        except FileNotFoundError as e:
+            raise StatsError(f"There is no ranks file {path}.") from e
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError, RecursionError) as e:
+            reason = (str(e).splitlines() or [type(e).__name__])[0]
+            raise StatsError(f"{path} is not a usable ranks file: {reason}") from e
+
+    @classmethod
+    def _read(cls, f: Any) -> GlobalRanks:
+        metadata = f.metadata() or {}
+        version = metadata.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(f"format version {version}, expected {FORMAT_VERSION}")
+        sizes = json.loads(metadata["sizes"])
+        if not isinstance(sizes, list) or not all(type(n) is int and 0 < n < 2**20 for n in sizes):
+            raise ValueError("sizes is no list of neuron counts")
+        names = set(f.keys())
+        ranks: dict[str, list[mx.array]] = {}
+        energies: dict[str, list[mx.array]] = {}
+        for signal in SIGNALS:
+            ranks[signal], energies[signal] = [], []
+            for i, size in enumerate(sizes):
+                prefix = f"layers.{i}.{signal}"
+                for kind, dtypes in (("rank", ("U16", "U32")), ("energy", ("F32",))):
+                    if f"{prefix}.{kind}" not in names:
+                        raise ValueError(f"{prefix}.{kind} is missing")
+                    entry = f.get_slice(f"{prefix}.{kind}")
+                    if entry.get_shape() != [size] or entry.get_dtype() not in dtypes:
+                        raise ValueError(f"{prefix}.{kind} has a wrong shape or dtype")
+                order = f.get_tensor(f"{prefix}.rank").astype(np.int64)
+                if not np.array_equal(np.sort(order), np.arange(1, size + 1)):
+                    raise ValueError(f"{prefix}.rank is no ranking of {size} neurons")
+                values = f.get_tensor(f"{prefix}.energy")
+                if not (np.isfinite(values).all() and (values >= 0).all()):
+                    raise ValueError(f"{prefix}.energy has values that are no energies")
+                ranks[signal].append(mx.array(order))
+                energies[signal].append(mx.array(values))
+        return cls(ranks, energies, dict(metadata))
+
+    def write(self, path: str | Path) -> None:
+        """Write a file: complete, or not at all."""
+        tensors = {}
+        for signal in SIGNALS:
+            for i, (r, e) in enumerate(zip(self.ranks[signal], self.energies[signal])):
+                small = np.uint16 if r.shape[0] < 2**16 else np.uint32
+                tensors[f"layers.{i}.{signal}.rank"] = np.array(r).astype(small)
+                tensors[f"layers.{i}.{signal}.energy"] = np.array(e)
+        write_atomically(path, lambda temporary: temporary.write_bytes(save(tensors, metadata=self.metadata)))
+
+    def check(self, model: GlassModel) -> GlobalRanks:
+        """Return self if the ranks are this model's, or those of the model that it is a quantised copy of.
+
+        Raises:
+            StatsError: they are not, with the reason.
+        """
+        made_for = self.metadata.get("model") or "another model"
+        expected = [block.size for block in model.blocks]
+        if len(self.sizes) != len(expected):
+            raise StatsError(
+                f"The ranks are for {made_for} with {len(self.sizes)} FFN layers; this model has {len(expected)}."
+            )
+        for i, (got, want) in enumerate(zip(self.sizes, expected)):
+            if got != want:
+                raise StatsError(
+                    f"The ranks are for {made_for} with {got} neurons in FFN layer {i}; this model has {want}."
+                )
+        if self.metadata.get("fingerprint") == fingerprint(model):
+            return self
+        ours, theirs = describe(model)["original"], self.metadata.get("original")
+        if ours and ours == theirs:
+            return self
+        raise StatsError(
+            f"The ranks are for {made_for}, whose weights differ from this model's, and nothing says that one is "
+            "a conversion of the other."
+        )
+
+
+def fingerprint(model: GlassModel) -> str:
+    """A short digest of a model's FFN weights: shapes, dtypes and some values of its first and last block."""
+    digest = hashlib.sha256(json.dumps([block.size for block in model.blocks]).encode())
+    for block in (model.blocks[0], model.blocks[-1]):
+        for name in (*block.inputs, block.output):
+            weight = block.module[name].weight
+            digest.update(f"{name} {weight.shape} {weight.dtype}".encode())
+            digest.update(np.array(weight[:2].reshape(-1)[:512].view(mx.uint8)).tobytes())
+    return digest.hexdigest()[:32]
+
+
+def describe(model: GlassModel) -> dict[str, str]:
+    """What a model is, as far as its directory says: ``model`` (Hub repository or directory name), ``revision``,
+    ``original`` (the repository that it is a conversion of, or itself), ``model_type`` and ``quantization``."""
+    name = revision = ""
+    path = model.path
+    if path is not None:
+        hub = [part for part in path.parts if part.startswith("models--")]
+        if hub and path.parent.name == "snapshots":
+            name, revision = hub[-1].removeprefix("models--").replace("--", "/"), path.name
+        else:
+            name = path.name
+    return {
+        "model": name,
+        "revision": revision,
+        "original": _original(path, name),
+        "model_type": str(getattr(model.dense, "model_type", "")),
+        "quantization": _quantization(model),
+    }
+
+
+def _original(path: Path | None, name: str) -> str:
+    """The repository that a model is a conversion of by its card, or its own name on the Hub.
+
+    A card's base_model alone may also mean a fine-tune of it: the name must begin with the base's, or the card say
+    that it is a quantisation.
+    """
+    own = name if "/" in name else ""
+    card = path / "README.md" if path is not None else None
+    if card is None or not card.is_file():
+        return own
+    try:
+        if not card.read_text(encoding="utf-8").startswith("---"):
+            return own
+        data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # a card may hold anything, and none of it is needed
+        return own
+    base = data.get("base_model")
+    base = base[0] if isinstance(base, list) and len(base) == 1 else base
+    if not isinstance(base, str):
+        return own
+    short = re.split("/", base)[-1].lower()
+    converted = data.get("base_model_relation") == "quantized" or name.split("/")[-1].lower().startswith(short)
+    return base if converted else own
+
+
+def _quantization(model: GlassModel) -> str:
+    projection = model.blocks[0].module[model.blocks[0].inputs[0]]
+    if isinstance(projection, nn.QuantizedLinear):
+        return f"{projection.mode} {projection.bits}-bit, groups of {projection.group_size}"
+    return str(projection.weight.dtype).removeprefix("mlx.core.")
+
+
+def write_index(directory: Path) -> int:
+    """Write ``index.json`` for the ranks files of a directory; returns how many there are."""
+    entries = []
+    for path in sorted(directory.glob("*.safetensors")):
+        entries.append(index_entry(path.name, GlobalRanks.read(path).metadata))
+    index = {"format_version": FORMAT_VERSION, "models": entries}
+    write_atomically(directory / "index.json", lambda p: p.write_text(json.dumps(index, indent=2) + "\n"))
+    return len(entries)
+
+
+def index_entry(file: str, metadata: dict[str, str]) -> dict[str, str]:
+    """What an index says of a file."""
+    keys = ("model", "original", "model_type", "quantization", "fingerprint")
+    return {"file": file, **{key: metadata.get(key, "") for key in keys}}
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` make a temporary file, then rename it: the file is complete, or as it was before."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as e:
+        raise GlassError(f"Cannot write {path}: {e}") from e
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
