@@ -174,6 +174,7 @@ def calibrate(
                 _record(model, mine, norms, sums, half)
         sums.batches += 1
         agreement = stability(sums)
+        sums.history.append([sums.total, *(round(agreement[key], 4) for key in ("overlap", "correlation"))])
         progress(sums.total, agreement)
         if partial is not None:
             sums.save(partial, identity)
@@ -203,6 +204,7 @@ def calibrate(
             "sequences": str(sums.sequences),
             "tokens": str(sums.total),
             "stability": json.dumps({k: round(v, 4) for k, v in stability(sums).items()}),
+            "stability_history": json.dumps(sums.history),
             "glass_mlx": __version__,
             "mlx": mx.__version__,
             "mlx_lm": mlx_lm.__version__,
@@ -239,13 +241,15 @@ def compare(a: np.ndarray, b: np.ndarray, share: float = 0.5) -> dict[str, float
 
 @dataclass
 class _Halves:
-    """Energies summed so far: sums [signals, halves, sum of F] float64, and what was read."""
+    """Energies summed so far: sums [signals, halves, sum of F] float64, what was read, and how stable it was after
+    each batch: (tokens, overlap, correlation)."""
 
     sizes: list[int]
     sums: np.ndarray
     tokens: list[int]
     sequences: int = 0
     batches: int = 0
+    history: list[list[float]] = field(default_factory=list)
 
     @classmethod
     def empty(cls, model: GlassModel) -> _Halves:
@@ -264,7 +268,7 @@ class _Halves:
 
     def save(self, path: Path, identity: str) -> None:
         state = {"identity": identity, "sizes": self.sizes, "tokens": self.tokens}
-        state |= {"sequences": self.sequences, "batches": self.batches}
+        state |= {"sequences": self.sequences, "batches": self.batches, "history": self.history}
         data = save({"sums": self.sums}, metadata={"state": json.dumps(state)})
         write_atomically(path, lambda temporary: temporary.write_bytes(data))
 

@@ -55,6 +55,7 @@ class Block:
         output: name of the projection from the neurons.
         size: F, the number of neurons (intermediate_size).
         fused: row order of a fused projection: ``""``, ``"halves"`` or ``"interleaved"``.
+        dtype: of its hidden vectors, once it has seen some.
     """
 
     path: str
@@ -63,6 +64,7 @@ class Block:
     output: str
     size: int
     fused: str = ""
+    dtype: mx.Dtype | None = None
 
     def rows(self, kept: mx.array) -> mx.array:
         """Rows of the input projections that belong to the kept neurons [k]."""
@@ -76,7 +78,7 @@ class Block:
         """The block's projections with only the kept neurons [k] (int32), by name."""
         rows = self.rows(kept)
         sliced = {name: slice_rows(self.module[name], rows) for name in self.inputs}
-        return {**sliced, self.output: slice_columns(self.module[self.output], kept)}
+        return {**sliced, self.output: slice_columns(self.module[self.output], kept, self.dtype)}
 
     def kind(self) -> tuple:
         """What two blocks must share for one check to speak for both."""

@@ -182,6 +182,7 @@ class GlassModel(nn.Module):
 
         def tap(i: int, block: Block) -> dict[str, Tap]:
             def observe(h: mx.array) -> None:
+                block.dtype = h.dtype
                 energies[i] = energies[i] + energy(h, norms[i])
 
             return {block.output: Tap(block.module[block.output], observe)}
@@ -193,18 +194,26 @@ class GlassModel(nn.Module):
 
     def _decode(self, session: Session, length: int, inputs, cache, kwargs) -> mx.array:
         """The same forward code on the session's compact projections."""
-        session.advance(length)
         if session.config.density == 1:
-            return self.dense(inputs, cache=cache, **kwargs)
+            projections: list[dict[str, nn.Module]] = []
+        else:
+            projections = self._compact(session)
+        with swapped(self.blocks, projections):
+            logits = self.dense(inputs, cache=cache, **kwargs)
+        session.advance(length)
+        return logits
+
+    def _compact(self, session: Session) -> list[dict[str, nn.Module]]:
+        """The session's compact projections, made when first asked for after a choice."""
         if session.compact is None:
-            session.compact = []
+            made = []
             for block, kept in zip(self.blocks, self._kept(session)):
                 compact = block.compact(kept)
                 # start on this block while the next one is being described
                 mx.async_eval([projection.parameters() for projection in compact.values()])
-                session.compact.append(compact)
-        with swapped(self.blocks, session.compact):
-            return self.dense(inputs, cache=cache, **kwargs)
+                made.append(compact)
+            session.compact = made
+        return session.compact
 
     def _kept(self, session: Session) -> list[mx.array]:
         if session.kept is None:

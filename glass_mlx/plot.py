@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,8 +19,8 @@ def plot_ranks(
     share: float = 0.5,
     signal: str = "impact",
 ) -> None:
-    """Draw how concentrated importance is in each layer and, where given, how the choice by prompts overlaps with
-    the global one.
+    """Draw how concentrated importance is in each layer, how stable the ranks became as tokens were read, and, where
+    given, how the choice by prompts overlaps with the global one.
 
     Args:
         ranks (GlobalRanks): the ranks to draw.
@@ -34,29 +36,46 @@ def plot_ranks(
         from matplotlib.figure import Figure
     except ImportError as e:
         raise GlassError("Plots need matplotlib: pip install 'glass_mlx[plot]'") from e
-    figure = Figure(figsize=(6 if overlaps is None else 11, 4.5), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(1, 1 if overlaps is None else 2))
     name = ranks.metadata.get("model", "")
-    layers = ranks.energies[signal]
-    colors = _colors(len(layers))
-    for i, energy in enumerate(layers):
-        cumulative = np.cumsum(-np.sort(-np.array(energy, dtype=np.float64)))
-        x = np.arange(1, len(cumulative) + 1) / len(cumulative)
-        axes[0].plot(x, cumulative / max(cumulative[-1], 1e-30), color=colors[i], label=f"layer {i}")
-    axes[0].plot([0, 1], [0, 1], ":", color="grey", label="all alike")
-    axes[0].set(xlabel="best share of the neurons", ylabel="share of the energy", xlim=(0, 1), ylim=(0, 1))
-    axes[0].set_title(f"Concentration of {signal}, {name}")
-    if len(layers) <= 12:
-        axes[0].legend(fontsize="small")
+    history = np.array(json.loads(ranks.metadata.get("stability_history", "[]")), dtype=float)
+    panels = [_draw_concentration]
+    if len(history) > 1:
+        panels.append(_draw_stability)
     if overlaps is not None:
-        axes[1].boxplot(overlaps, tick_labels=[str(i) for i in range(overlaps.shape[1])])
-        axes[1].axhline(share, linestyle=":", color="grey")
-        axes[1].set(xlabel="layer", ylabel=f"overlap of the best {share:.0%}", ylim=(0, 1))
-        axes[1].set_title(f"Prompt's choice against the global one ({len(overlaps)} prompts)")
+        panels.append(_draw_overlaps)
+    figure = Figure(figsize=(5.5 * len(panels), 4.5), layout="constrained")
+    figure.suptitle(f"Global ranks of {name}" if name else "Global ranks")
+    data = {_draw_concentration: ranks.energies[signal], _draw_stability: history, _draw_overlaps: overlaps}
+    for axes, draw in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels):
+        draw(axes, data[draw], signal, share)
     write_atomically(out, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
 
-def _colors(n: int) -> np.ndarray:
+def _draw_concentration(axes: Any, layers: list[Any], signal: str, share: float) -> None:
     from matplotlib import colormaps
 
-    return colormaps["viridis"](np.linspace(0, 0.9, n))
+    colors = colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
+    for i, energy in enumerate(layers):
+        cumulative = np.cumsum(-np.sort(-np.array(energy, dtype=np.float64)))
+        x = np.arange(1, len(cumulative) + 1) / len(cumulative)
+        axes.plot(x, cumulative / max(cumulative[-1], 1e-30), color=colors[i], label=f"layer {i}")
+    axes.plot([0, 1], [0, 1], ":", color="grey", label="all alike")
+    axes.set(xlabel="best share of the neurons", ylabel="share of the energy", xlim=(0, 1), ylim=(0, 1))
+    axes.set_title(f"Concentration of {signal}")
+    if len(layers) <= 12:
+        axes.legend(fontsize="small")
+
+
+def _draw_stability(axes: Any, history: np.ndarray, signal: str, share: float) -> None:
+    axes.plot(history[:, 0], history[:, 1], "o-", label="overlap of the better half")
+    axes.plot(history[:, 0], history[:, 2], "s-", label="rank correlation")
+    axes.set(xlabel="tokens read", ylabel="agreement of two halves", xscale="log", ylim=(None, 1))
+    axes.set_title("Stability")
+    axes.legend(fontsize="small")
+
+
+def _draw_overlaps(axes: Any, overlaps: np.ndarray, signal: str, share: float) -> None:
+    axes.boxplot(overlaps, tick_labels=[str(i) for i in range(overlaps.shape[1])])
+    axes.axhline(share, linestyle=":", color="grey")
+    axes.set(xlabel="layer", ylabel=f"overlap of the best {share:.0%}", ylim=(0, 1))
+    axes.set_title(f"Prompt's choice against the global one ({len(overlaps)} prompts)")

@@ -32,22 +32,24 @@ def slice_rows(linear: nn.Module, rows: mx.array) -> nn.Module:
     return _copy(linear, {name: linear[name][rows] for name in _PER_ROW if linear.get(name) is not None})
 
 
-def slice_columns(linear: nn.Module, columns: mx.array) -> nn.Module:
+def slice_columns(linear: nn.Module, columns: mx.array, dtype: mx.Dtype | None = None) -> nn.Module:
     """An output projection (down) for the given input columns only; its bias is kept whole.
 
-    A quantised projection is dequantised first, since columns cut through its groups: the result is exact and
-    has the dtype of its scales.
+    A quantised projection is dequantised first, since columns cut through its groups.
 
     Args:
         linear (nn.Module): ``nn.Linear`` or ``nn.QuantizedLinear`` with weight [D, F].
         columns (mx.array): [k] integer indices into the columns.
+        dtype (mx.Dtype, optional): of the model's activations. Default: as the weights are dequantised.
 
     Returns:
         nn.Module: an ``nn.Linear`` with weight [D, k].
     """
     compact = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(compact)
-    compact.weight = mx.take(dense_weight(linear), columns, axis=1)
+    weight = mx.take(dense_weight(linear), columns, axis=1)
+    quantised = isinstance(linear, nn.QuantizedLinear)
+    compact.weight = weight.astype(dtype) if quantised and dtype is not None else weight
     if linear.get("bias") is not None:
         compact.bias = linear.bias
     return compact

@@ -1,0 +1,134 @@
+"""Fixtures: the demo model, a cheaper random one on disk, and no network or user files in reach."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"  # before anything reads them
+
+import mlx.core as mx
+import pytest
+from huggingface_hub import constants
+from mlx.utils import tree_flatten
+from mlx_lm.models import llama
+
+import glass_mlx
+from glass_mlx.loading import DEMO_PATH
+
+ROOT = Path(glass_mlx.__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def isolation(tmp_path, monkeypatch):
+    """No Hub, and caches of the test's own."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name in ("HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+
+
+@pytest.fixture(scope="session")
+def demo():
+    """The demo model and its tokenizer. Tests leave them as they are: what changes is in prompt caches."""
+    return glass_mlx.load("demo")
+
+
+@pytest.fixture(scope="session")
+def exact():
+    """The demo model in float32, where it makes no difference in which pieces a text is read."""
+    model, tokenizer = glass_mlx.load("demo")
+    model.dense.set_dtype(mx.float32)
+    return model, tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory) -> Path:
+    """A random two-layer Llama with the demo's tokenizer, as a directory of mlx-lm's."""
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    path.mkdir()
+    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(DEMO_PATH / name, path)
+    config = {
+        "model_type": "llama",
+        "vocab_size": 4096,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    mx.random.seed(0)
+    weights = dict(tree_flatten(llama.Model(llama.ModelArgs.from_dict(config)).parameters()))
+    mx.save_safetensors(str(path / "model.safetensors"), weights, metadata={"format": "mlx"})
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_dir):
+    """The random model, without global ranks, and its tokenizer."""
+    return glass_mlx.load(tiny_dir, stats=False)
+
+
+@pytest.fixture
+def model_copy(tiny_dir, tmp_path) -> Path:
+    """A copy of the random model's directory, to be damaged."""
+    return shutil.copytree(tiny_dir, tmp_path / "model")
+
+
+@dataclass
+class Outcome:
+    """What a command line did."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def invoke(monkeypatch, capsys):
+    """Run a ``main()`` in this process."""
+
+    def invoke(main, *args) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, args)])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as e:
+            code = e.code or 0
+            if isinstance(code, str):  # what the interpreter does with a message
+                print(code, file=sys.stderr)
+                code = 1
+        return Outcome(code, *capsys.readouterr())
+
+    return invoke
+
+
+@pytest.fixture
+def python_m(tmp_path):
+    """Run ``python -m`` in a process of its own, elsewhere than in the repository."""
+
+    def python_m(*args, stdin: str = "") -> Outcome:
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        done = subprocess.run(
+            [sys.executable, "-m", *map(str, args)],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": path},
+            input=stdin,
+            capture_output=True,
+            text=True,
+        )
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    return python_m

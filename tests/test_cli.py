@@ -1,0 +1,120 @@
+"""Tests of what the command lines share, and of the names they go by."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from conftest import ROOT
+
+from glass_mlx import GlassError, __main__, cli
+
+SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+MODULES = [script.partition(":")[0] for script in SCRIPTS.values()]
+
+
+def _raise(error):
+    raise error
+
+
+@pytest.mark.parametrize("text, value", [("0.5", 0.5), ("1", 1.0), ("1e-3", 1e-3)])
+def test_density(text, value):
+    assert cli.density(text) == value
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.01", "nan", "inf", "abc", ""])
+def test_bad_density(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="above 0"):
+        cli.density(text)
+
+
+@pytest.mark.parametrize("text, value", [("auto", "auto"), ("0", 0.0), ("1", 1.0)])
+def test_global_weight(text, value):
+    assert cli.global_weight(text) == value
+
+
+@pytest.mark.parametrize("text", ["-0.1", "1.01", "nan", "Auto", ""])
+def test_bad_global_weight(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="neither"):
+        cli.global_weight(text)
+
+
+def test_run(invoke):
+    done = invoke(lambda: cli.run(lambda: print("fine")))
+    assert (done.code, done.out, done.err) == (0, "fine\n", "")
+
+
+def test_run_error(invoke):
+    done = invoke(lambda: cli.run(lambda: _raise(GlassError("what to do"))))
+    assert (done.code, done.out, done.err) == (1, "", "error: what to do\n")
+
+
+def test_run_verbose():
+    with pytest.raises(GlassError, match="what to do"):
+        cli.run(lambda: _raise(GlassError("what to do")), verbose=True)
+
+
+def test_run_interrupted(invoke):
+    done = invoke(lambda: cli.run(lambda: _raise(KeyboardInterrupt())))
+    assert (done.code, done.err) == (130, "")
+
+
+def test_run_leaves_other_errors_alone():
+    with pytest.raises(ZeroDivisionError):
+        cli.run(lambda: 1 / 0)
+
+
+def test_reader_gone():
+    """As with ``| head``."""
+    code = "from glass_mlx.cli import run; run(lambda: [print('x' * 9999, flush=True) for _ in range(9999)])"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_help(invoke, module):
+    module = importlib.import_module(module)
+    done = invoke(module.main, "--help")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith("usage: glass_mlx")
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if not m.endswith("__main__")])
+def test_script_names(module):
+    name = module.rpartition(".")[2]
+    assert SCRIPTS[f"glass_mlx.{name}"] == f"{module}:main"
+    assert importlib.import_module(module).setup_arg_parser().prog == module
+    assert name in __main__.COMMANDS
+
+
+def test_commands_are_all_scripts():
+    assert {f"glass_mlx.{name}" for name in __main__.COMMANDS} == set(MODULES) - {"glass_mlx.__main__"}
+
+
+def test_dispatch(invoke):
+    assert invoke(__main__.main).out.startswith("usage: glass_mlx {chat,generate")
+    done = invoke(__main__.main, "chant")
+    assert done.code == 2 and done.out == ""
+    assert "no command 'chant'" in done.err
+
+
+def test_dispatch_passes_arguments_on(invoke, monkeypatch):
+    seen = []
+    monkeypatch.setattr("glass_mlx.stats.main", lambda: seen.extend(sys.argv))
+    invoke(__main__.main, "stats", "build", "--model", "demo")
+    assert seen == ["glass_mlx stats", "build", "--model", "demo"]
+
+
+def test_python_m(python_m):
+    done = python_m("glass_mlx", "generate", "--density", "2")
+    assert done.code == 2
+    assert "--density" in done.err.splitlines()[-1]

@@ -1,0 +1,169 @@
+"""Tests of the bundled model and of the parts of its training script that need no PyTorch."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import py_compile
+from types import SimpleNamespace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.utils import load_tokenizer
+
+from glass_mlx.demo import train
+from glass_mlx.loading import DEMO_PATH
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": " Hello "},
+    {"role": "assistant", "content": "Hi!"},
+    {"role": "user", "content": "Bye"},
+]
+RENDERED = "<s><|user|> Be brief.<|user|> Hello<|assistant|> Hi!</s><|user|> Bye"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(DEMO_PATH)
+
+
+def test_files():
+    files = {path.name: path.stat().st_size for path in DEMO_PATH.iterdir()}
+    assert {"README.md", "chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"} <= files.keys()
+    assert sum(files.values()) < 20e6
+
+
+def test_card():
+    card = (DEMO_PATH / "README.md").read_text(encoding="utf-8").lower()
+    for word in ("prose", "dialogues", "cc by-sa 4.0", "licen"):
+        assert word in card, word
+
+
+def test_weights_match_config():
+    config = json.loads((DEMO_PATH / "config.json").read_text())
+    weights = mx.load(str(DEMO_PATH / "model.safetensors"))
+    layers = {name.split(".")[2] for name in weights if name.startswith("model.layers.")}
+    assert len(layers) == config["num_hidden_layers"]
+    assert weights["model.embed_tokens.weight"].shape == (config["vocab_size"], config["hidden_size"])
+    for weight in weights.values():
+        assert mx.isfinite(weight).all()
+
+
+def test_bos(tokenizer):
+    assert tokenizer.encode("Hello")[0] == tokenizer.bos_token_id == 1
+    assert tokenizer.eos_token_ids == {2}
+
+
+@pytest.mark.parametrize("text", ["The old house.", "naïve — “quoted”", "日本語 🙂", "two\n\nparagraphs", "  spaces  "])
+def test_tokenizer_round_trip(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)).strip() == text.strip()
+
+
+@pytest.mark.parametrize("prompting", [True, False])
+def test_chat_template(tokenizer, prompting):
+    text = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=prompting, tokenize=False)
+    assert text == RENDERED + "<|assistant|>" * prompting
+    tokens = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=prompting)
+    assert tokens.count(1) == 1 and tokens.count(2) == 1
+    assert tokenizer.decode(tokens) == text
+
+
+def test_it_talks(demo):
+    model, tokenizer = demo
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "I want to find a restaurant in San Jose."}])
+    logits = model(mx.array([prompt]))[0, -1].astype(mx.float32)
+    assert mx.isfinite(logits).all() and mx.argmax(logits).item() == tokenizer.encode("<|assistant|>")[-1]
+
+
+# The training script
+
+
+def test_script_compiles(tmp_path):
+    py_compile.compile(train.__file__, cfile=tmp_path / "train.pyc", doraise=True)
+
+
+def test_script_without_torch(invoke, monkeypatch):
+    assert invoke(train.main, "--help").out.startswith("usage:")
+    monkeypatch.setattr(train, "torch", None)
+    done = invoke(train.main, "--prose", "x", "--dialogues", "x", "--out", "x")
+    assert done.code == 1 and "pip install" in done.err
+
+
+def test_schedule():
+    rates = [train.schedule(x) for x in np.linspace(0, 1, 501)]
+    peak = int(np.argmax(rates))
+    assert rates[0] == pytest.approx(0.01) and rates[-1] == pytest.approx(0.02)
+    assert 0.01 < peak / 500 < 0.03 and 0.95 < max(rates) <= 1
+    assert (np.diff(rates[: peak + 1]) > 0).all() and (np.diff(rates[peak:]) < 0).all()
+    assert train.schedule(1.5) == train.schedule(1)
+
+
+NEWLINE, BOS = 7, 1
+
+
+@pytest.mark.parametrize("length", [8, 33])
+@pytest.mark.parametrize("paragraph", [3, 11, 1000])
+def test_book_rows(length, paragraph):
+    """Rows are stretches of the book that leave nothing out, and start paragraphs where they can."""
+    ids = np.arange(100, 700)
+    ids[paragraph::paragraph] = NEWLINE
+    rows = list(train.book_rows(ids, NEWLINE, BOS, length))
+    seen = np.zeros(len(ids), bool)
+    position = {id_: i for i, id_ in enumerate(ids) if id_ != NEWLINE}
+    for n, row in enumerate(rows):
+        start = next(position[id_] - i for i, id_ in enumerate(row[1:]) if id_ != NEWLINE)
+        assert len(row) == length and row[0] == BOS
+        assert (row[1:] == ids[start : start + length - 1]).all()
+        seen[start : start + length - 1] = True
+        if n and paragraph < length // 2:
+            assert ids[start - 1] == NEWLINE
+    assert seen[: len(ids) - length].all()
+
+
+def test_short_book():
+    assert list(train.book_rows(np.arange(5), NEWLINE, BOS, 8)) == []
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.txt.xz"])
+def test_read_text(tmp_path, name):
+    data = "Ärger\n".encode()
+    (tmp_path / name).write_bytes(lzma.compress(data) if name.endswith("xz") else data)
+    assert train.read_text(tmp_path / name) == "Ärger\n"
+
+
+@pytest.fixture
+def corpus(tmp_path, tokenizer):
+    """Arguments and tokenizer for ``prepare``: three books, a dialogue."""
+    book = "\n".join(f"{i} and the old house stood at the end of the street." * 5 for i in range(25))
+    (tmp_path / "prose.txt").write_text("\n\n".join([book] * 3))
+    (tmp_path / "talk.jsonl").write_text(json.dumps({"messages": MESSAGES}) + "\n")
+    paths = {"prose": tmp_path / "prose.txt", "dialogues": tmp_path / "talk.jsonl"}
+    args = SimpleNamespace(**paths, out=tmp_path, tokenizer=DEMO_PATH, context=16)
+    return args, tokenizer._tokenizer.backend_tokenizer
+
+
+def test_prepare(corpus):
+    args, _ = corpus
+    prose, dialogues, held = train.prepare(*corpus)
+    assert prose.shape[1] == dialogues.shape[1] == 17 and prose.dtype == dialogues.dtype == np.uint16
+    assert (prose[:, 0] == BOS).all() and len(dialogues) == 1
+    assert len(held) == 5 and {len(h) for h in held} == {17}
+    args.prose.unlink()  # the second time, what was tokenised is read
+    again = train.prepare(*corpus)
+    assert (again[0] == prose).all() and (again[1] == dialogues).all()
+    assert all((a == b).all() for a, b in zip(again[2], held, strict=True))
+
+
+@pytest.mark.parametrize("name", ["prose.txt", "talk.jsonl"])
+def test_too_little_text(corpus, tmp_path, name):
+    (tmp_path / name).write_text("")
+    with pytest.raises(SystemExit, match="too little text"):
+        train.prepare(*corpus)
+
+
+def test_dialogues_are_rendered_as_in_chat(tmp_path, tokenizer):
+    (tmp_path / "talk.jsonl").write_text(json.dumps({"messages": MESSAGES}) + "\n")
+    [tokens] = train.dialogue_tokens(tmp_path / "talk.jsonl", DEMO_PATH, tokenizer._tokenizer.backend_tokenizer)
+    assert tokens.tolist() == tokenizer.apply_chat_template(MESSAGES)

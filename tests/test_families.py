@@ -1,0 +1,85 @@
+"""Tests of the survey of model families and of its command line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+
+import mlx.core as mx
+import pytest
+
+from glass_mlx import families
+
+
+@pytest.fixture(autouse=True)
+def _as_before():
+    """The command turns off MLX's compiler and warnings; the next test finds them on again."""
+    logger = logging.getLogger("glass_mlx")
+    level = logger.level
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+    logger.setLevel(level)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    def command(*args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["glass_mlx.families", *args])
+        code = 0
+        try:
+            families.main()
+        except SystemExit as e:
+            code = e.code
+        return code, *capsys.readouterr()
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("name", "covered", "projections", "note"),
+    [
+        ("llama", True, "gate_proj+up_proj/down_proj", ""),
+        ("gpt_neox", True, "dense_h_to_4h/dense_4h_to_h", ""),
+        ("gemma3n", True, "gate_proj+up_proj/down_proj", "not independent"),
+        ("mixtral", False, "", "routed experts"),
+        ("mamba2", False, "", "SSM"),
+        ("olmo", False, "", "not tried: needs the ai2-olmo package"),
+    ],
+)
+def test_survey(name, covered, projections, note):
+    family = families.survey(name)
+    assert (family.name, family.covered, family.projections) == (name, covered, projections)
+    assert note in family.note if note else family.note == ""
+
+
+def test_a_family_that_breaks_is_listed(monkeypatch):
+    def broken(name):
+        raise RuntimeError("no such config\nat all")
+
+    monkeypatch.setattr(families, "tiny_model", broken)
+    assert families.survey("llama") == families.Family("llama", False, "", "not tried: RuntimeError: no such config")
+
+
+def test_table(command):
+    code, out, err = command("llama", "mamba", "gpt2")
+    header, *rows, _, total = out.splitlines()
+    assert (code, err) == (0, "")
+    assert header.split() == ["family", "covered", "projections", "note"]
+    assert [row.split()[:2] for row in rows] == [["llama", "yes"], ["mamba", "-"], ["gpt2", "yes"]]
+    assert total == "2 of 3 families covered"
+
+
+def test_json(command):
+    code, out, _ = command("--json", "llama", "mamba")
+    llama, mamba = json.loads(out)
+    assert code == 0
+    assert llama == {"name": "llama", "covered": True, "projections": "gate_proj+up_proj/down_proj", "note": ""}
+    assert mamba.keys() == llama.keys() and not mamba["covered"]
+
+
+def test_unknown_family(command):
+    code, out, err = command("llama", "no_such")
+    assert (code, out) == (2, "")
+    assert "'no_such'" in err

@@ -1,0 +1,375 @@
+"""Tests of generation, from Python and from the command line."""
+
+from __future__ import annotations
+
+import json
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, save_prompt_cache
+from mlx_lm.sample_utils import make_logits_processors
+
+import glass_mlx
+from glass_mlx import GlassConfig, GlassError, StatsError, generate, stream_generate, wrap
+from glass_mlx.generate import main
+from glass_mlx.loading import DEMO_PATH
+from glass_mlx.ranking import kept_count
+from glass_mlx.stats import STATS_DIR
+from glass_mlx.tiny import tiny_model
+
+PROMPT = "The old house stood at the end of the street, and"
+N = 12
+
+
+def _tokens(stream) -> list[int]:
+    return [response.token for response in stream]
+
+
+def _dense(demo, prompt=PROMPT, n=N, **options) -> list[int]:
+    """What mlx-lm itself generates."""
+    return _tokens(mlx_lm.stream_generate(demo[0].dense, demo[1], prompt, max_tokens=n, **options))
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, "Hi", "<s><|user|> Hello<|assistant|>"])
+@pytest.mark.parametrize("step", [2048, 3])
+def test_density_1_is_mlx_lm(demo, prompt, step):
+    ours = stream_generate(*demo, prompt, N, density=1.0, prefill_step_size=step)
+    assert _tokens(ours) == _dense(demo, prompt, prefill_step_size=step)
+
+
+def test_sampling_at_density_1_is_mlx_lm(demo):
+    options = {"sampler": lambda logprobs: mx.random.categorical(logprobs)}
+    mx.random.seed(5)
+    expected = _dense(demo, **options)
+    mx.random.seed(5)
+    assert _tokens(stream_generate(*demo, PROMPT, N, density=1.0, **options)) == expected
+
+
+def test_sparse_is_not_dense(demo):
+    """All of the tests here would pass if nothing were pruned."""
+    assert _tokens(stream_generate(*demo, PROMPT, N, density=0.1)) != _dense(demo)
+
+
+def test_kinds_of_prompts(demo):
+    tokens = demo[1].encode(PROMPT)
+    said = [_tokens(stream_generate(*demo, p, N)) for p in (PROMPT, tokens, mx.array(tokens))]
+    assert said[0] == said[1] == said[2]
+
+
+def test_plain_tokenizer(demo):
+    """As with mlx-lm, transformers' own tokenizer will do."""
+    assert generate(demo[0], demo[1]._tokenizer, PROMPT, max_tokens=N) == generate(*demo, PROMPT, max_tokens=N)
+
+
+@pytest.mark.parametrize("prompt", [[], mx.array([], mx.int32)])
+def test_empty_prompt(demo, prompt):
+    with pytest.raises(GlassError, match="empty"):
+        generate(*demo, prompt)
+
+
+def test_empty_text(demo):
+    """With this tokenizer it is the BOS token, so global ranks alone choose."""
+    [response] = stream_generate(*demo, "", 1)
+    assert (response.prompt_tokens, response.global_weight) == (1, 1.0)
+
+
+@pytest.mark.parametrize("signal", ["impact", "activation"])
+def test_response(demo, signal):
+    options = {"density": 0.3, "global_weight": 0.25, "signal": signal}
+    responses = list(stream_generate(*demo, PROMPT, N, **options))
+    sizes = [block.size for block in demo[0].blocks]
+    for n, r in enumerate(responses, 1):
+        assert (r.density, r.global_weight, r.signal) == (0.3, 0.25, signal)
+        assert (r.kept_neurons, r.total_neurons) == (sum(kept_count(0.3, s) for s in sizes), sum(sizes))
+        assert (r.prompt_tokens, r.generation_tokens) == (len(demo[1].encode(PROMPT)), n)
+        assert r.logprobs.shape == (4096,) and not r.from_draft
+        assert min(r.prompt_tps, r.generation_tps, r.peak_memory) > 0
+    assert [r.finish_reason for r in responses] == [None] * (N - 1) + ["length"]
+    assert generate(*demo, PROMPT, max_tokens=N, **options) == "".join(r.text for r in responses)
+
+
+@pytest.mark.parametrize("prompt, weight", [([1], 1.0), ([1, 500, 600, 700], 0.8), (list(range(5, 50)), 0.5)])
+def test_auto_global_weight(demo, prompt, weight):
+    [response] = stream_generate(*demo, prompt, 1)
+    assert response.global_weight == pytest.approx(weight)
+
+
+def test_stops_at_end_token(demo):
+    *_, last = stream_generate(*demo, "<s><|user|> I want to find a restaurant in San Jose.<|assistant|>", 100)
+    assert last.finish_reason == "stop" and last.token == demo[1].eos_token_id
+
+
+def test_kept_neurons_are_decoded_with(exact):
+    """A decode step equals the dense model with the other neurons' output weights set to zero."""
+    model, tokenizer = exact
+    cache, tokens = model.make_cache(density=0.3), tokenizer.encode(PROMPT)
+    first, second = list(stream_generate(model, tokenizer, tokens, 2, prompt_cache=cache))
+    masked, _ = mlx_lm.load(str(DEMO_PATH))
+    masked.set_dtype(mx.float32)
+    expected = [KVCache() for _ in masked.layers]
+    masked(mx.array([tokens]), cache=expected)
+    kept = model.kept_neurons(cache)
+    for i, layer in enumerate(masked.layers):
+        mask = np.zeros(layer.mlp.down_proj.weight.shape[1], np.float32)
+        mask[np.array(kept[f"model.layers.{i}.mlp"])] = 1
+        layer.mlp.down_proj.weight *= mx.array(mask)
+    logits = masked(mx.array([[first.token]]), cache=expected)[0, -1]
+    assert mx.allclose(second.logprobs, logits - mx.logsumexp(logits), atol=1e-3)
+
+
+def test_prompt_cache_over_turns(exact):
+    """Two turns on one cache: the tokens are those of one dense run, and both turns' evidence counts."""
+    model, tokenizer = exact
+    cache = model.make_cache(density=1.0)
+    first = _tokens(stream_generate(model, tokenizer, PROMPT, 5, prompt_cache=cache))
+    more = tokenizer.encode(" Then he said", add_special_tokens=False)
+    second = _tokens(stream_generate(model, tokenizer, more, 5, prompt_cache=cache))
+    whole = [*tokenizer.encode(PROMPT), *first, *more]
+    assert second == _dense(exact, whole, 5)
+    assert cache[0].offset == cache[-1].offset == len(whole) + 5
+
+
+def test_evidence_of_both_turns(demo):
+    model, tokenizer = demo
+    cache = model.make_cache()
+    list(stream_generate(model, tokenizer, PROMPT, 3, prompt_cache=cache))
+    before = model.session(cache).energy
+    list(stream_generate(model, tokenizer, [500, 600], 3, prompt_cache=cache))
+    assert model.session(cache).prompt_tokens == len(tokenizer.encode(PROMPT)) + 2
+    assert (model.session(cache).energy >= before).all() and not mx.array_equal(model.session(cache).energy, before)
+
+
+def test_choice_per_call(demo):
+    model, tokenizer = demo
+    cache = model.make_cache()
+    [response] = stream_generate(model, tokenizer, PROMPT, 1, prompt_cache=cache, density=0.25)
+    assert response.density == 0.25
+    [response] = stream_generate(model, tokenizer, [500], 1, prompt_cache=cache)
+    assert response.density == 0.25  # it stays the conversation's
+    assert model.config == GlassConfig()
+    with pytest.raises(GlassError, match="density"):
+        generate(model, tokenizer, PROMPT, density=0)
+
+
+def test_foreign_prompt_cache(demo):
+    with pytest.raises(GlassError, match="make_cache"):
+        generate(*demo, PROMPT, prompt_cache=[KVCache() for _ in demo[0].blocks])
+
+
+@pytest.mark.parametrize("draft, drafts", [("itself", 3), ("itself", 1), ("dense", 2), ("other", 3)])
+@pytest.mark.parametrize("n", [1, 14])
+def test_draft_model(exact, tiny, draft, drafts, n):
+    """Speculative decoding gives the dense model's greedy tokens, whatever the draft."""
+    model = {"itself": exact[0], "dense": exact[0].dense, "other": tiny[0]}[draft]
+    stream = stream_generate(*exact, PROMPT, n, draft_model=model, num_draft_tokens=drafts)
+    responses = list(stream)
+    assert _tokens(responses) == _dense(exact, n=n)
+    assert responses[0].kept_neurons == responses[0].total_neurons
+    assert any(r.from_draft for r in responses) or draft == "other" or n == 1
+
+
+@pytest.mark.parametrize(
+    "option", [{"density": 0.5}, {"global_weight": 0.0}, {"signal": "impact"}, {"prompt_cache": []}]
+)
+def test_draft_model_takes_no_choice(demo, option):
+    with pytest.raises(GlassError, match="draft"):
+        generate(*demo, PROMPT, draft_model=demo[0], **option)
+
+
+def test_plain_model_passes_through(demo):
+    responses = list(stream_generate(demo[0].dense, demo[1], PROMPT, N))
+    assert _tokens(responses) == _dense(demo)
+    assert responses[0].density == 1.0 and responses[0].total_neurons == 0
+
+
+def test_kv_bits(demo):
+    cache = demo[0].make_cache(density=1.0)
+    options = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}
+    tokens = _tokens(stream_generate(*demo, PROMPT, N, prompt_cache=cache, **options))
+    assert isinstance(cache[0], QuantizedKVCache)
+    assert tokens == _dense(demo, **options)
+
+
+def test_max_kv_size(demo):
+    """In a family whose caches mlx-lm makes: of the demo's it ignores the size."""
+    model, prompt = wrap(tiny_model("qwen3"), stats=False), list(range(3, 30))
+    options = {"max_kv_size": 8, "prefill_step_size": 4}
+    tokens = _tokens(stream_generate(model, demo[1], prompt, N, density=1.0, **options))
+    assert tokens == _dense((model, demo[1]), prompt, **options) != _dense((model, demo[1]), prompt)
+    cache = model.make_cache(8)
+    assert _tokens(stream_generate(model, demo[1], prompt, N, prompt_cache=cache))
+    assert isinstance(cache[0], RotatingKVCache) and cache[0].offset == cache[-1].offset == 27 + N
+
+
+def test_logits_processors(demo):
+    banned = _dense(demo)[0]
+    options = {"logits_processors": make_logits_processors(logit_bias={banned: -1e9})}
+    tokens = _tokens(stream_generate(*demo, PROMPT, N, density=1.0, **options))
+    assert banned not in tokens and tokens == _dense(demo, **options)
+
+
+def test_input_embeddings(demo):
+    """Embeddings of the prompt in place of its tokens: the same evidence, the same answer."""
+    tokens = mx.array(demo[1].encode(PROMPT))
+    embeddings = demo[0].dense.model.embed_tokens(tokens)
+    empty = mx.array([], mx.int32)
+    said = _tokens(stream_generate(*demo, empty, N, input_embeddings=embeddings))
+    assert said == _tokens(stream_generate(*demo, tokens, N))
+
+
+def test_verbose(demo, capsys):
+    text = generate(*demo, PROMPT, max_tokens=N, verbose=True)
+    out = capsys.readouterr().out
+    assert text in out and "GLASS: density 0.5" in out and f"Generation: {N} tokens" in out
+
+
+# The command line
+
+
+RAW = ("--ignore-chat-template", "--prompt", PROMPT, "--max-tokens", N)
+KEYS = """text tokens prompt_tokens generation_tokens prompt_tps generation_tps peak_memory density global_weight
+    signal finish_reason""".split()
+
+
+def test_json(demo, invoke):
+    done = invoke(main, *RAW, "--json", "--density", 0.25)
+    assert (done.code, done.err) == (0, "")
+    result = json.loads(done.out)
+    assert set(KEYS) <= result.keys()
+    assert result["tokens"] == _tokens(stream_generate(*demo, PROMPT, N, density=0.25))
+    assert result["text"] == generate(*demo, PROMPT, max_tokens=N, density=0.25)
+    assert (result["density"], result["generation_tokens"], result["finish_reason"]) == (0.25, N, "length")
+
+
+def test_chat_template(demo, invoke):
+    done = invoke(main, "--prompt", "Hi\\nthere", "--system-prompt", "Be brief.", "--max-tokens", N, "--json")
+    prompt = "<s><|user|> Be brief.<|user|> Hi\nthere<|assistant|>"
+    assert json.loads(done.out)["text"] == generate(*demo, prompt, max_tokens=N)
+
+
+def test_prefilled_response(demo, invoke):
+    done = invoke(main, "--prompt", "Hi", "--prefill-response", "Good", "--max-tokens", 2, "--json")
+    prompt = demo[1].apply_chat_template(
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Good"}], continue_final_message=True
+    )
+    assert json.loads(done.out)["prompt_tokens"] == len(prompt)
+
+
+@pytest.mark.parametrize("options", [("--dense",), ("--density", 1)])
+def test_dense_is_mlx_lm(demo, invoke, options):
+    expected = mlx_lm.generate(demo[0].dense, demo[1], PROMPT, max_tokens=N)
+    assert json.loads(invoke(main, *RAW, "--json", *options).out)["text"] == expected
+    assert invoke(main, *RAW, "--verbose", "False", *options).out == f"{expected}\n"
+    assert expected in invoke(main, *RAW, *options).out
+
+
+def test_seed(invoke):
+    said = [invoke(main, *RAW, "--verbose", "F", "--temp", 1, "--seed", seed).out for seed in (1, 1, 2)]
+    assert said[0] == said[1] != said[2]
+
+
+def test_process(demo, python_m):
+    """A process of its own: the prompt on stdin, nothing on stderr, not even a warning of Python's."""
+    options = ("--ignore-chat-template", "--max-tokens", N, "--verbose", "False")
+    done = python_m("glass_mlx.generate", "--prompt", "-", *options, stdin=PROMPT)
+    assert (done.code, done.err) == (0, "")
+    assert done.out == generate(*demo, PROMPT, max_tokens=N) + "\n"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(("--density", d) for d in ("0", "1.5", "abc", "nan", "")),
+        *(("--global-weight", w) for w in ("2", "-1", "abc")),
+        ("--signal", "loudness"),
+        ("--max-tokens", "0"),
+        ("--max-tokens", "-2"),
+        ("--image", "x.png"),
+        ("--chat-template-config", "{"),
+        ("--chat-template-config", "[1]"),
+        ("--draft-model", "demo", "--prompt-cache-file", "x"),
+    ],
+)
+def test_usage_errors(invoke, options):
+    done = invoke(main, "--model", "/no/model", *options)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.splitlines()[-1].startswith("glass_mlx.generate: error: ")
+    assert options[0] in done.err.splitlines()[-1]
+
+
+@pytest.fixture
+def failing(tiny_dir, tmp_path):
+    """Options that fail, by name."""
+    (tmp_path / "garbage.safetensors").write_bytes(b"\x07" * 99)
+    mx.save_safetensors(str(tmp_path / "weights.safetensors"), {"a": mx.ones(3)})
+    save_prompt_cache(str(tmp_path / "plain.safetensors"), [KVCache.from_state((*mx.ones((2, 1, 4, 2, 32)), 2))])
+    other = glass_mlx.load(tiny_dir, stats=False)
+    cache = other[0].make_cache()
+    generate(*other, "Hi", max_tokens=2, prompt_cache=cache)
+    save_prompt_cache(str(tmp_path / "other.safetensors"), cache)
+    return {
+        "unknown model": ("--model", "nonsense"),
+        "not cached": ("--model", "mistral-7b"),
+        "stats of another model": ("--model", tiny_dir, "--stats", STATS_DIR / "demo.safetensors"),
+        "missing stats": ("--stats", tmp_path / "missing.safetensors"),
+        "missing adapter": ("--adapter-path", tmp_path / "missing"),
+        "missing draft": ("--draft-model", "nonsense"),
+        "missing cache": ("--prompt-cache-file", tmp_path / "missing.safetensors"),
+        "garbage as cache": ("--prompt-cache-file", tmp_path / "garbage.safetensors"),
+        "weights as cache": ("--prompt-cache-file", tmp_path / "weights.safetensors"),
+        "mlx-lm's cache": ("--prompt-cache-file", tmp_path / "plain.safetensors"),
+        "other model's cache": ("--prompt-cache-file", tmp_path / "other.safetensors"),
+        "kv group size": ("--kv-bits", 4, "--kv-group-size", 128, "--quantized-kv-start", 0),
+    }
+
+
+FAILURES = """unknown model, not cached, stats of another model, missing stats, missing adapter, missing draft,
+    missing cache, garbage as cache, weights as cache, mlx-lm's cache, other model's cache, kv group size"""
+
+
+@pytest.mark.parametrize("name", [name.strip() for name in FAILURES.split(",")])
+def test_failures(invoke, failing, name):
+    done = invoke(main, *failing[name], "--json")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("error: ") and done.err.count("\n") == 1
+
+
+def test_traceback_on_demand(invoke):
+    with pytest.raises(StatsError):
+        invoke(main, "--stats", "missing.safetensors", "--verbose", "True")
+
+
+def test_refusing_chat_template(model_copy, invoke):
+    (model_copy / "chat_template.jinja").write_text("{{ raise_exception('no system role') }}")
+    done = invoke(main, "--model", model_copy, "--prompt", "Hi", "--stats", STATS_DIR / "demo.safetensors", "--dense")
+    assert done.code == 1
+    done = invoke(main, "--model", model_copy, "--prompt", "Hi", "--dense")
+    assert (done.code, done.out) == (1, "") and "no system role" in done.err
+
+
+def test_other_vocabulary_drafts(model_copy, invoke):
+    tokenizer = json.loads((model_copy / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["more"] = 4096
+    (model_copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    done = invoke(main, "--draft-model", model_copy)
+    assert done.code == 1 and "vocabularies differ" in done.err
+
+
+@pytest.mark.parametrize("options", [(), ("--dense",)])
+def test_prompt_cache_file(demo, tmp_path, invoke, options):
+    """A saved cache goes on where it was: the saved session decides."""
+    model, tokenizer = demo
+    path, cache = tmp_path / "cache.safetensors", model.make_cache(density=0.25)
+    list(stream_generate(model, tokenizer, PROMPT, 3, prompt_cache=cache))
+    save_prompt_cache(str(path), cache)
+    done = invoke(main, *RAW, "--prompt-cache-file", path, "--json", *options)
+    result = json.loads(done.out)
+    if options:
+        cache = cache[:-1]
+        expected = _dense(demo, prompt_cache=cache)
+    else:
+        expected = _tokens(stream_generate(model, tokenizer, PROMPT, N, prompt_cache=cache))
+        assert result["density"] == 0.25
+    assert result["tokens"] == expected
