@@ -150,10 +150,13 @@ def test_prepare(corpus):
     assert prose.shape[1] == dialogues.shape[1] == 17 and prose.dtype == dialogues.dtype == np.uint16
     assert (prose[:, 0] == BOS).all() and len(dialogues) == 1
     assert len(held) == 5 and {len(h) for h in held} == {17}
-    args.prose.unlink()  # the second time, what was tokenised is read
+    text = args.prose.read_text()
+    args.prose.write_text("x" * len(text))  # the second time, what was tokenised is read
     again = train.prepare(*corpus)
     assert (again[0] == prose).all() and (again[1] == dialogues).all()
     assert all((a == b).all() for a, b in zip(again[2], held, strict=True))
+    args.prose.write_text(text * 2)  # another file is tokenised anew
+    assert len(train.prepare(*corpus)[0]) != len(prose)
 
 
 @pytest.mark.parametrize("name", ["prose.txt", "talk.jsonl"])
@@ -167,3 +170,14 @@ def test_dialogues_are_rendered_as_in_chat(tmp_path, tokenizer):
     (tmp_path / "talk.jsonl").write_text(json.dumps({"messages": MESSAGES}) + "\n")
     [tokens] = train.dialogue_tokens(tmp_path / "talk.jsonl", DEMO_PATH, tokenizer._tokenizer.backend_tokenizer)
     assert tokens.tolist() == tokenizer.apply_chat_template(MESSAGES)
+
+
+def test_batches_are_the_same_after_a_resumption_and_read_each_row_once_an_epoch():
+    prose, talk = np.arange(20)[:, None] * np.ones((1, 3), int), -np.ones((4, 3), int)
+    args = SimpleNamespace(batch_size=6, dialogue_share=0.15, seed=5)
+    read = [train.batch_at(step, prose, talk, args) for step in range(8)]
+    assert all((batch[-1] == -1).all() and batch.shape == (6, 3) for batch in read)
+    for epoch in (read[:4], read[4:]):
+        assert sorted(np.concatenate([batch[:5, 0] for batch in epoch])) == list(range(20))
+    assert any((a != b).any() for a, b in zip(read[:4], read[4:]))
+    assert all((train.batch_at(step, prose, talk, args) == read[step]).all() for step in (7, 0, 3))

@@ -14,6 +14,7 @@ every few minutes; the same command with ``--resume`` goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import lzma
 import math
@@ -208,9 +209,10 @@ def prepare(args, tokenizer) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
     """Tokenise once, cached in the output directory: training rows of prose and of dialogues (uint16,
     [rows, context + 1]) and the token lists of the held-out books' first paragraphs."""
     cache, length = args.out / "tokens.npz", args.context + 1
+    made_of = json.dumps([length, *((p.name, p.stat().st_size) for p in (args.prose, args.dialogues))])
     if cache.exists():
         with np.load(cache) as z:
-            if z["prose"].shape[1] == length:
+            if str(z["made_of"]) == made_of:
                 held = np.split(z["held"], z["held_at"])
                 return z["prose"], z["dialogues"], held
     newline = tokenizer.encode("\n", add_special_tokens=False).ids[-1]
@@ -237,6 +239,7 @@ def prepare(args, tokenizer) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
     dialogues = flat[: len(flat) // length * length].reshape(-1, length)
     np.savez(
         cache,
+        made_of=made_of,
         prose=prose,
         dialogues=dialogues,
         held=np.concatenate(held),
@@ -250,7 +253,8 @@ def nats_per_byte(model: Llama, sequences: list[np.ndarray], tokenizer) -> float
     nats = bytes_ = 0.0
     for ids in sequences:
         with torch.no_grad():
-            nats += model.loss(torch.from_numpy(ids.astype(np.int64))[None], reduction="sum").item()
+            tokens = torch.from_numpy(ids.astype(np.int64))[None].to(model.norm.weight.device)
+            nats += model.loss(tokens, reduction="sum").item()
         text = tokenizer.decode(ids[1:].tolist(), skip_special_tokens=True)
         bytes_ += len(text.encode())
     return nats / bytes_
@@ -275,6 +279,22 @@ def make_optimizers(model: Llama, args) -> list[torch.optim.Optimizer]:
         torch.optim.Muon(matrices, lr=args.muon_lr, momentum=0.95, weight_decay=0.01),
         torch.optim.AdamW(rest, lr=args.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
+
+
+def batch_at(step: int, prose: np.ndarray, dialogues: np.ndarray, args) -> np.ndarray:
+    """The rows of a step, [batch_size, context + 1] int64: a resumed run goes on in the same order. Prose is read
+    epoch by epoch, each in an order of its own; dialogues are drawn with replacement."""
+    talks = max(1, round(args.batch_size * args.dialogue_share))
+    n = args.batch_size - talks
+    order = _epoch_order(args.seed, step * n // len(prose), len(prose))
+    rows = order[np.arange(step * n, step * n + n) % len(prose)]
+    drawn = np.random.default_rng((args.seed, step)).integers(len(dialogues), size=talks)
+    return np.concatenate([prose[rows], dialogues[drawn]]).astype(np.int64)
+
+
+@functools.lru_cache(maxsize=1)
+def _epoch_order(seed: int, epoch: int, rows: int) -> np.ndarray:
+    return np.random.default_rng((seed, 1 + epoch)).permutation(rows)
 
 
 def schedule(progress: float) -> float:
@@ -362,23 +382,16 @@ def main() -> None:
         export(model, args.out, args.tokenizer)
 
     print(f"held-out nats per byte before: {evaluate()}", flush=True)
-    per_batch = max(1, round(args.batch_size * args.dialogue_share))
     total, average = args.minutes * 60, None
     next_eval = elapsed + args.eval_minutes * 60
     while elapsed < total:
-        tic = time.perf_counter()
-        # rows are drawn by step number, so that a resumed run goes on in the same order
-        rng = np.random.default_rng((args.seed, 1 + step * args.batch_size // len(prose)))
-        order = rng.permutation(len(prose))
-        for _ in range(100):
-            n = args.batch_size - per_batch
-            rows = order[np.arange(step * n, step * n + n) % len(prose)]
-            talk = np.random.default_rng((args.seed, step)).integers(len(dialogues), size=per_batch)
-            batch = np.concatenate([prose[rows], dialogues[talk]]).astype(np.int64)
-            now = elapsed + time.perf_counter() - tic
+        tic, before = time.perf_counter(), step
+        while step < before + 100 and elapsed + time.perf_counter() - tic < total:
+            factor = schedule((elapsed + time.perf_counter() - tic) / total)
             for optimizer, lrs in zip(optimizers, peak):
                 for group, lr in zip(optimizer.param_groups, lrs):
-                    group["lr"] = lr * schedule(now / total)
+                    group["lr"] = lr * factor
+            batch = batch_at(step, prose, dialogues, args)
             loss = train_loss(torch.from_numpy(batch).to(device))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -389,14 +402,15 @@ def main() -> None:
             average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
             if not math.isfinite(average):
                 sys.exit(f"The loss is {average} at step {step}: lower --muon-lr or --adam-lr.")
-            if now >= total:
-                break
         seconds = time.perf_counter() - tic
         elapsed += seconds
-        tokens = step * args.batch_size * args.context
-        speed = 100 * args.batch_size * args.context / seconds
-        print(f"step {step}  {elapsed / 60:.1f}/{args.minutes:g} min  {tokens / 1e6:.1f} M tokens  "
-              f"loss {average:.4f} nats/token  {speed:,.0f} tokens/s", flush=True)  # fmt: skip
+        per_step = args.batch_size * args.context
+        speed = (step - before) * per_step / seconds
+        print(
+            f"step {step}  {elapsed / 60:.1f}/{args.minutes:g} min  {step * per_step / 1e6:.1f} M tokens  "
+            f"loss {average:.4f} nats/token  {speed:,.0f} tokens/s",
+            flush=True,
+        )
         if elapsed >= next_eval or elapsed >= total:
             next_eval = elapsed + args.eval_minutes * 60
             save()
