@@ -31,7 +31,7 @@ import numpy as np
 try:
     import torch
     import torch.nn.functional as F
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save
     from torch import nn
 except ImportError:  # main() asks for it; what makes rows of texts does without
     torch, nn = None, SimpleNamespace(Module=object)
@@ -263,7 +263,7 @@ def nats_per_byte(model: Llama, sequences: list[np.ndarray], tokenizer) -> float
 def export(model: Llama, out: Path, tokenizer_dir: Path) -> None:
     """Write the mlx-lm model directory, bfloat16 weights; complete or not at all."""
     tensors = {f"model.{k}": v.detach().to(torch.bfloat16).contiguous() for k, v in model.state_dict().items()}
-    save_file(tensors, out / "model.tmp", metadata={"format": "mlx"})
+    (out / "model.tmp").write_bytes(save(tensors, metadata={"format": "mlx"}))
     (out / "model.tmp").replace(out / "model.safetensors")
     (out / "config.json").write_text(json.dumps(model.c.to_json(), indent=2) + "\n")
     for name in TOKENIZER_FILES:
