@@ -7,6 +7,7 @@ halves; how well the halves' ranks agree says when enough has been read.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm
 import numpy as np
+from jinja2 import TemplateError
 from mlx_lm import batch_generate
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
@@ -65,21 +67,29 @@ def null_prompt(
         if not tokenizer.has_chat_template:
             raise GlassError("This model has no chat template: leave --chat away.")
         empty = [{"role": "user", "content": ""}]
-        start = list(tokenizer.apply_chat_template(empty, add_generation_prompt=True))
+        try:
+            start = list(tokenizer.apply_chat_template(empty, add_generation_prompt=True))
+        except TemplateError as e:
+            raise GlassError(f"The chat template does not take an empty message ({e}): leave --chat away.") from e
     else:
         start = start_tokens(tokenizer)
     sampler = make_sampler(temp=temperature)
     batchable = all(hasattr(c, "merge") for c in make_prompt_cache(model.dense))
 
     def batch(number: int) -> list[list[int]]:
+        # The caller's random state is a key; seeding with that key's number puts it back.
+        high, low = mx.random.state[0].tolist()
         mx.random.seed(int(np.random.SeedSequence((seed, number)).generate_state(1)[0]))
         prompts = [start] * sequences
-        if batchable:
-            out = batch_generate(
-                model.dense, tokenizer, prompts, max_tokens=length, sampler=sampler, return_token_ids=True
-            )
-            return [[*start, *said] for said in out.token_ids]
-        return [[*start, *_sample(model, tokenizer, start, length, sampler)] for _ in prompts]
+        try:
+            if batchable:
+                out = batch_generate(
+                    model.dense, tokenizer, prompts, max_tokens=length, sampler=sampler, return_token_ids=True
+                )
+                return [[*start, *said] for said in out.token_ids]
+            return [[*start, *_sample(model, tokenizer, start, length, sampler)] for _ in prompts]
+        finally:
+            mx.random.seed((high << 32) | low)
 
     settings = {"sequences": sequences, "length": length, "temperature": temperature, "seed": seed}
     return Source("chat null prompt" if chat else "null prompt", batch, settings)
@@ -89,10 +99,11 @@ def given_sequences(
     method: str, rows: list[list[int]], sequences: int = 32, settings: dict[str, Any] | None = None
 ) -> Source:
     """Token sequences that are at hand, of a text or a data set."""
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:32]
     return Source(
         method,
         lambda number: rows[number * sequences : (number + 1) * sequences],
-        {"sequences": sequences, **(settings or {})},
+        {"sequences": sequences, "digest": digest, **(settings or {})},
     )
 
 
@@ -151,7 +162,7 @@ def calibrate(
             much on average over the layers; None reads all ``tokens``.
         name (str, optional): what to call the model in the metadata.
         partial (Path, optional): a file that keeps what has been read. An interrupted run with the same arguments
-            goes on from it with the same result as one in one go; it is removed at the end.
+            goes on from it with the same result as one in one go. Remove it when the ranks are written.
         progress: called after every batch with the tokens read and :func:`stability`.
 
     Returns:
@@ -164,12 +175,14 @@ def calibrate(
     mx.eval(norms)
     identity = json.dumps([fingerprint(model), source.method, source.settings])
     sums = _Halves.load(partial, identity) or _Halves.empty(model)
-    while sums.total < tokens:
+    agreement = stability(sums)
+    while sums.total < tokens and not (stable_at is not None and sums.batches and agreement["overlap"] >= stable_at):
         rows = [row for row in source.batch(sums.batches) if row]
         if not rows:
             break
+        read = sums.sequences
         for half in (0, 1):
-            mine = rows[half::2]
+            mine = rows[(read + half) % 2 :: 2]
             if mine:
                 _record(model, mine, norms, sums, half)
         sums.batches += 1
@@ -178,8 +191,6 @@ def calibrate(
         progress(sums.total, agreement)
         if partial is not None:
             sums.save(partial, identity)
-        if stable_at is not None and agreement["overlap"] >= stable_at:
-            break
     if sums.total == 0:
         raise GlassError("There is nothing to measure: the source gave no tokens.")
     energies = {
@@ -190,7 +201,7 @@ def calibrate(
     what = describe(model)
     if name:
         what["model"] = name
-    ranks = GlobalRanks(
+    return GlobalRanks(
         ranks={s: [rank(e) for e in energies[s]] for s in SIGNALS},
         energies=energies,
         metadata={
@@ -203,16 +214,13 @@ def calibrate(
             **{key: str(value) for key, value in source.settings.items()},
             "sequences": str(sums.sequences),
             "tokens": str(sums.total),
-            "stability": json.dumps({k: round(v, 4) for k, v in stability(sums).items()}),
+            "stability": json.dumps({k: round(v, 4) for k, v in agreement.items()}),
             "stability_history": json.dumps(sums.history),
             "glass_mlx": __version__,
             "mlx": mx.__version__,
             "mlx_lm": mlx_lm.__version__,
         },
     )
-    if partial is not None:
-        partial.unlink(missing_ok=True)
-    return ranks
 
 
 def stability(sums: _Halves) -> dict[str, float]:
@@ -281,10 +289,11 @@ class _Halves:
             with safe_open(str(path), framework="numpy") as f:
                 state = json.loads(f.metadata()["state"])
                 sums = f.get_tensor("sums")
-            if state.pop("identity") != identity or sums.shape[-1] != sum(state["sizes"]):
-                return None
-            return cls(sums=sums, **state)
-        except (SafetensorError, OSError, ValueError, TypeError, KeyError):
+            kept = cls(sums=sums, **state) if state.pop("identity") == identity else None
+            if kept and sums.shape == (len(SIGNALS), 2, sum(kept.sizes)) and kept.total > 0:
+                return kept
+            return None
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
 
 

@@ -243,6 +243,8 @@ def _generate(args: argparse.Namespace, template: dict[str, Any]) -> None:
     used: nn.Module = model.dense if args.dense else model
     if cached is not None:
         cached = model.add_session(cached)
+        if len(cached) != len(model.make_cache()):
+            raise GlassError(f"{args.prompt_cache_file} is the prompt cache of another model.")
         options["prompt_cache"] = cached[:-1] if args.dense else cached
     sampler = make_sampler(
         args.temp,

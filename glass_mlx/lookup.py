@@ -91,7 +91,7 @@ def _read_index(path: Path) -> list[dict[str, str]]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["models"]
         return [entry for entry in entries if _plain_name(entry["file"])]
-    except (OSError, ValueError, TypeError, KeyError) as e:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
         raise StatsError(f"{path} is no index of ranks files: {e}") from e
 
 

@@ -36,10 +36,13 @@ def plot_ranks(
         from matplotlib.figure import Figure
     except ImportError as e:
         raise GlassError("Plots need matplotlib: pip install 'glass_mlx[plot]'") from e
-    name = ranks.metadata.get("model", "")
-    history = np.array(json.loads(ranks.metadata.get("stability_history", "[]")), dtype=float)
+    name = ranks.metadata.get("model", "").replace("$", r"\$")  # else it is a formula
+    try:
+        history = np.array(json.loads(ranks.metadata.get("stability_history", "[]")), dtype=float)
+    except (ValueError, TypeError, RecursionError):  # the file may be anyone's
+        history = np.zeros(0)
     panels = [_draw_concentration]
-    if len(history) > 1:
+    if history.ndim == 2 and len(history) > 1 and history.shape[1] == 3:
         panels.append(_draw_stability)
     if overlaps is not None:
         panels.append(_draw_overlaps)

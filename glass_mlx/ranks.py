@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = "1"
 
+# What a conversion adds to a model's name: -4bit, -bf16, -MLX-8bit, -4bit-DWQ, -mxfp4, -q4, -hf, ...
+_CONVERSION = re.compile(
+    r"([-_.](mlx|hf|\d(\.\d+)?-?bits?|(bf|fp|f|int|mxfp|nvfp)\d+|q\d(_\w+)*|gs?\d+|dwq|awq|gptq))*"
+)
+
 
 @dataclass
 class GlobalRanks:
@@ -72,7 +77,7 @@ class GlobalRanks:
 
     @classmethod
     def _read(cls, f: Any) -> GlobalRanks:
-        metadata = f.metadata() or {}
+        metadata = {_printable(key): _printable(value) for key, value in (f.metadata() or {}).items()}
         version = metadata.get("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(f"format version {version}, expected {FORMAT_VERSION}")
@@ -100,7 +105,7 @@ class GlobalRanks:
                     raise ValueError(f"{prefix}.energy has values that are no energies")
                 ranks[signal].append(mx.array(order))
                 energies[signal].append(mx.array(values))
-        return cls(ranks, energies, dict(metadata))
+        return cls(ranks, energies, metadata)
 
     def write(self, path: str | Path) -> None:
         """Write a file: complete, or not at all."""
@@ -140,6 +145,11 @@ class GlobalRanks:
         )
 
 
+def _printable(text: str) -> str:
+    """A file may be anyone's, and a terminal obeys control characters."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 def fingerprint(model: GlassModel) -> str:
     """A short digest of a model's FFN weights: shapes, dtypes and some values of its first and last block."""
     digest = hashlib.sha256(json.dumps([block.size for block in model.blocks]).encode())
@@ -161,7 +171,7 @@ def describe(model: GlassModel) -> dict[str, str]:
         if hub and path.parent.name == "snapshots":
             name, revision = hub[-1].removeprefix("models--").replace("--", "/"), path.name
         else:
-            name = path.name
+            name = path.absolute().name
     return {
         "model": name,
         "revision": revision,
@@ -174,8 +184,8 @@ def describe(model: GlassModel) -> dict[str, str]:
 def _original(path: Path | None, name: str) -> str:
     """The repository that a model is a conversion of by its card, or its own name on the Hub.
 
-    A card's base_model alone may also mean a fine-tune of it: the name must begin with the base's, or the card say
-    that it is a quantisation.
+    A card's base_model alone may also mean a fine-tune of it: the card must say that it is a quantisation, or say
+    nothing and the name be the base's with what conversions add to it.
     """
     own = name if "/" in name else ""
     card = path / "README.md" if path is not None else None
@@ -189,10 +199,13 @@ def _original(path: Path | None, name: str) -> str:
         return own
     base = data.get("base_model")
     base = base[0] if isinstance(base, list) and len(base) == 1 else base
-    if not isinstance(base, str):
+    if not isinstance(base, str) or base.count("/") != 1:
         return own
-    short = re.split("/", base)[-1].lower()
-    converted = data.get("base_model_relation") == "quantized" or name.split("/")[-1].lower().startswith(short)
+    relation = data.get("base_model_relation")
+    if relation is not None:
+        return base if relation == "quantized" else own
+    short, name = (n.split("/")[-1].lower() for n in (base, name))
+    converted = name.startswith(short) and _CONVERSION.fullmatch(name[len(short) :])
     return base if converted else own
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
@@ -24,6 +25,7 @@ from .cli import add_verbose, density, run
 from .errors import GlassError, StatsError
 from .hub import upload
 from .importance import SIGNALS
+from .loading import ALIASES, DEFAULT_MODEL, load
 from .lookup import STATS_DIR, cache_dir, cached_file
 from .model import GlassModel
 from .ranks import GlobalRanks, write_index
@@ -60,6 +62,7 @@ def build_ranks(
         partial = out.with_name(f"{out.name}.partial")
         ranks = calibrate(model, source, tokens, stable_at, name, partial, progress)
     ranks.write(out)
+    partial.unlink(missing_ok=True)
     return out
 
 
@@ -125,8 +128,9 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 def main() -> None:
     parser = setup_arg_parser()
     args = parser.parse_args()
-    if args.command == "build" and args.temp < 0:
-        parser.error("--temp must not be negative")
+    for option in ("temp", "seed"):
+        if not getattr(args, option, 0) >= 0:
+            parser.error(f"--{option} must not be negative")
     run(lambda: args.does(args), args.verbose)
 
 
@@ -137,8 +141,6 @@ def _positive(text: str) -> int:
 
 
 def _load(args: argparse.Namespace) -> tuple[GlassModel, Any]:
-    from .loading import load
-
     return load(args.model, stats=False, trust_remote_code=getattr(args, "trust_remote_code", False))
 
 
@@ -155,7 +157,7 @@ def _build(args: argparse.Namespace) -> None:
         source = given_sequences("dataset", rows, args.sequences, settings)
     else:
         source = null_prompt(model, tokenizer, args.sequences, args.length, args.temp, args.seed, args.chat)
-    name = args.model if "/" not in args.model else None
+    name = DEFAULT_MODEL if args.model == DEFAULT_MODEL else None
     stable_at = None if args.all else args.stable_at
     out = build_ranks(model, tokenizer, args.out, source, args.tokens, stable_at, name)
     ranks = GlobalRanks.read(out)
@@ -185,14 +187,15 @@ def _at_hand() -> list[tuple[str, Path]]:
 
 def _find(name: str) -> Path:
     """A ranks file by its path or by the model's name."""
-    if Path(name).exists():
+    if Path(name).is_file():
         return Path(name)
+    names = {name, ALIASES.get(name, name)}
     for _, path in _at_hand():
         try:
             metadata = GlobalRanks.read(path).metadata
         except StatsError:
             continue
-        if name in (metadata.get("model"), metadata.get("original"), path.stem):
+        if names & {metadata.get("model"), metadata.get("original"), path.stem}:
             return path
     raise GlassError(f"There is no ranks file {name}, and none at hand is for a model of this name.")
 
@@ -203,12 +206,16 @@ def _list(args: argparse.Namespace) -> None:
         try:
             ranks = GlobalRanks.read(path)
         except StatsError as e:
-            table.add_row("unreadable", "", "", str(e).split(": ")[-1], "", place, path.name)
+            table.add_row("unreadable", "", "", escape(str(e).split(": ")[-1]), "", place, escape(path.name))
             continue
         m = ranks.metadata
         row = (m.get("model", ""), len(ranks.sizes), f"{sum(ranks.sizes):,}", m.get("method", ""), m.get("tokens", ""))
-        table.add_row(*map(str, row), place, path.name)
-    Console().print(table)
+        table.add_row(*(escape(str(cell)) for cell in row), place, escape(path.name))
+    _print(table)
+
+
+def _print(table: Table) -> None:
+    Console(width=None if sys.stdout.isatty() else 200).print(table)  # a file or a pipe has room for whole names
 
 
 def _show(args: argparse.Namespace) -> None:
@@ -247,7 +254,7 @@ def _diff(args: argparse.Namespace) -> None:
     table = Table("layer", *heads)
     for i, layer in enumerate(layers):
         table.add_row(str(i), *(f"{layer[s][w]:.3f}" for s in SIGNALS for w in ("correlation", "overlap")))
-    Console().print(table)
+    _print(table)
     print(f"overlap of the best {args.density:.0%} of the neurons; chance is {args.density:.2f}")
 
 
@@ -292,6 +299,8 @@ def _upload(args: argparse.Namespace) -> None:
 
 
 def _index(args: argparse.Namespace) -> None:
+    if not args.directory.is_dir():
+        raise GlassError(f"{args.directory} is no directory.")
     print(f"{args.directory / 'index.json'}: {write_index(args.directory)} models")
 
 

@@ -8,18 +8,23 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"  # before anything reads them
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from huggingface_hub import constants
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
 import glass_mlx
+from glass_mlx import stats
+from glass_mlx.calibrate import calibrate, given_sequences
 from glass_mlx.loading import DEMO_PATH
+from glass_mlx.ranks import GlobalRanks
 
 ROOT = Path(glass_mlx.__file__).parents[1]
 
@@ -29,8 +34,9 @@ def isolation(tmp_path, monkeypatch):
     """No Hub, and caches of the test's own."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    for name in ("HF_HOME", "XDG_CACHE_HOME"):
+    for name in ("HF_HOME", "XDG_CACHE_HOME", "GLASS_CACHE_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    monkeypatch.delenv("GLASS_STATS_REPO", raising=False)
 
 
 @pytest.fixture(scope="session")
@@ -78,6 +84,34 @@ def tiny_dir(tmp_path_factory) -> Path:
 def tiny(tiny_dir):
     """The random model, without global ranks, and its tokenizer."""
     return glass_mlx.load(tiny_dir, stats=False)
+
+
+@pytest.fixture(scope="session")
+def rows() -> list[list[int]]:
+    """Token sequences of unequal length."""
+    rng = np.random.default_rng(0)
+    return [[1, *map(int, rng.integers(3, 4096, n))] for n in (7, 1, 12, 4, 0, 9, 3)]
+
+
+@pytest.fixture(scope="session")
+def ranks(tiny, rows) -> GlobalRanks:
+    """The random model's global ranks."""
+    return calibrate(tiny[0], given_sequences("text", rows, 4), stable_at=None, name="tiny")
+
+
+@pytest.fixture(scope="session")
+def written(ranks, tmp_path_factory) -> Path:
+    """A file of them."""
+    path = tmp_path_factory.mktemp("ranks") / "tiny.safetensors"
+    ranks.write(path)
+    return path
+
+
+@pytest.fixture
+def small_builds(monkeypatch):
+    """Ranks are measured on few tokens."""
+    monkeypatch.setattr(stats, "null_prompt", partial(stats.null_prompt, sequences=4, length=8))
+    monkeypatch.setattr(stats, "build_ranks", partial(stats.build_ranks, tokens=60))
 
 
 @pytest.fixture

@@ -100,6 +100,22 @@ def test_commands_are_all_scripts():
     assert {f"glass_mlx.{name}" for name in __main__.COMMANDS} == set(MODULES) - {"glass_mlx.__main__"}
 
 
+@pytest.mark.parametrize("name", ["chat", "generate", "stats", "evaluate", "benchmark", "families"])
+def test_commands(invoke, name):
+    """Each is there by its short name and as a script."""
+    assert f"glass_mlx.{name}" in SCRIPTS
+    done = invoke(__main__.main, name, "--help")
+    assert (done.code, done.err) == (0, "") and done.out.startswith(f"usage: glass_mlx.{name} ")
+
+
+@pytest.mark.parametrize("build", [True, False])
+def test_build_option(build):
+    parser = argparse.ArgumentParser()
+    cli.add_glass_options(parser, build=build)
+    options = {"": build, "--build": True, "--no-build": False}
+    assert [parser.parse_args(o.split()).build for o in options] == list(options.values())
+
+
 def test_dispatch(invoke):
     assert invoke(__main__.main).out.startswith("usage: glass_mlx {chat,generate")
     done = invoke(__main__.main, "chant")

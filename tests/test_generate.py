@@ -8,15 +8,15 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, save_prompt_cache
+from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache, save_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors
 
 import glass_mlx
 from glass_mlx import GlassConfig, GlassError, StatsError, generate, stream_generate, wrap
 from glass_mlx.generate import main
 from glass_mlx.loading import DEMO_PATH
+from glass_mlx.lookup import STATS_DIR
 from glass_mlx.ranking import kept_count
-from glass_mlx.stats import STATS_DIR
 from glass_mlx.tiny import tiny_model
 
 PROMPT = "The old house stood at the end of the street, and"
@@ -265,6 +265,14 @@ def test_dense_is_mlx_lm(demo, invoke, options):
     assert expected in invoke(main, *RAW, *options).out
 
 
+@pytest.mark.parametrize("options, weight", [((), 0.0), (("--build",), 1.0), (("--build", "--global-weight", 0), 0.0)])
+def test_ranks_are_measured_if_asked(tiny_dir, tmp_path, invoke, small_builds, options, weight):
+    """Here only then; with them, a prompt of one token is decoded by the model's own ranks."""
+    command = ("--model", tiny_dir, "--ignore-chat-template", "--prompt", "", "--max-tokens", 2, "--json")
+    assert json.loads(invoke(main, *command, *options).out)["global_weight"] == weight
+    assert (tmp_path / "glass_cache_dir").exists() == bool(weight)
+
+
 def test_seed(invoke):
     said = [invoke(main, *RAW, "--verbose", "F", "--temp", 1, "--seed", seed).out for seed in (1, 1, 2)]
     assert said[0] == said[1] != said[2]
@@ -319,14 +327,14 @@ def failing(tiny_dir, tmp_path):
         "missing cache": ("--prompt-cache-file", tmp_path / "missing.safetensors"),
         "garbage as cache": ("--prompt-cache-file", tmp_path / "garbage.safetensors"),
         "weights as cache": ("--prompt-cache-file", tmp_path / "weights.safetensors"),
-        "mlx-lm's cache": ("--prompt-cache-file", tmp_path / "plain.safetensors"),
+        "shorter cache": ("--prompt-cache-file", tmp_path / "plain.safetensors"),
         "other model's cache": ("--prompt-cache-file", tmp_path / "other.safetensors"),
         "kv group size": ("--kv-bits", 4, "--kv-group-size", 128, "--quantized-kv-start", 0),
     }
 
 
 FAILURES = """unknown model, not cached, stats of another model, missing stats, missing adapter, missing draft,
-    missing cache, garbage as cache, weights as cache, mlx-lm's cache, other model's cache, kv group size"""
+    missing cache, garbage as cache, weights as cache, shorter cache, other model's cache, kv group size"""
 
 
 @pytest.mark.parametrize("name", [name.strip() for name in FAILURES.split(",")])
@@ -359,17 +367,41 @@ def test_other_vocabulary_drafts(model_copy, invoke):
 
 @pytest.mark.parametrize("options", [(), ("--dense",)])
 def test_prompt_cache_file(demo, tmp_path, invoke, options):
-    """A saved cache goes on where it was: the saved session decides."""
+    """A saved cache goes on where it was, without another BOS: the saved session decides."""
     model, tokenizer = demo
     path, cache = tmp_path / "cache.safetensors", model.make_cache(density=0.25)
     list(stream_generate(model, tokenizer, PROMPT, 3, prompt_cache=cache))
     save_prompt_cache(str(path), cache)
     done = invoke(main, *RAW, "--prompt-cache-file", path, "--json", *options)
     result = json.loads(done.out)
+    prompt = tokenizer.encode(PROMPT, add_special_tokens=False)
     if options:
-        cache = cache[:-1]
-        expected = _dense(demo, prompt_cache=cache)
+        expected = _dense(demo, prompt, prompt_cache=cache[:-1])
     else:
-        expected = _tokens(stream_generate(model, tokenizer, PROMPT, N, prompt_cache=cache))
+        expected = _tokens(stream_generate(model, tokenizer, prompt, N, prompt_cache=cache))
         assert result["density"] == 0.25
     assert result["tokens"] == expected
+
+
+@pytest.mark.parametrize("options", [("--density", 0.25), ("--dense",)])
+def test_prompt_cache_of_mlx_lm(demo, tmp_path, invoke, options):
+    """A cache without a session, as ``mlx_lm.cache_prompt`` makes; then the user's text only, as mlx-lm does."""
+    model, tokenizer = demo
+    path, cache = tmp_path / "cache.safetensors", make_prompt_cache(model.dense)
+    start = tokenizer.apply_chat_template([{"role": "user", "content": ""}], add_generation_prompt=False)
+    _dense(demo, start, 1, prompt_cache=cache)
+    save_prompt_cache(str(path), cache)
+    command = ("--prompt", "Hello", "--max-tokens", N, "--prompt-cache-file", path, "--json", *options)
+    result = json.loads(invoke(main, *command).out)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hello"}], add_generation_prompt=True, tokenize=False
+    )
+    prompt = tokenizer.encode(text[text.index("Hello") :], add_special_tokens=False)
+    assert result["prompt_tokens"] == len(prompt)
+    if "--dense" in options:
+        assert result["tokens"] == _dense(demo, prompt, prompt_cache=cache)
+    else:
+        cache = model.add_session(cache)
+        assert result["tokens"] == _tokens(
+            stream_generate(model, tokenizer, prompt, N, density=0.25, prompt_cache=cache)
+        )

@@ -345,14 +345,15 @@ def test_upload_to_a_new_repo(server, ranks_file):
     assert entry["file"] == path.name and entry["model"] == "org/Tiny-4bit"
     assert entry["fingerprint"] == "org/Tiny-4bit's" and entry["model_type"] == "llama"
     card = repo.files[CARD].decode()
+    sizes = GlobalRanks.read(path).sizes
     assert card.startswith("---\nlicense: other\n")
     assert f"--stats-repo {REPO}" in card and f"GLASS_STATS_REPO={REPO}" in card
     for row in (
         "model | org/Tiny-4bit",
         "tokens | 123",
         r"note | a \| b \<i\>c\</i\>",
-        "FFN layers | 4",
-        "neurons | 4096",
+        f"FFN layers | {len(sizes)}",
+        f"neurons | {sum(sizes)}",
     ):
         assert f"\n| {row} |\n" in card
     # and what was uploaded can be had

@@ -14,9 +14,10 @@ from huggingface_hub import errors as hub_errors
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-import glass_mlx
-from glass_mlx import GlassConfig, GlassError, GlassModel, StatsError, loading
+from glass_mlx import GlassConfig, GlassError, GlassModel, StatsError, loading, lookup
 from glass_mlx.loading import ALIASES, DEMO_PATH, load, resolve_model, wrap
+from glass_mlx.lookup import STATS_DIR
+from glass_mlx.ranks import write_index
 
 
 def _error(function, *args, **kwargs) -> str:
@@ -57,21 +58,21 @@ def test_no_model_directory(tmp_path):
 
 def test_hub_offline():
     assert "mlx-community/Qwen3-4B-4bit is not in the local cache" in _error(resolve_model, "qwen3-4b")
-    assert "no valid Hub repository name" in _error(resolve_model, "own er/na me")
+    assert "'own er/na me' is no Hub repository" in _error(resolve_model, "own er/na me")
 
 
 def _hub_error(kind, status):
-    response = SimpleNamespace(status_code=status, headers={}, request=None)
-    return kind(f"{status} Client Error\n\nmany\nlines", response=response)
+    response = SimpleNamespace(status_code=status, headers={}, request=None, reason_phrase="why")
+    return kind("many\n\nlines", response=response)
 
 
 @pytest.mark.parametrize(
     "error, told",
     [
         (_hub_error(hub_errors.GatedRepoError, 403), "owner/name is gated"),
-        (_hub_error(hub_errors.RepositoryNotFoundError, 404), "has no model owner/name"),
+        (_hub_error(hub_errors.RepositoryNotFoundError, 404), "no repository owner/name"),
         (_hub_error(hub_errors.RevisionNotFoundError, 404), "no revision 'abc'"),
-        (_hub_error(hub_errors.HfHubHTTPError, 500), "500 Client Error"),
+        (_hub_error(hub_errors.HfHubHTTPError, 500), "500 why"),
         (hub_errors.LocalEntryNotFoundError("no entry\nat all"), "no entry"),
         (ConnectionError("no route"), "no route"),
         (OSError(28, "No space left on device"), "No space left"),
@@ -169,8 +170,35 @@ def test_no_ranks_warning(tiny_dir, caplog, options, warnings):
         assert str(tiny_dir) in record.message and "\n" not in record.message
 
 
+def test_build(tiny_dir, small_builds, caplog, capsys):
+    """Ranks are measured once, and then found."""
+    model, _ = load(tiny_dir, build=True)
+    assert model.global_ranks is not None and "measuring them, once" in caplog.text
+    caplog.clear()
+    again, _ = load(tiny_dir, build=True)
+    for a, b in zip(model.global_ranks["impact"], again.global_ranks["impact"], strict=True):
+        assert mx.array_equal(a, b)
+    assert not caplog.records
+    assert load(tiny_dir, stats=False, build=True)[0].global_ranks is None
+
+
+def test_stats_repo(tiny_dir, written, monkeypatch):
+    """The Hub repository is asked for its index, then for the file in it."""
+    write_index(written.parent)
+    asked = []
+
+    def download(repo, file, revision):
+        asked.append((repo, file, revision))
+        return written.parent / file
+
+    monkeypatch.setattr(lookup, "download", download)
+    model, _ = load(tiny_dir, stats_repo="me/ranks@abc")
+    assert model.global_ranks is not None
+    assert asked == [("me/ranks", "index.json", "abc"), ("me/ranks", written.name, "abc")]
+
+
 def test_stats_of_another_model(tiny_dir):
-    file = glass_mlx.stats.STATS_DIR / "demo.safetensors"
+    file = STATS_DIR / "demo.safetensors"
     with pytest.raises(StatsError, match="FFN layers"):
         load(tiny_dir, stats=file)
     with pytest.raises(StatsError, match="no ranks file"):
