@@ -187,7 +187,7 @@ def wrap(
 def _use(model: GlassModel, ranks: GlobalRanks | None, expected: bool) -> None:
     """Give a model its ranks; say so where it should have some and has none."""
     if ranks is not None:
-        model.set_global_ranks(ranks.ranks)
+        model.set_global_ranks(ranks.ranks, ranks.energies)
     elif expected and model.config.global_weight != 0 and model.config.density < 1:
         logger.warning(
             "no global ranks for this model: the prompt alone chooses the neurons. "
@@ -204,7 +204,9 @@ def _build(model: GlassModel, tokenizer: TokenizerWrapper) -> GlobalRanks | None
         return GlobalRanks.read(build_ranks(model, tokenizer))
     except KeyboardInterrupt:
         logger.warning("stopped; what was measured is kept for the next time.")
-        return None
+    except GlassError as e:  # the cache cannot be written, say: the model runs without ranks as well
+        logger.warning("not measured: %s", e)
+    return None
 
 
 def _first_line(error: Exception) -> str:

@@ -17,7 +17,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from .errors import GlassError
 from .ffn import Block, Tap, find_blocks, swapped
 from .importance import energy, output_norms
-from .ranking import auto_global_weight, fuse, kept_count, rank, select
+from .ranking import auto_global_weight, fit, fuse, kept_count, rank, select, trust
 from .session import GlassConfig, Session
 
 logger = logging.getLogger("glass_mlx")
@@ -30,6 +30,8 @@ class _Plan:
     blocks: list[Block]
     left_dense: dict[str, str]
     global_ranks: dict[str, list[mx.array]] | None = None
+    # for each signal and block, the globally better half and the share of the energy that it holds
+    best: dict[str, list[tuple[mx.array, float]]] | None = None
     norms: list[mx.array] = field(default_factory=list)
     path: Path | None = None
 
@@ -97,9 +99,14 @@ class GlassModel(nn.Module):
         """The model's global ranks by signal, [F] for each block, or None."""
         return self._plan.global_ranks
 
-    def set_global_ranks(self, ranks: dict[str, list[mx.array]] | None) -> None:
-        """Use these ranks for the choices to come: for each signal, [F] for each block."""
-        self._plan.global_ranks = ranks
+    def set_global_ranks(
+        self, ranks: dict[str, list[mx.array]] | None, energies: dict[str, list[mx.array]] | None = None
+    ) -> None:
+        """Use these for the choices to come: for each signal, ranks and energies [F] for each block. Without energies
+        it is not known how well the ranks fit a prompt, and they are trusted."""
+        self._plan.global_ranks, self._plan.best = ranks, None
+        if ranks is not None and energies is not None:
+            self._plan.best = {s: [_best_half(r, e) for r, e in zip(ranks[s], energies[s])] for s in ranks}
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -229,28 +236,41 @@ class GlassModel(nn.Module):
         global_ranks = self.global_ranks and self.global_ranks[config.signal]
         if session.energy is None and not global_ranks:
             raise GlassError("No neurons are chosen yet: read a prompt first, or load global ranks.")
-        weight = self.global_weight(session)
-        if weight == 1:
+        weight = self._global_weight(session)
+        if isinstance(weight, float) and weight == 1:
             scores = global_ranks
         else:
-            ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
-            scores = [rank(e) for e in mx.split(session.energy, ends)]
-            if weight > 0:
+            scores = [rank(e) for e in self._by_block(session.energy)]
+            if isinstance(weight, mx.array) or weight > 0:
                 scores = [fuse(l, g, weight) for l, g in zip(scores, global_ranks)]
         return [select(s, k) for s, k in zip(scores, counts)]
 
     def global_weight(self, session: Session) -> float:
-        """The weight that the global ranks get in a session's choice: its configuration's, unless there are
-        no ranks (0), nothing local but a single token (1, if the configured weight is not 0), or it is
-        "auto" (by the number of prompt tokens)."""
+        """The weight that the global ranks get in a session's choice: its configuration's, unless there are no ranks
+        (0), or nothing local but a single token (1, if the configured weight is not 0). ``"auto"`` goes by
+        the number of prompt tokens and by how well the ranks fit them."""
+        weight = self._global_weight(session)
+        return weight.item() if isinstance(weight, mx.array) else weight
+
+    def _global_weight(self, session: Session) -> float | mx.array:
+        """The same without waiting for the device."""
+        config = session.config
         if not self.global_ranks:
             return 0.0
-        weight = session.config.global_weight
-        if weight == "auto":
-            return auto_global_weight(session.prompt_tokens)
-        if session.energy is None or (session.prompt_tokens <= 1 and weight > 0):
+        if session.energy is None or (session.prompt_tokens <= 1 and config.global_weight != 0):
             return 1.0
-        return float(weight)
+        if config.global_weight != "auto":
+            return float(config.global_weight)
+        weight = auto_global_weight(session.prompt_tokens)
+        if self._plan.best is None:
+            return weight
+        best = self._plan.best[config.signal]
+        return weight * trust([fit(e, *half) for e, half in zip(self._by_block(session.energy), best)])
+
+    def _by_block(self, energy: mx.array) -> list[mx.array]:
+        """A session's evidence [sum of F], block by block."""
+        sizes = [block.size for block in self.blocks]
+        return mx.split(energy, [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)])
 
     def _norms(self) -> list[mx.array]:
         if not self._plan.norms:
@@ -269,6 +289,11 @@ class GlassModel(nn.Module):
         if restored is not None:
             cache[-1] = restored
         return restored
+
+
+def _best_half(ranks: mx.array, energies: mx.array) -> tuple[mx.array, float]:
+    best = select(ranks, kept_count(0.5, ranks.shape[0]))
+    return best, (mx.sum(energies[best]) / mx.sum(energies)).item()
 
 
 def _why_none(dense: nn.Module, left_dense: dict[str, str]) -> str:

@@ -28,18 +28,22 @@ def rank(importance: mx.array) -> mx.array:
     return _invert(mx.argsort(keys))
 
 
-def fuse(local_rank: mx.array, global_rank: mx.array, global_weight: float) -> mx.array:
+def fuse(local_rank: mx.array, global_rank: mx.array, global_weight: float | mx.array) -> mx.array:
     """Weighted rank aggregation R_j = (1 - w) local_j + w global_j (GLASS, arXiv 2508.14302).
 
     Args:
         local_rank (mx.array): [F] integer ranks from the prompt.
         global_rank (mx.array): [F] integer ranks of the model.
-        global_weight (float): w in [0, 1]; 0 is the prompt alone (GRIFFIN), 1 the model alone (static).
+        global_weight (float or scalar array): w in [0, 1]; 0 is the prompt alone (GRIFFIN), 1 the model alone
+            (static).
 
     Returns:
         mx.array: [F] int64, R in millionths; smaller is more important.
     """
-    w = round(global_weight * _WEIGHT_STEPS)
+    if isinstance(global_weight, mx.array):
+        w = mx.round(global_weight * _WEIGHT_STEPS).astype(mx.int64)
+    else:
+        w = round(global_weight * _WEIGHT_STEPS)
     return local_rank.astype(mx.int64) * (_WEIGHT_STEPS - w) + global_rank.astype(mx.int64) * w
 
 
@@ -64,12 +68,35 @@ def kept_count(density: float, n: int) -> int:
 
 
 def auto_global_weight(local_tokens: int) -> float:
-    """The default global weight after ``local_tokens`` prompt tokens: the fewer of them, the more the
-    model's own ranks count: 0.8 at 4 tokens, 0.5 from 16 on; with at most one token, the ranks decide alone.
+    """How much the global ranks count after ``local_tokens`` prompt tokens, where they fit the prompt: the fewer of
+    them, the more: 0.8 at 4 tokens, 0.65 from 9 on; with at most one token, the ranks decide alone.
     """
     if local_tokens <= 1:
         return 1.0
-    return max(0.5, 16 / (16 + local_tokens))
+    return max(0.65, 16 / (16 + local_tokens))
+
+
+def fit(local_energy: mx.array, best: mx.array, own_share: float) -> mx.array:
+    """How well a block's global ranks fit a prompt: the share of the prompt's energy that the globally better half of
+    the neurons holds, over the share that it holds of the energy that the ranks were measured on.
+
+    It is 1 on average for a prompt that is like what the model says by itself, however short, and lower for another.
+
+    Args:
+        local_energy (mx.array): the prompt's energy, [F] float32.
+        best (mx.array): the globally better half, indices [F / 2].
+        own_share (float): the share of the global energy that it holds.
+
+    Returns:
+        mx.array: a scalar, float32.
+    """
+    total = mx.maximum(mx.sum(local_energy), 1e-30)
+    return mx.sum(local_energy[best]) / (total * own_share)
+
+
+def trust(fits: list[mx.array]) -> mx.array:
+    """The factor on the global weight by the blocks' mean fit: none below 0.85, all from 0.95 on."""
+    return mx.clip((mx.mean(mx.stack(fits)) - 0.85) / 0.1, 0, 1)
 
 
 def _invert(order: mx.array) -> mx.array:

@@ -19,6 +19,7 @@ from glass_mlx import calibrate as module
 from glass_mlx.calibrate import Source, calibrate, compare, dataset_rows, given_sequences, null_prompt, text_rows
 from glass_mlx.importance import SIGNALS
 from glass_mlx.ranks import GlobalRanks, fingerprint
+from glass_mlx.stats import build_ranks
 
 
 def small(model, tokenizer, **options) -> Source:
@@ -168,6 +169,35 @@ def test_resume(tiny, rows, tmp_path, own, at):
     assert same(
         calibrate(tiny[0], Source(source.method, lambda n: [], source.settings), 130, None, None, partial), whole
     )
+
+
+def test_resume_when_stable(tiny, rows, tmp_path, monkeypatch):
+    """What was stable when it was interrupted, just after being saved, is not read on."""
+    original, arguments = module._Halves.save, (tiny[0], given_sequences("text", rows[2:3] * 8, 2), 999, 0.9)
+
+    def save(self, *args):
+        original(self, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Halves, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(*arguments, partial=tmp_path / "partial")
+    assert same(calibrate(*arguments, partial=tmp_path / "partial"), calibrate(*arguments))
+
+
+def test_nothing_is_lost_when_the_ranks_cannot_be_written(tiny, rows, tmp_path, monkeypatch):
+    out, source = tmp_path / "x.safetensors", given_sequences("text", rows)
+
+    def fail(*args):
+        raise GlassError("Cannot write x: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GlobalRanks, "write", fail)
+        with pytest.raises(GlassError, match="No space"):
+            build_ranks(*tiny, out, source, 20)
+    assert build_ranks(*tiny, out, replace(source, batch=fail), 20) == out
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"sequences": 3}, {"length": 7}, {"temperature": 0.5}, {"chat": True}])

@@ -90,10 +90,13 @@ def test_response(demo, signal):
     assert generate(*demo, PROMPT, max_tokens=N, **options) == "".join(r.text for r in responses)
 
 
-@pytest.mark.parametrize("prompt, weight", [([1], 1.0), ([1, 500, 600, 700], 0.8), (list(range(5, 50)), 0.5)])
+@pytest.mark.parametrize(
+    "prompt, weight",
+    [([1], 1.0), ("The old house stood at the end of the lane, and the wind", 0.65), ([1, 3, 298, 4032, 455, 4], 0.0)],
+)
 def test_auto_global_weight(demo, prompt, weight):
     [response] = stream_generate(*demo, prompt, 1)
-    assert response.global_weight == pytest.approx(weight)
+    assert response.global_weight == pytest.approx(weight, abs=1e-5)
 
 
 def test_stops_at_end_token(demo):

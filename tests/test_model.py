@@ -222,7 +222,7 @@ def test_choice_by_hand(which, signal, global_weight, request):
     if which == "trained":
         model, tokenizer = model
         prompt = tokenizer.encode("The old house stood at the end of the lane,")[:12]
-    weight = 16 / (16 + len(prompt)) if global_weight == "auto" else global_weight
+    weight = max(0.65, 16 / (16 + len(prompt))) if global_weight == "auto" else global_weight
     weight = Fraction(round(weight * 10**6), 10**6)
     cache = model.make_cache(density=density, global_weight=global_weight, signal=signal)
     say(model, prompt, cache, 1)
@@ -522,3 +522,24 @@ def test_compact_weights_go_with_their_conversation(llama):
         mx.synchronize()
         del cache
         assert mx.get_active_memory() <= before + 1024
+
+
+def test_auto_trusts_the_global_ranks_where_they_fit_the_prompt(demo):
+    """Ranks measured on prose count for a prompt of prose, and not for one of another kind."""
+    model, tokenizer = demo
+    weights = {}
+    for text in (
+        "The old house at the end of the lane had stood empty for many",
+        "<|user|> I want to find a restaurant in San Jose.<|assistant|>",
+    ):
+        cache = model.make_cache(global_weight="auto")
+        mx.eval(model(mx.array(tokenizer.encode(text))[None], cache=cache))
+        weights[text[0]] = model.global_weight(model.session(cache))
+        local = model.make_cache(global_weight=0)
+        mx.eval(model(mx.array(tokenizer.encode(text))[None], cache=local))
+        same = all(
+            mx.array_equal(a, b)
+            for a, b in zip(model.kept_neurons(cache).values(), model.kept_neurons(local).values(), strict=True)
+        )
+        assert same == (weights[text[0]] == 0)
+    assert weights["T"] > 0.5 and weights["<"] == 0

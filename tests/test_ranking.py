@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glass_mlx.ranking import auto_global_weight, fuse, kept_count, rank, select
+from glass_mlx.ranking import auto_global_weight, fit, fuse, kept_count, rank, select, trust
 
 props = settings(deadline=None, max_examples=100)
 
@@ -106,6 +106,28 @@ def test_kept_count_of(density, n, k):
 def test_auto_global_weight():
     weights = [auto_global_weight(n) for n in range(200)]
     assert weights == sorted(weights, reverse=True)
-    assert all(0.5 <= w <= 1 for w in weights)
-    assert weights[:2] == [1, 1] and weights[4] == 0.8 and weights[15] > 0.5
-    assert set(weights[16:]) == {0.5}
+    assert weights[:2] == [1, 1] and weights[4] == 0.8 and weights[8] > 0.65
+    assert set(weights[9:]) == {0.65}
+
+
+def test_ranks_fit_what_they_were_measured_on_and_not_the_opposite():
+    energy = np.random.default_rng(0).random(64).astype(np.float32) ** 4
+    best = np.argsort(-energy)[:32]
+    share = energy[best].sum() / energy.sum()
+    assert fit(mx.array(3 * energy), mx.array(best), float(share)).item() == pytest.approx(1, rel=1e-5)
+    other = 1 / (energy + 1e-3)
+    expected = other[best].sum() / other.sum() / share
+    assert fit(mx.array(other), mx.array(best), float(share)).item() == pytest.approx(expected, rel=1e-4)
+    assert fit(mx.zeros((64,)), mx.array(best), float(share)).item() == 0
+
+
+@pytest.mark.parametrize(("fits", "expected"), [([1.2, 0.7], 1), ([0.9, 0.9], 0.5), ([0.5, 1.0], 0), ([2.0], 1)])
+def test_trust(fits, expected):
+    assert trust([mx.array(f) for f in fits]).item() == pytest.approx(expected, abs=1e-5)
+
+
+@given(st.floats(0, 1))
+def test_a_weight_on_the_device_fuses_like_one_on_the_host(weight):
+    local, world = mx.array([1, 2, 3, 4]), mx.array([4, 2, 1, 3])
+    on_device = fuse(local, world, mx.array(weight))
+    np.testing.assert_allclose(on_device, fuse(local, world, weight), atol=4)  # float32 has no millionths near 1

@@ -226,6 +226,14 @@ def test_list(command, tiny, written):
     assert any(row[0] == "unreadable" and row[-1] == "x.safetensors" for row in rows)
 
 
+def test_list_shows_names_as_they_are(command, tiny, written):
+    """Of files that may be anyone's: brackets are no markup, and long names are not cut in a pipe."""
+    ranks, name = GlobalRanks.read(written), "[/b] [red]" + "owner/a-long-name" * 3
+    replace(ranks, metadata=ranks.metadata | {"model": name}).write(cache_dir() / "[b].safetensors")
+    done = command("list")
+    assert done.code == 0 and name in done.out and "[b].safetensors" in done.out
+
+
 def test_show(command, written):
     done = command("show", written)
     assert (done.code, done.err) == (0, "") and done.out.startswith(f"{written}\n")
@@ -266,15 +274,6 @@ def test_diff(command, written, build):
 def test_diff_of_the_same(command, written):
     for layer in json.loads(command("diff", written, written, "--json").out)["layers"]:
         assert all(v == {"correlation": pytest.approx(1), "overlap": 1.0} for v in layer.values())
-
-
-@pytest.mark.parametrize("prompt", [False, True])
-def test_plot(command, written, tiny_dir, tmp_path, prompt):
-    pytest.importorskip("matplotlib")
-    out = tmp_path / "new" / "x.png"
-    done = command("plot", written, "--out", out, *(("--model", tiny_dir, "--prompt", "The house") if prompt else ()))
-    assert (done.code, done.out) == (0, f"{out}\n")
-    assert out.read_bytes().startswith(b"\x89PNG")
 
 
 def test_index(command, written, tmp_path):
