@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +101,8 @@ def _plain_name(file: Any) -> bool:
 
 def _in_index(model: GlassModel, entries: list[dict[str, str]]) -> str | None:
     """The file for a model: made from these very weights, or else from the model that it is a conversion of."""
-    tests: list[Callable[[dict[str, str]], bool]] = []
-    digest, original = fingerprint(model), describe(model)["original"]
-    tests.append(lambda entry: entry.get("fingerprint") == digest)
-    if original:
-        tests.append(lambda entry: entry.get("original") == original)
-    for fits in tests:
+    for key, ours in (("fingerprint", fingerprint(model)), ("original", describe(model)["original"])):
         for entry in entries:
-            if fits(entry):
+            if ours and entry.get(key) == ours:
                 return entry["file"]
     return None
