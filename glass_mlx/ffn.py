@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from .slicing import SLICEABLE, slice_columns, slice_rows
+from .ranking import kept_count, rank, select
+from .slicing import SLICEABLE, slice_columns, slice_rows, unit_group
 
 # (input projections, output projection) by the names that mlx-lm's families give them, most specific first.
 PROJECTIONS = (
@@ -55,7 +56,6 @@ class Block:
         output: name of the projection from the neurons.
         size: F, the number of neurons (intermediate_size).
         fused: row order of a fused projection: ``""``, ``"halves"`` or ``"interleaved"``.
-        dtype: of its hidden vectors, once it has seen some.
     """
 
     path: str
@@ -64,7 +64,11 @@ class Block:
     output: str
     size: int
     fused: str = ""
-    dtype: mx.Dtype | None = None
+
+    @property
+    def group(self) -> int:
+        """In how large groups its neurons can be kept (``slicing.unit_group``)."""
+        return unit_group(self.module[self.output])
 
     def rows(self, kept: mx.array) -> mx.array:
         """Rows of the input projections that belong to the kept neurons [k]."""
@@ -75,10 +79,10 @@ class Block:
         return kept
 
     def compact(self, kept: mx.array) -> dict[str, nn.Module]:
-        """The block's projections with only the kept neurons [k] (int32), by name."""
+        """The block's projections with only the kept neurons [k] (int32, as ``select`` keeps them), by name."""
         rows = self.rows(kept)
         sliced = {name: slice_rows(self.module[name], rows) for name in self.inputs}
-        return {**sliced, self.output: slice_columns(self.module[self.output], kept, self.dtype)}
+        return {**sliced, self.output: slice_columns(self.module[self.output], kept)}
 
     def kind(self) -> tuple:
         """What two blocks must share for one check to speak for both."""
@@ -240,20 +244,30 @@ def _try(block: Block) -> str:
         dense = module(x)
     if len(hidden) != 1 or hidden[0].shape[-1] != n:
         return "its output projection does not see the neurons once"
-    order = mx.argsort(-mx.sum(mx.abs(hidden[0].astype(mx.float32)), axis=(0, 1)))
-    half = order[: max(1, n // 2)].astype(mx.int32)
+    scores = rank(mx.sum(mx.abs(hidden[0].astype(mx.float32)), axis=(0, 1)))
+    half = select(scores, kept_count(0.5, n, block.group), block.group)
     mask = mx.zeros((n,), dtype).at[half].add(1)
     with swapped([block], [{block.output: Tap(projection, lambda h: h * mask)}]):
         masked = module(x)
-    with swapped([block], [block.compact(mx.sort(half))]):
+    with swapped([block], [block.compact(half)]):
         sliced = module(x)
-    with swapped([block], [block.compact(order.astype(mx.int32))]):
+    with swapped([block], [block.compact(_shuffled(scores, block.group))]):
         permuted = module(x)
     if not _close(permuted, dense):
         return "its output depends on the order of its neurons"
     if not _close(sliced, masked):
         return "its neurons are not independent of one another"
     return ""
+
+
+def _shuffled(scores: mx.array, group: int) -> mx.array:
+    """All neurons in another order: by their scores, or the groups of a quantised projection backwards and the neurons
+    of each by their scores."""
+    if group == 1:
+        return mx.argsort(scores).astype(mx.int32)
+    within = mx.argsort(scores.reshape(-1, group), axis=1)
+    groups = mx.arange(within.shape[0])[:, None] * group
+    return (within + groups)[::-1].reshape(-1).astype(mx.int32)
 
 
 def _float_dtype(linear: nn.Module) -> mx.Dtype:

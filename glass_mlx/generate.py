@@ -26,7 +26,6 @@ from .cli import add_glass_options, run
 from .errors import GlassError
 from .loading import DEFAULT_MODEL, load
 from .model import GlassModel
-from .ranking import kept_count
 
 
 @dataclass
@@ -164,7 +163,7 @@ def _describe(model: nn.Module, session: Any) -> dict[str, Any]:
     config = session.config
     return {
         "density": config.density,
-        "kept_neurons": sum(kept_count(config.density, n) for n in sizes),
+        "kept_neurons": sum(model.kept_counts(config.density)),
         "total_neurons": sum(sizes),
         "global_weight": model.global_weight(session),
         "signal": config.signal,

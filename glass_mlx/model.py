@@ -158,6 +158,12 @@ class GlassModel(nn.Module):
         session = self.session(cache)
         return {b.path: kept for b, kept in zip(self.blocks, self._kept(session))}
 
+    def kept_counts(self, density: float) -> list[int]:
+        """How many neurons a density keeps in each block: density * F rounded to what the block can be cut into."""
+        if density == 1:
+            return [block.size for block in self.blocks]
+        return [kept_count(density, block.size, block.group) for block in self.blocks]
+
     def __call__(
         self,
         inputs: mx.array,
@@ -189,7 +195,6 @@ class GlassModel(nn.Module):
 
         def tap(i: int, block: Block) -> dict[str, Tap]:
             def observe(h: mx.array) -> None:
-                block.dtype = h.dtype
                 energies[i] = energies[i] + energy(h, norms[i])
 
             return {block.output: Tap(block.module[block.output], observe)}
@@ -229,21 +234,32 @@ class GlassModel(nn.Module):
 
     def _choose(self, session: Session) -> list[mx.array]:
         """Rank the session's evidence, fuse it with the global ranks and select, on the device."""
-        config, sizes = session.config, [block.size for block in self.blocks]
-        counts = [kept_count(config.density, n) for n in sizes]
+        config = session.config
         if config.density == 1:
-            return [mx.arange(n, dtype=mx.int32) for n in sizes]
+            return [mx.arange(block.size, dtype=mx.int32) for block in self.blocks]
         global_ranks = self.global_ranks and self.global_ranks[config.signal]
         if session.energy is None and not global_ranks:
             raise GlassError("No neurons are chosen yet: read a prompt first, or load global ranks.")
         weight = self._global_weight(session)
-        if isinstance(weight, float) and weight == 1:
-            scores = global_ranks
-        else:
-            scores = [rank(e) for e in self._by_block(session.energy)]
-            if isinstance(weight, mx.array) or weight > 0:
-                scores = [fuse(l, g, weight) for l, g in zip(scores, global_ranks)]
-        return [select(s, k) for s, k in zip(scores, counts)]
+        local = None if session.energy is None else self._by_block(session.energy)
+        kept: list[mx.array] = [None] * len(self.blocks)
+        for (size, group), members in self._alike().items():  # blocks of one shape at once
+            if isinstance(weight, float) and weight == 1:
+                scores = mx.stack([global_ranks[i] for i in members])
+            else:
+                scores = rank(mx.stack([local[i] for i in members]))
+                if isinstance(weight, mx.array) or weight > 0:
+                    scores = fuse(scores, mx.stack([global_ranks[i] for i in members]), weight)
+            for i, chosen in zip(members, select(scores, kept_count(config.density, size, group), group)):
+                kept[i] = chosen
+        return kept
+
+    def _alike(self) -> dict[tuple[int, int], list[int]]:
+        """Indices of the blocks by their number of neurons and the groups these are kept in."""
+        alike: dict[tuple[int, int], list[int]] = {}
+        for i, block in enumerate(self.blocks):
+            alike.setdefault((block.size, block.group), []).append(i)
+        return alike
 
     def global_weight(self, session: Session) -> float:
         """The weight that the global ranks get in a session's choice: its configuration's, unless there are no ranks

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from .slicing import UNIT
+
 # Global weights are resolved to a millionth, which makes fused ranks integers and their ties exact.
 _WEIGHT_STEPS = 1_000_000
 
@@ -16,29 +18,30 @@ def rank(importance: mx.array) -> mx.array:
     """Rank neurons by importance.
 
     Args:
-        importance (mx.array): [F] float32, non-negative (an energy or its root; both rank alike).
+        importance (mx.array): [..., F] float32, non-negative (an energy or its root; both rank alike).
 
     Returns:
-        mx.array: ranks [F] int64, a permutation of 1..F; 1 = most important, ties by index.
+        mx.array: ranks [..., F] int64, a permutation of 1..F; 1 = most important, ties by index.
     """
-    n = importance.shape[0]
+    n = importance.shape[-1]
     # The bits of non-negative floats order like the floats; index in the low half makes keys unique.
     bits = importance.astype(mx.float32).view(mx.uint32).astype(mx.int64)
-    keys = -bits * (1 << 20) + mx.arange(n, dtype=mx.int64)
-    return _invert(mx.argsort(keys))
+    order = mx.argsort(-bits * (1 << 20) + mx.arange(n, dtype=mx.int64), axis=-1)
+    places = mx.broadcast_to(mx.arange(1, n + 1, dtype=mx.int64), order.shape)
+    return mx.put_along_axis(mx.zeros(order.shape, mx.int64), order, places, axis=-1)
 
 
 def fuse(local_rank: mx.array, global_rank: mx.array, global_weight: float | mx.array) -> mx.array:
     """Weighted rank aggregation R_j = (1 - w) local_j + w global_j (GLASS, arXiv 2508.14302).
 
     Args:
-        local_rank (mx.array): [F] integer ranks from the prompt.
-        global_rank (mx.array): [F] integer ranks of the model.
+        local_rank (mx.array): [..., F] integer ranks from the prompt.
+        global_rank (mx.array): [..., F] integer ranks of the model.
         global_weight (float or scalar array): w in [0, 1]; 0 is the prompt alone (GRIFFIN), 1 the model alone
             (static).
 
     Returns:
-        mx.array: [F] int64, R in millionths; smaller is more important.
+        mx.array: [..., F] int64, R in millionths; smaller is more important.
     """
     if isinstance(global_weight, mx.array):
         w = mx.round(global_weight * _WEIGHT_STEPS).astype(mx.int64)
@@ -47,24 +50,38 @@ def fuse(local_rank: mx.array, global_rank: mx.array, global_weight: float | mx.
     return local_rank.astype(mx.int64) * (_WEIGHT_STEPS - w) + global_rank.astype(mx.int64) * w
 
 
-def select(scores: mx.array, k: int) -> mx.array:
-    """The k neurons with the smallest scores, ties by index.
+def select(scores: mx.array, k: int, group: int = 1) -> mx.array:
+    """The k neurons with the smallest scores, ties by index; or the best units of ``UNIT`` neurons.
+
+    Where a quantised projection lets neurons be kept only in units of one group (see ``slicing``), the neurons of
+    each group are put in units by their order in it, the best together, and the units with the smallest sum of
+    scores are kept.
 
     Args:
-        scores (mx.array): [F] integers (ranks or fused ranks).
-        k (int): how many to keep, 1..F.
+        scores (mx.array): [..., F] integers (ranks or fused ranks).
+        k (int): how many to keep, 1..F; a multiple of ``UNIT`` if there are groups.
+        group (int): size of a group, a multiple of ``UNIT``; 1 chooses each neuron for itself.
 
     Returns:
-        mx.array: neuron indices [k] int32, ascending.
+        mx.array: neuron indices [..., k] int32, ascending. So those of a unit follow one another, but where several
+        units of a group are kept, their neurons mix.
     """
-    n = scores.shape[0]
-    keys = scores.astype(mx.int64) * n + mx.arange(n, dtype=mx.int64)
-    return mx.sort(mx.argsort(keys)[:k].astype(mx.int32))
+    if group == 1:
+        return mx.sort(_smallest(scores)[..., :k], axis=-1)
+    shape = scores.shape[:-1]
+    in_groups = scores.reshape(*shape, -1, group)
+    order = _smallest(in_groups)
+    units = mx.take_along_axis(in_groups, order, axis=-1).reshape(*shape, -1, UNIT)
+    members = (order + mx.arange(0, scores.shape[-1], group, dtype=mx.int32)[:, None]).reshape(units.shape)
+    best = _smallest(mx.sum(units.astype(mx.int64), axis=-1))[..., : k // UNIT]
+    return mx.sort(mx.take_along_axis(members, best[..., None], axis=-2).reshape(*shape, k), axis=-1)
 
 
-def kept_count(density: float, n: int) -> int:
-    """How many of n neurons a density keeps: density * n rounded to the nearest, at least 1."""
-    return max(1, round(density * n))
+def kept_count(density: float, n: int, group: int = 1) -> int:
+    """How many of n neurons a density keeps: density * n rounded to the nearest, at least 1; where there are groups,
+    to the nearest multiple of ``UNIT``, at least that."""
+    step = 1 if group == 1 else UNIT
+    return max(step, step * round(density * n / step))
 
 
 def auto_global_weight(local_tokens: int) -> float:
@@ -99,9 +116,7 @@ def trust(fits: list[mx.array]) -> mx.array:
     return mx.clip((mx.mean(mx.stack(fits)) - 0.85) / 0.1, 0, 1)
 
 
-def _invert(order: mx.array) -> mx.array:
-    """Ranks 1..F from a sorting order."""
-    n = order.shape[0]
-    ranks = mx.zeros((n,), dtype=mx.int64)
-    ranks[order] = mx.arange(1, n + 1, dtype=mx.int64)
-    return ranks
+def _smallest(scores: mx.array) -> mx.array:
+    """Indices [..., n] int32 in ascending order of the scores, ties by index."""
+    n = scores.shape[-1]
+    return mx.argsort(scores.astype(mx.int64) * n + mx.arange(n, dtype=mx.int64), axis=-1).astype(mx.int32)

@@ -1,26 +1,41 @@
-"""Compact copies of linear layers that hold only the kept neurons.
+"""Compact copies of linear layers that hold only the kept neurons, exactly, in every quantisation.
 
-A copy keeps its original's class (or, for a quantised output projection, becomes a plain ``nn.Linear``) and
-everything else about it, so the family's own forward code runs on it unchanged.
+A copy keeps its original's class and everything else about it, so the family's own forward code runs on it unchanged.
+
+Input projections (gate, up) hold a neuron as a row: weight, scales and biases of a row are taken along. An output
+projection (down) holds it as a column, and quantisation groups of 32, 64 or 128 columns share a scale and a bias, so
+columns cannot be taken from it one by one. But any 32 columns of one group of 64 or 128, with that group's scale
+and bias, are a valid group of 32. These units (*half-groups*) are what ``ranking.select`` keeps where ``unit`` says
+so: the codes stay the same to the bit. Where a group is 32 or smaller there is no smaller one to make: the
+projection stays whole, and the hidden vector is spread out for it (``Spread``).
 """
 
 from __future__ import annotations
 
+import math
+
 import mlx.core as mx
 import mlx.nn as nn
-
-from .importance import dense_weight
 
 # Sub-classes may compute something else with their weights: only these exact classes are sliced.
 SLICEABLE = (nn.Linear, nn.QuantizedLinear)
 
+# The smallest quantisation group of MLX's affine mode, and so the smallest piece to cut others into.
+UNIT = 32
+
 _PER_ROW = ("weight", "scales", "biases", "bias")
+
+
+def unit_group(output: nn.Module) -> int:
+    """In how large groups an output projection lets its neurons be kept: 1 if each can be chosen for itself, 64 or 128
+    if units of ``UNIT`` neurons of one such group can."""
+    if isinstance(output, nn.QuantizedLinear) and output.mode == "affine" and output.group_size > UNIT:
+        return output.group_size
+    return 1
 
 
 def slice_rows(linear: nn.Module, rows: mx.array) -> nn.Module:
     """An input projection (gate, up) for the given output rows only.
-
-    Rows are whole groups of codes, scales and offsets, so this is exact for every quantisation.
 
     Args:
         linear (nn.Module): ``nn.Linear`` or ``nn.QuantizedLinear`` with weight [F, D].
@@ -32,27 +47,118 @@ def slice_rows(linear: nn.Module, rows: mx.array) -> nn.Module:
     return _copy(linear, {name: linear[name][rows] for name in _PER_ROW if linear.get(name) is not None})
 
 
-def slice_columns(linear: nn.Module, columns: mx.array, dtype: mx.Dtype | None = None) -> nn.Module:
+def slice_columns(linear: nn.Module, columns: mx.array) -> nn.Module:
     """An output projection (down) for the given input columns only; its bias is kept whole.
-
-    A quantised projection is dequantised first, since columns cut through its groups.
 
     Args:
         linear (nn.Module): ``nn.Linear`` or ``nn.QuantizedLinear`` with weight [D, F].
-        columns (mx.array): [k] integer indices into the columns.
-        dtype (mx.Dtype, optional): of the model's activations. Default: as the weights are dequantised.
+        columns (mx.array): [k] integer indices into the columns. Where ``unit_group`` is not 1, each stretch of
+            ``UNIT`` of them must lie in one quantisation group, which is so for ascending indices of whole units.
 
     Returns:
-        nn.Module: an ``nn.Linear`` with weight [D, k].
+        nn.Module: takes [..., k]: the same kind of layer with weight [D, k], or a ``Spread``.
     """
-    compact = nn.Linear.__new__(nn.Linear)
-    nn.Module.__init__(compact)
-    weight = mx.take(dense_weight(linear), columns, axis=1)
-    quantised = isinstance(linear, nn.QuantizedLinear)
-    compact.weight = weight.astype(dtype) if quantised and dtype is not None else weight
-    if linear.get("bias") is not None:
-        compact.bias = linear.bias
+    if not isinstance(linear, nn.QuantizedLinear):
+        return _copy(linear, {"weight": mx.take(linear.weight, columns, axis=1)})
+    if unit_group(linear) == 1:
+        return Spread(linear, columns)
+    groups = columns[::UNIT] // linear.group_size
+    compact = _copy(
+        linear,
+        {
+            "weight": take_codes(linear.weight, columns, linear.bits),
+            "scales": mx.take(linear.scales, groups, axis=1),
+            "biases": mx.take(linear.biases, groups, axis=1),
+        },
+    )
+    compact.group_size = UNIT
     return compact
+
+
+class Spread(nn.Module):
+    """A whole output projection for the hidden values of the kept neurons: the others' places are filled with zeros.
+
+    Costs no memory but the indices; the projection's bytes are read in full.
+    """
+
+    def __init__(self, projection: nn.Module, columns: mx.array):
+        """
+        Args:
+            projection (nn.Module): with F inputs.
+            columns (mx.array): [k] integer indices of the inputs that are given.
+        """
+        super().__init__()
+        size = projection.scales.shape[-1] * projection.group_size
+        self.projection = projection
+        self.place = mx.full((size,), -1, dtype=mx.int32)  # of each input among those given
+        self.place[columns] = mx.arange(columns.shape[0], dtype=mx.int32)
+
+    def __call__(self, h: mx.array) -> mx.array:
+        given = mx.take(h, mx.maximum(self.place, 0), axis=-1)
+        return self.projection(mx.where(self.place < 0, mx.zeros((), h.dtype), given))
+
+    def __getattr__(self, name: str):  # some families read the projection's weight (its dtype, say)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "projection":
+                raise
+            return getattr(self.projection, name)
+
+
+def take_codes(weight: mx.array, columns: mx.array, bits: int) -> mx.array:
+    """Columns of a packed weight, their codes unchanged.
+
+    MLX packs a row's codes as one little-endian string of bits, ``bits`` of them for each column.
+
+    Args:
+        weight (mx.array): [D, F * bits / 32] uint32.
+        columns (mx.array): [k] integer indices, k a multiple of 32.
+        bits (int): of a code: 2, 3, 4, 5, 6 or 8.
+
+    Returns:
+        mx.array: [D, k * bits / 32] uint32.
+    """
+    words = mx.contiguous(weight.T)  # one column's codes of all rows lie side by side: taking them copies whole rows
+    bit = columns.astype(mx.int32) * bits
+    word, shift = bit // 32, (bit % 32).astype(mx.uint32)[:, None]
+    cycle = 32 // math.gcd(32, bits)  # as many codes as fill whole words
+    codes = []
+    for i in range(cycle):  # the i-th code of every cycle
+        code = mx.take(words, word[i::cycle], axis=0)
+        if 32 % bits == 0:
+            codes.append(_within(code, shift[i::cycle]))
+        else:  # some codes go on in the next word; the last of a row has no next one, and does not
+            following = mx.take(words, mx.minimum(word[i::cycle] + 1, words.shape[0] - 1), axis=0)
+            codes.append(_across(code, following, shift[i::cycle]))
+    packed = mx.stack(_pack(codes, bits), axis=1)  # [cycles, words in a cycle, D]
+    return mx.contiguous(packed.reshape(-1, weight.shape[0]).T)
+
+
+@mx.compile
+def _within(word: mx.array, shift: mx.array) -> mx.array:
+    return word >> shift
+
+
+@mx.compile
+def _across(word: mx.array, following: mx.array, shift: mx.array) -> mx.array:
+    return (word >> shift) | ((following << 1) << (31 - shift))  # in two steps: a shift by 32 is undefined
+
+
+@mx.compile
+def _pack(codes: list[mx.array], bits: int) -> list[mx.array]:
+    """The words that a cycle of codes fills; of each code, only the lowest ``bits`` count."""
+    packed = []
+    for j in range(len(codes) * bits // 32):
+        word = None
+        for i, code in enumerate(codes):
+            up = i * bits - 32 * j  # how far the code's first bit lies above the word's
+            if -bits < up < 32:
+                code = code & (2**bits - 1)
+                part = code << up if up >= 0 else code >> -up
+                word = part if word is None else word | part
+        packed.append(word)
+    return packed
 
 
 def _copy(module: nn.Module, changed: dict) -> nn.Module:

@@ -20,6 +20,7 @@ from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_promp
 
 import glass_mlx
 from glass_mlx import GlassError, GlassModel
+from glass_mlx.slicing import Spread
 from glass_mlx.tiny import Unbuildable, model_types, tiny_model
 
 PROMPT = [3, 14, 15, 9, 26, 5, 35]
@@ -438,18 +439,47 @@ def test_decode_of_several_tokens(llama):
     assert llama.session(several).prompt_tokens == len(PROMPT)
 
 
-@pytest.mark.parametrize("group_size", [32, 64])
+QUANTISATIONS = [
+    {"bits": 4},
+    {"bits": 3, "group_size": 64},
+    {"bits": 6, "group_size": 128},
+    {"bits": 4, "group_size": 32},
+    {"mode": "mxfp4"},
+    {"mode": "nvfp4"},
+    {"mode": "mxfp8"},
+]
+
+
+@pytest.mark.parametrize("quantisation", QUANTISATIONS, ids=lambda q: "-".join(map(str, q.values())))
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt2"])
-def test_quantised(name, group_size):
+def test_quantised(name, quantisation):
     dense = tiny_model(name)
-    nn.quantize(dense, group_size=group_size, bits=4)
+    group = quantisation.get("group_size", 32)
+    fits = lambda _, m: hasattr(m, "to_quantized") and m.weight.shape[-1] % group == 0  # noqa: E731
+    nn.quantize(dense, **quantisation, class_predicate=fits)
     model = GlassModel(dense)
     assert_masked_dense(model)
     cache = prefilled(model)
     run(model, cache, [8])
     block, compact = model.blocks[0], model.session(cache).compact[0]
-    assert {type(compact[name]) for name in block.inputs} == {nn.QuantizedLinear}
-    assert type(compact[block.output]) is nn.Linear
+    assert {type(compact[name]) for name in block.inputs} == {type(block.module[block.inputs[0]])}
+    in_units = quantisation.get("mode") is None and quantisation.get("group_size", 64) > 32
+    assert type(compact[block.output]) is (nn.QuantizedLinear if in_units else Spread)
+
+
+def test_mixed_precision():
+    """As mlx-lm's recipes have it: some down projections get more bits."""
+    dense = tiny_model("llama")
+
+    def recipe(path, module):
+        if not hasattr(module, "to_quantized"):
+            return False
+        return {"bits": 6, "group_size": 128} if path.endswith("0.mlp.down_proj") else {"bits": 3, "group_size": 64}
+
+    nn.quantize(dense, class_predicate=recipe)
+    model = GlassModel(dense)
+    assert [block.group for block in model.blocks] == [128, 64]
+    assert_masked_dense(model)
 
 
 # The wrapped model stays as it is

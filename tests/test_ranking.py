@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glass_mlx.ranking import auto_global_weight, fit, fuse, kept_count, rank, select, trust
+from glass_mlx.slicing import UNIT
 
 props = settings(deadline=None, max_examples=100)
 
@@ -101,6 +102,47 @@ def test_kept_count(density, n):
 @pytest.mark.parametrize(("density", "n", "k"), [(0.5, 14336, 7168), (0.3, 10, 3), (0.001, 10, 1)])
 def test_kept_count_of(density, n, k):
     assert kept_count(density, n) == k
+
+
+@pytest.mark.parametrize(
+    ("density", "n", "k"), [(0.5, 14336, 7168), (0.3, 14336, 4288), (0.001, 128, 32), (0.99, 128, 128)]
+)
+def test_kept_count_in_units(density, n, k):
+    assert kept_count(density, n, 64) == k
+
+
+def best_units(scores: list[int], k: int, group: int) -> list[int]:
+    """What ``select`` must keep in units of groups, written plainly."""
+    units = []
+    for start in range(0, len(scores), group):
+        members = sorted(range(start, start + group), key=lambda j: (scores[j], j))
+        units += [members[i : i + UNIT] for i in range(0, group, UNIT)]
+    units.sort(key=lambda unit: sum(scores[j] for j in unit))  # stable: ties by group
+    return sorted(j for unit in units[: k // UNIT] for j in unit)
+
+
+@props
+@given(
+    st.sampled_from([64, 128]), st.integers(1, 4), st.integers(0, 99), st.sampled_from([2, 10**3, 10**11]), st.data()
+)
+def test_units_are_the_best_of_their_groups(group, groups, seed, highest, data):
+    n = group * groups
+    k = UNIT * data.draw(st.integers(1, n // UNIT))
+    scores = np.random.default_rng(seed).integers(0, highest, n)
+    kept = select(mx.array(scores), k, group)
+    assert kept.dtype == mx.int32
+    assert kept.tolist() == best_units(scores.tolist(), k, group)
+    chunks = kept.reshape(-1, UNIT) // group
+    assert mx.all(chunks == chunks[:, :1])  # what slice_columns relies on
+
+
+@pytest.mark.parametrize("group", [1, 64])
+def test_blocks_are_chosen_for_together_as_one_by_one(group):
+    local, world = np.random.default_rng(1).random((2, 3, 256)).astype(np.float32)
+    together = fuse(rank(mx.array(local)), rank(mx.array(world)), 0.3)
+    alone = [fuse(rank(mx.array(l)), rank(mx.array(g)), 0.3) for l, g in zip(local, world)]
+    assert mx.array_equal(together, mx.stack(alone))
+    assert mx.array_equal(select(together, 96, group), mx.stack([select(scores, 96, group) for scores in alone]))
 
 
 def test_auto_global_weight():
