@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -27,6 +28,15 @@ def global_weight(text: str) -> float | str:
         return GlassConfig(global_weight=text if text == "auto" else float(text)).global_weight
     except (GlassError, ValueError) as e:
         raise argparse.ArgumentTypeError(f'{text!r} is neither "auto" nor in 0 to 1') from e
+
+
+def memory_size(text: str) -> int:
+    """Parse a size in bytes, such as 500MB or 2GB; argparse reports the error."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 500MB or 2GB")
+    thousand = 1024 if match[3] else 1000
+    return int(float(match[1]) * thousand ** " kmgt".index(match[2].lower() or " "))
 
 
 def add_glass_options(parser: argparse.ArgumentParser, build: bool) -> None:
@@ -53,6 +63,18 @@ def add_glass_options(parser: argparse.ArgumentParser, build: bool) -> None:
         action=argparse.BooleanOptionalAction,
         default=build,
         help="where a model has no global ranks yet, measure them first (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-session-memory",
+        type=memory_size,
+        metavar="SIZE",
+        help="memory for the compact weights of all conversations, 2GB say; idle ones give theirs up "
+        "(default: half of what the model leaves)",
+    )
+    group.add_argument(
+        "--low-memory",
+        action="store_true",
+        help="decode without the dense FFN weights in memory; they are read again for each prompt",
     )
     group.add_argument("--dense", action="store_true", help="decode with all neurons, as mlx-lm does")
 

@@ -18,26 +18,6 @@ SIGNALS = ("impact", "activation")
 EPS = 1e-6
 
 
-@mx.compile
-def _shares(h: mx.array) -> mx.array:
-    squares = mx.square(h.astype(mx.float32))
-    total = mx.sum(squares, axis=-1, keepdims=True)
-    return squares / mx.maximum(total, EPS * EPS)
-
-
-def token_shares(h: mx.array, norms: mx.array | None = None) -> mx.array:
-    """Each neuron's share of a token's energy.
-
-    Args:
-        h (mx.array): hidden vectors, [..., F], any float dtype.
-        norms (mx.array, optional): output-weight norms [F] float32; given for impact, not for activation.
-
-    Returns:
-        mx.array: [..., F] float32, non-negative, summing to 1 over the neurons (to 0 where h is zero).
-    """
-    return _shares(h if norms is None else h.astype(mx.float32) * norms)
-
-
 def energy(h: mx.array, norms: mx.array | None = None, weights: mx.array | None = None) -> mx.array:
     """The energy E_j (module docstring) of hidden vectors, summed over all their tokens.
 
@@ -47,12 +27,15 @@ def energy(h: mx.array, norms: mx.array | None = None, weights: mx.array | None 
         weights (mx.array, optional): a weight for each token, in any shape; 0 leaves a token out.
 
     Returns:
-        mx.array: [F] float32.
+        mx.array: [F] float32, non-negative; each token's part sums to its weight (to 0 where h is zero).
     """
-    shares = token_shares(h, norms)
+    # Two matrix-vector products with the squares: no other array of their size is made.
+    squares = mx.square(h.reshape(-1, h.shape[-1]).astype(mx.float32))
+    scale = mx.ones((h.shape[-1],)) if norms is None else mx.square(norms)
+    share = 1 / mx.maximum(squares @ scale, EPS * EPS)
     if weights is not None:
-        shares = shares * weights.reshape(*h.shape[:-1], 1)
-    return mx.sum(shares.reshape(-1, shares.shape[-1]), axis=0)
+        share = share * weights.reshape(-1)
+    return scale * (share @ squares)
 
 
 def output_norms(projection: nn.Module) -> mx.array:

@@ -118,6 +118,8 @@ def load(
     stats: str | Path | bool | None = None,
     stats_repo: str | None = None,
     build: bool = False,
+    max_session_memory: int | None = None,
+    low_memory: bool = False,
 ):
     """Load a model that decodes with GLASS; the arguments up to ``trust_remote_code`` are mlx-lm's.
 
@@ -131,6 +133,9 @@ def load(
         stats_repo (str, optional): a Hub repository of ranks, ``owner/name`` or ``owner/name@revision``. Default:
             the environment's ``GLASS_STATS_REPO``.
         build (bool): where there are no ranks, measure them now, with a progress bar, and keep them in the cache.
+        max_session_memory (int, optional): bytes for the compact weights of all sessions; see
+            :class:`glass_mlx.GlassModel`, where the default is explained as well.
+        low_memory (bool): decode without the dense FFN weights in memory; see there.
 
     Returns:
         tuple: (GlassModel, tokenizer), and the model's config as a third if ``return_config``.
@@ -149,7 +154,7 @@ def load(
         lazy=lazy,
         trust_remote_code=trust_remote_code,
     )
-    model = GlassModel(dense, config, path=path)
+    model = GlassModel(dense, config, path=path, max_session_memory=max_session_memory, low_memory=low_memory)
     ranks = find_ranks(model, stats, stats_repo)
     if ranks is None and build and stats is not False:
         ranks = _build(model, tokenizer)

@@ -17,8 +17,10 @@ from mlx_lm.models.cache import make_prompt_cache
 from .errors import GlassError
 from .ffn import Block, Tap, find_blocks, swapped
 from .importance import energy, output_norms
+from .memory import SessionMemory, WeightFiles, default_limit
 from .ranking import auto_global_weight, fit, fuse, kept_count, rank, select, trust
-from .session import GlassConfig, Session
+from .session import GlassConfig, Session, bytes_of
+from .slicing import UNIT
 
 logger = logging.getLogger("glass_mlx")
 
@@ -34,6 +36,8 @@ class _Plan:
     best: dict[str, list[tuple[mx.array, float]]] | None = None
     norms: list[mx.array] = field(default_factory=list)
     path: Path | None = None
+    memory: SessionMemory | None = None
+    files: WeightFiles | None = None
 
 
 class GlassModel(nn.Module):
@@ -54,6 +58,8 @@ class GlassModel(nn.Module):
         config: GlassConfig | None = None,
         global_ranks: dict[str, list[mx.array]] | None = None,
         path: Path | None = None,
+        max_session_memory: int | None = None,
+        low_memory: bool = False,
     ):
         """
         Args:
@@ -62,6 +68,10 @@ class GlassModel(nn.Module):
             global_ranks (dict, optional): for each signal the ranks [F] of every block, in the order of
                 ``blocks``. Without them the prompt alone decides.
             path (Path, optional): the model's directory.
+            max_session_memory (int, optional): bytes for the compact weights of all sessions; those of idle ones
+                are dropped, and made again when needed. Default: ``memory.default_limit``.
+            low_memory (bool): let go of the dense FFN weights while decoding, and read them from the model's files
+                again for the next prompt.
 
         Raises:
             GlassError: the model has no FFN block that can be sparsified.
@@ -76,7 +86,12 @@ class GlassModel(nn.Module):
             )
         self.dense = dense
         self.config = config or GlassConfig()
+        if low_memory and path is None:
+            raise GlassError("low_memory needs the model's directory, to read its weights again.")
         self._plan = _Plan(blocks, left_dense, global_ranks, path=path)
+        limit = default_limit(dense) if max_session_memory is None else max_session_memory
+        self._plan.memory = SessionMemory(limit)
+        self._plan.files = WeightFiles(path, blocks) if low_memory else None
         for message in _summarise(left_dense):
             logger.warning(message)
 
@@ -89,6 +104,11 @@ class GlassModel(nn.Module):
     def left_dense(self) -> dict[str, str]:
         """FFN blocks that stay dense: {path: reason}."""
         return self._plan.left_dense
+
+    @property
+    def memory(self) -> SessionMemory:
+        """The sessions' compact weights, and their limit."""
+        return self._plan.memory
 
     @property
     def path(self) -> Path | None:
@@ -217,15 +237,27 @@ class GlassModel(nn.Module):
 
     def _compact(self, session: Session) -> list[dict[str, nn.Module]]:
         """The session's compact projections, made when first asked for after a choice."""
-        if session.compact is None:
-            made = []
-            for block, kept in zip(self.blocks, self._kept(session)):
-                compact = block.compact(kept)
-                # start on this block while the next one is being described
-                mx.async_eval([projection.parameters() for projection in compact.values()])
-                made.append(compact)
-            session.compact = made
-        return session.compact
+        memory = self._plan.memory
+        if session.compact is not None:
+            memory.use(session)
+            return session.compact
+        made = [block.compact(kept) for block, kept in zip(self.blocks, self._kept(session))]
+        memory.use(session, bytes_of(made))
+        files = self._plan.files
+        stored = files.read() if files is not None else {}
+        ahead = iter(made[1:])
+        _start(made[0])
+        # One block is sliced while the next is being sent to the device, and no more: what slicing needs in between
+        # is held for two blocks at most.
+        for i, (block, projections) in enumerate(zip(self.blocks, made)):
+            _start(next(ahead, {}))
+            mx.eval([projection.parameters() for projection in projections.values()])
+            if files is not None:
+                files.release(i, block, projections, stored)
+        if files is not None:
+            mx.clear_cache()
+        session.compact = made
+        return made
 
     def _kept(self, session: Session) -> list[mx.array]:
         if session.kept is None:
@@ -304,7 +336,24 @@ class GlassModel(nn.Module):
         restored = Session.restore(cache[-1])
         if restored is not None:
             cache[-1] = restored
+            if restored.kept is not None and not self._can_keep(restored):
+                restored.kept = None  # chosen for weights in another quantisation: choose again
         return restored
+
+    def _can_keep(self, session: Session) -> bool:
+        counts = self.kept_counts(session.config.density)
+        if [kept.shape for kept in session.kept] != [(k,) for k in counts]:
+            return False
+        return all(block.group == 1 or _in_units(kept, block.group) for block, kept in zip(self.blocks, session.kept))
+
+
+def _start(projections: dict[str, nn.Module]) -> None:
+    mx.async_eval([projection.parameters() for projection in projections.values()])
+
+
+def _in_units(kept: mx.array, group: int) -> bool:
+    groups = kept.reshape(-1, UNIT) // group
+    return mx.all(groups == groups[:, :1]).item()
 
 
 def _best_half(ranks: mx.array, energies: mx.array) -> tuple[mx.array, float]:

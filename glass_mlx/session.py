@@ -60,6 +60,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def bytes_of(compact: list[dict[str, nn.Module]]) -> int:
+    """Size of compact projections, without what a ``Spread`` only refers to."""
+    modules = [module for projections in compact for module in projections.values()]
+    return sum(value.nbytes for module in modules for value in module.values() if isinstance(value, mx.array))
+
+
 class Session:
     """A conversation's evidence, its kept neurons and their compact weights.
 
@@ -170,12 +176,14 @@ class Session:
         return self.offset == 0
 
     @property
+    def compact_bytes(self) -> int:
+        """Size of the compact weights."""
+        return bytes_of(self.compact or [])
+
+    @property
     def nbytes(self) -> int:
         arrays = [mark.energy for mark in self.marks] + (self.kept or [])
-        for projections in self.compact or []:
-            for module in projections.values():
-                arrays.extend(v for v in module.values() if isinstance(v, mx.array))
-        return sum(a.nbytes for a in arrays)
+        return sum(a.nbytes for a in arrays) + self.compact_bytes
 
     @property
     def state(self) -> tuple:

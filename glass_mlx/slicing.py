@@ -161,6 +161,14 @@ def _pack(codes: list[mx.array], bits: int) -> list[mx.array]:
     return packed
 
 
+def in_float32(linear: nn.Module) -> nn.Module:
+    """A copy of a quantised layer that computes in float32, for float32 inputs; another layer as it is."""
+    if not isinstance(linear, nn.QuantizedLinear):
+        return linear
+    floats = {k: v for k, v in linear.items() if isinstance(v, mx.array) and mx.issubdtype(v.dtype, mx.floating)}
+    return _copy(linear, {name: array.astype(mx.float32) for name, array in floats.items()})
+
+
 def _copy(module: nn.Module, changed: dict) -> nn.Module:
     copy = type(module).__new__(type(module))
     copy.__dict__.update(module.__dict__)

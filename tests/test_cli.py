@@ -44,6 +44,19 @@ def test_bad_global_weight(text):
         cli.global_weight(text)
 
 
+@pytest.mark.parametrize(
+    "text, value", [("0", 0), ("123", 123), ("500MB", 500_000_000), ("1.5 gb", 1_500_000_000), ("2GiB", 2 * 2**30)]
+)
+def test_memory_size(text, value):
+    assert cli.memory_size(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "-1", "GB", "1PB", "1e9", "nan"])
+def test_bad_memory_size(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="500MB"):
+        cli.memory_size(text)
+
+
 def test_run(invoke):
     done = invoke(lambda: cli.run(lambda: print("fine")))
     assert (done.code, done.out, done.err) == (0, "fine\n", "")

@@ -260,6 +260,12 @@ def test_prefilled_response(demo, invoke):
     assert json.loads(done.out)["prompt_tokens"] == len(prompt)
 
 
+def test_memory_options_change_no_token(invoke):
+    plain = invoke(main, *RAW, "--json")
+    small = invoke(main, *RAW, "--json", "--low-memory", "--max-session-memory", "1kB")
+    assert json.loads(small.out)["tokens"] == json.loads(plain.out)["tokens"]
+
+
 @pytest.mark.parametrize("options", [("--dense",), ("--density", 1)])
 def test_dense_is_mlx_lm(demo, invoke, options):
     expected = mlx_lm.generate(demo[0].dense, demo[1], PROMPT, max_tokens=N)

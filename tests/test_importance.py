@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glass_mlx.importance import dense_weight, energy, output_norms, token_shares
+from glass_mlx.importance import dense_weight, energy, output_norms
 
 props = settings(deadline=None, max_examples=40)
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
@@ -43,7 +43,6 @@ def to_mlx(*arrays: np.ndarray | None) -> list[mx.array | None]:
 def test_formula(impact, h):
     norms = random_norms(h) if impact else None
     expected = shares_by_hand(h, norms)
-    np.testing.assert_allclose(token_shares(*to_mlx(h, norms)), expected, rtol=1e-5, atol=1e-12)
     np.testing.assert_allclose(energy(*to_mlx(h, norms)), expected.sum(0), rtol=1e-5, atol=1e-12)
 
 
@@ -61,7 +60,7 @@ def test_energies_of_chunks_add_up(h, data):
 def test_a_tokens_scale_does_not_count(h, data):
     scales = data.draw(st.lists(st.floats(1e-2, 1e2), min_size=len(h), max_size=len(h)))
     scaled = h * np.array(scales, np.float32)[:, None]
-    np.testing.assert_allclose(token_shares(mx.array(scaled)), token_shares(mx.array(h)), rtol=1e-4, atol=1e-10)
+    np.testing.assert_allclose(energy(mx.array(scaled)), energy(mx.array(h)), rtol=1e-4, atol=1e-10)
 
 
 @props
@@ -74,7 +73,7 @@ def test_weights(h, data):
     expected = np.array(weights) @ shares_by_hand(h)
     got = energy(mx.array(h)[None], weights=mx.array(weights))  # as a batch of one, and flat
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-12)
-    assert mx.array_equal(token_shares(mx.array(h))[silent], mx.zeros(h.shape[1]))
+    assert mx.array_equal(energy(mx.array(h[silent])), mx.zeros(h.shape[1]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,11 +81,10 @@ def test_weights(h, data):
 def test_half_precision(dtype, size):
     """Squares and sums of values near the limits of float16 neither overflow nor vanish."""
     h = (mx.random.uniform(0.5, 1, (2, 3, 64), key=mx.random.key(1)) * size).astype(dtype)
-    shares = token_shares(h)
-    assert shares.dtype == mx.float32 and shares.shape == h.shape
-    np.testing.assert_allclose(shares.sum(-1), 1, rtol=1e-5)
-    np.testing.assert_allclose(shares, shares_by_hand(np.array(h.astype(mx.float32))), rtol=1e-5)
-    assert energy(h, mx.full((64,), 1e3)).shape == (64,)
+    whole = energy(h)
+    assert whole.dtype == mx.float32 and whole.shape == (64,)
+    expected = shares_by_hand(np.array(h.astype(mx.float32))).reshape(6, 64).sum(0)
+    np.testing.assert_allclose(whole, expected, rtol=1e-5)
     np.testing.assert_allclose(energy(h, mx.full((64,), 1e3)).sum(), 6, rtol=1e-5)
 
 
