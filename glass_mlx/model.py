@@ -6,6 +6,7 @@ prompt -> record -> rank -> fuse -> select -> compact -> decode
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -214,8 +215,10 @@ class GlassModel(nn.Module):
         energies = [mx.zeros((block.size,)) for block in self.blocks]
 
         def tap(i: int, block: Block) -> dict[str, Tap]:
-            def observe(h: mx.array) -> None:
+            def observe(h: mx.array) -> mx.array:
                 energies[i] = energies[i] + energy(h, norms[i])
+                # recorded before it is projected: else every layer's hidden vectors wait for the end of the prefill
+                return mx.depends(h, energies[i])
 
             return {block.output: Tap(block.module[block.output], observe)}
 
@@ -241,6 +244,9 @@ class GlassModel(nn.Module):
         if session.compact is not None:
             memory.use(session)
             return session.compact
+        if session.energy is not None:
+            mx.eval(session.energy)  # the prefill's time is not selection's
+        tic = time.perf_counter()
         made = [block.compact(kept) for block, kept in zip(self.blocks, self._kept(session))]
         memory.use(session, bytes_of(made))
         files = self._plan.files
@@ -257,6 +263,7 @@ class GlassModel(nn.Module):
         if files is not None:
             mx.clear_cache()
         session.compact = made
+        session.selection_time = time.perf_counter() - tic
         return made
 
     def _kept(self, session: Session) -> list[mx.array]:

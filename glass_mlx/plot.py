@@ -32,10 +32,6 @@ def plot_ranks(
     Raises:
         GlassError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise GlassError("Plots need matplotlib: pip install 'glass_mlx[plot]'") from e
     name = ranks.metadata.get("model", "").replace("$", r"\$")  # else it is a formula
     try:
         history = np.array(json.loads(ranks.metadata.get("stability_history", "[]")), dtype=float)
@@ -46,11 +42,53 @@ def plot_ranks(
         panels.append(_draw_stability)
     if overlaps is not None:
         panels.append(_draw_overlaps)
-    figure = Figure(figsize=(5.5 * len(panels), 4.5), layout="constrained")
+    figure = _figure(5.5 * len(panels))
     figure.suptitle(f"Global ranks of {name}" if name else "Global ranks")
     data = {_draw_concentration: ranks.energies[signal], _draw_stability: history, _draw_overlaps: overlaps}
     for axes, draw in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels):
         draw(axes, data[draw], signal, share)
+    _save(figure, out)
+
+
+def plot_benchmark(result: dict[str, Any], out: Path) -> None:
+    """Draw decode speed by density, against the dense model and the byte ceiling.
+
+    Args:
+        result (dict): from ``benchmark.compare``, with ``model``.
+        out (Path): the PNG to write.
+
+    Raises:
+        GlassError: as ``plot_ranks``.
+    """
+    figure = _figure(6.5)
+    axes = figure.subplots()
+    rows = {"dense": result["dense"], **result["glass"]}
+    medians = [row["generation_tps"] for row in rows.values()]
+    ranges = [row["range"]["generation_tps"] for row in rows.values()]
+    spread = [[m - low for m, (low, _) in zip(medians, ranges)], [high - m for m, (_, high) in zip(medians, ranges)]]
+    colors = ["grey"] + ["tab:blue"] * len(result["glass"])
+    axes.bar(range(len(rows)), medians, yerr=spread, color=colors, capsize=4)
+    ceilings = [medians[0] * result["ceiling"][d] for d in result["glass"]]
+    axes.plot(range(1, len(rows)), ceilings, "_", color="black", markersize=40, label="byte ceiling")
+    for x, density in enumerate(result["glass"], start=1):
+        axes.annotate(f"{result['speedup'][density]:.2f}x", (x, medians[x] / 2), ha="center", color="white")
+    names = ["mlx-lm, dense", *(f"density {density}" for density in result["glass"])]
+    axes.set_xticks(range(len(rows)), names)
+    axes.set_ylabel("decode tokens/s")
+    axes.set_title(f"{result['model']}\n{result['machine']}, {result['backend']}", fontsize="small")
+    axes.legend()
+    _save(figure, out)
+
+
+def _figure(width: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise GlassError("Plots need matplotlib: pip install 'glass_mlx[plot]'") from e
+    return Figure(figsize=(width, 4.5), layout="constrained")
+
+
+def _save(figure: Any, out: Path) -> None:
     write_atomically(out, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
 

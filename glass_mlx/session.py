@@ -86,6 +86,7 @@ class Session:
         energy (mx.array | None): evidence of all blocks, concatenated, [sum of F] float32.
         kept (list[mx.array] | None): kept neurons of each block, [k] int32, ascending.
         compact (list[dict[str, nn.Module]] | None): compact projections of each block.
+        selection_time (float): seconds that choosing the neurons and making their compact weights last took.
     """
 
     def __init__(self, config: GlassConfig):
@@ -97,6 +98,7 @@ class Session:
         self.in_prompt = True
         self.kept: list[mx.array] | None = None
         self.compact: list[dict[str, nn.Module]] | None = None
+        self.selection_time = 0.0
 
     @property
     def prompt_tokens(self) -> int:

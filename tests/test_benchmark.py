@@ -5,9 +5,15 @@ from __future__ import annotations
 import json
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
+from mlx.utils import tree_flatten
 
-from glass_mlx.benchmark import compare, main, measure
+from glass_mlx import GlassModel
+from glass_mlx.benchmark import _break_even, bytes_per_token, compare, main, measure, table
+from glass_mlx.tiny import tiny_model
+
+MEASURED = {"prompt_tps", "generation_tps", "peak_memory"}
 
 
 def test_densities_are_decoded_as_asked(tiny, monkeypatch):
@@ -23,29 +29,116 @@ def test_densities_are_decoded_as_asked(tiny, monkeypatch):
     monkeypatch.setattr(type(model), "_decode", spy)
     result = compare(model, [0.25, 0.5], prompt_tokens=8, tokens=4, trials=1, seed=0)
     assert set(widths) == {24, 48}
-    assert set(result["glass"]) == {"0.25", "0.5"}
-    for row in result["glass"].values():
-        assert row["speedup"]["min"] <= row["speedup"]["median"] <= row["speedup"]["max"]
+    assert set(result["glass"]) == {"0.25", "0.5"} == set(result["speedup"])
+    for name, row in result["glass"].items():
+        low, high = row["range"]["speedup"]
+        assert low <= row["speedup"] <= high
+        assert row["speedup"] == result["speedup"][name]
+        assert result["fraction_of_ceiling"][name] == pytest.approx(row["speedup"] / result["ceiling"][name])
+        assert row["compact_bytes"] == pytest.approx(float(name) * sum(map(ffn_bytes, model.blocks)))
+    assert result["ceiling"]["0.25"] > result["ceiling"]["0.5"] > 1
+
+
+def ffn_bytes(block) -> int:
+    projections = [block.module[name] for name in (*block.inputs, block.output)]
+    return sum(a.nbytes for p in projections for _, a in tree_flatten(p.parameters()))
+
+
+def test_density_1_reads_what_the_dense_model_reads(tiny):
+    model, _ = tiny
+    result = compare(model, [1.0], prompt_tokens=8, tokens=4, trials=1)
+    assert result["ceiling"] == {"1": 1.0}
+    assert result["glass"]["1"]["select_ms"] == result["glass"]["1"]["compact_bytes"] == 0
 
 
 def test_measure_counts_tokens(tiny):
     model, _ = tiny
     cache = model.make_cache()
-    measure(model, mx.arange(1, 9), 5, cache)
+    run = measure(model, mx.arange(1, 9), 5, cache, step_size=3)
     assert model.session(cache).offset == 8 + 5
     assert model.session(cache).prompt_tokens == 8
+    assert run["select_seconds"] == model.session(cache).selection_time > 0
+    assert run["peak_memory"] >= sum(a.nbytes for _, a in tree_flatten(model.dense.parameters()))
 
 
-def test_the_command_line(invoke, tiny_dir):
-    outcome = invoke(main, "--model", tiny_dir, "-p", 8, "-g", 4, "-n", 1, "--density", "0.3,0.5", "--json")
-    result = json.loads(outcome.out)
+def test_bytes_per_token():
+    """Counted by hand for a model whose embedding is its head, and one with a head of its own."""
+    for tied in (True, False):
+        model = GlassModel(tiny_model("llama"))
+        dense = model.dense
+        if tied:
+            dense.pop("lm_head", None)
+            dense.args.tie_word_embeddings = True
+        elif "lm_head" not in dense:
+            dense.lm_head = nn.Linear(64, dense.args.vocab_size, bias=False)
+            dense.args.tie_word_embeddings = False
+        cache = model.make_cache()
+        measure(model, mx.arange(1, 9), 4, cache)
+        session = model.session(cache)
+        weights = sum(a.nbytes for _, a in tree_flatten(dense.parameters()))
+        unread = 0 if tied else dense.model.embed_tokens.weight.nbytes
+        kv = sum(a.nbytes for entry in cache[:-1] for a in entry.state if isinstance(a, mx.array))
+        ffn = sum(map(ffn_bytes, model.blocks))
+        assert bytes_per_token(model, cache, sparse=False) == weights - unread + kv
+        assert bytes_per_token(model, cache, sparse=True) == weights - unread + kv - ffn + session.compact_bytes
+
+
+def test_a_spread_projection_is_read_whole():
+    dense = tiny_model("llama")
+    nn.quantize(dense, group_size=32, bits=4)
+    model = GlassModel(dense)
+    cache = model.make_cache()
+    measure(model, mx.arange(1, 9), 4, cache)
+    saved = bytes_per_token(model, cache, False) - bytes_per_token(model, cache, True)
+    inputs = sum(a.nbytes for b in model.blocks for n in b.inputs for a in b.module[n].parameters().values())
+    assert saved == inputs / 2
+
+
+@pytest.mark.parametrize(
+    ("extra", "gain", "expected"), [(1.0, 0.25, 4), (1.0, 0.3, 4), (1.0, -0.1, None), (-0.5, -0.1, 0), (1.0, 0.0, None)]
+)
+def test_break_even(extra, gain, expected):
+    assert _break_even([{"extra_seconds": extra, "gain_seconds": gain}]) == expected
+
+
+def test_the_command_line(invoke, tiny_dir, tmp_path):
+    options = ["--model", tiny_dir, "-p", 8, "-g", 4, "-n", 2, "--density", "0.3,0.5"]
+    printed = invoke(main, *options, "--json", "-")
+    result = json.loads(printed.out)
+    assert printed.code == 0
+    assert {"machine", "backend", "model", "runs", "dense", "glass", "speedup", "ceiling"} <= set(result)
+    assert MEASURED <= set(result["dense"])
+    extra = {"select_ms", "prefill_overhead", "break_even_tokens"}
+    assert all(MEASURED | extra <= set(row) for row in result["glass"].values())
+    outcome = invoke(main, *options, "--json", tmp_path / "figures.json", "--plot", tmp_path / "speed.png")
     assert outcome.code == 0
-    assert {"machine", "backend", "model", "runs", "dense", "glass", "prefill_overhead"} <= set(result)
-    assert {"prompt_tps", "generation_tps"} <= set(result["dense"])
+    assert (tmp_path / "speed.png").read_bytes()[:4] == b"\x89PNG"
+    written = json.loads((tmp_path / "figures.json").read_text())
+    assert outcome.out.strip() == table(written).strip()
+    assert [line.split()[0] for line in outcome.out.splitlines()[3:]] == ["dense", "0.3", "0.5"]
 
 
-@pytest.mark.parametrize("options", [["--density", "0.5,0"], ["-g", "2"], ["-p", "1"], ["-n", "0"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--density", "0.5,0"],
+        ["-g", "2"],
+        ["-p", "1"],
+        ["-n", "0"],
+        ["--shape", "gpt-9"],
+        ["--layers", "2"],
+        ["--shape", "mistral-7b", "--layers", "0"],
+        ["--shape", "mistral-7b", "--model", "demo"],
+        ["--shape", "mistral-7b", "--bits", "5"],
+        ["--delay", "-1"],
+    ],
+)
 def test_usage_errors(invoke, options):
     outcome = invoke(main, *options)
     assert outcome.code == 2
     assert "Traceback" not in outcome.err
+
+
+def test_a_picture_that_cannot_be_written(invoke, tiny_dir):
+    outcome = invoke(main, "--model", tiny_dir, "-p", 8, "-g", 4, "-n", 1, "--plot", tiny_dir / "config.json" / "a.png")
+    assert outcome.code == 1 and len(outcome.err.strip().splitlines()) == 1
