@@ -75,7 +75,10 @@ class Answerer:
     def _config(self, request: Request) -> GlassConfig:
         try:
             return self.model.config.updated(
-                density=request.density, global_weight=request.global_weight, signal=request.signal
+                density=request.density,
+                global_weight=request.global_weight,
+                signal=request.signal,
+                refresh=request.refresh,
             )
         except GlassError as e:
             raise BadRequest(str(e)) from e

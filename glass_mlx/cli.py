@@ -30,6 +30,14 @@ def global_weight(text: str) -> float | str:
         raise argparse.ArgumentTypeError(f'{text!r} is neither "auto" nor in 0 to 1') from e
 
 
+def refresh(text: str) -> int | str:
+    """Parse how often to refresh; argparse reports the error."""
+    try:
+        return GlassConfig(refresh=text if text == "auto" else int(text)).refresh
+    except (GlassError, ValueError) as e:
+        raise argparse.ArgumentTypeError(f'{text!r} is neither "auto" nor a number of tokens') from e
+
+
 def memory_size(text: str) -> int:
     """Parse a size in bytes, such as 500MB or 2GB; argparse reports the error."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
@@ -56,6 +64,14 @@ def add_glass_options(parser: argparse.ArgumentParser, build: bool) -> None:
         help="weight of the model's global ranks against the prompt's, 0 to 1 (default: auto)",
     )
     group.add_argument("--signal", choices=SIGNALS, default=GlassConfig.signal, help="what neurons are ranked by")
+    group.add_argument(
+        "--refresh",
+        type=refresh,
+        default=GlassConfig.refresh,
+        metavar="TOKENS",
+        help="read what was said again densely every so many tokens, and choose the neurons again; auto: after "
+        "more and more tokens; 0: never (default: %(default)s)",
+    )
     group.add_argument("--stats", metavar="FILE", help="global ranks (default: looked up)")
     group.add_argument("--stats-repo", metavar="REPO", help="Hub repository of global ranks, owner/name[@revision]")
     group.add_argument(

@@ -57,6 +57,7 @@ def stream_generate(
     density: float | None = None,
     global_weight: float | str | None = None,
     signal: str | None = None,
+    refresh: int | str | None = None,
     prompt_cache: list[Any] | None = None,
     max_kv_size: int | None = None,
     **kwargs: Any,
@@ -74,7 +75,7 @@ def stream_generate(
         max_tokens (int): at most so many tokens; -1 for no limit.
         draft_model (nn.Module, optional): for mlx-lm's speculative decoding, which verifies several tokens at
             once, and those run dense: the result is the dense model's.
-        density, global_weight, signal: where this and later answers of the conversation differ from the
+        density, global_weight, signal, refresh: where this and later answers of the conversation differ from the
             model's configuration.
         prompt_cache (list, optional): from ``model.make_cache()``; updated in place.
         max_kv_size (int, optional): for a new cache, as in mlx-lm.
@@ -86,14 +87,14 @@ def stream_generate(
     Raises:
         GlassError: an argument is out of range, or the prompt is empty.
     """
-    choice = {"density": density, "global_weight": global_weight, "signal": signal}
+    choice = {"density": density, "global_weight": global_weight, "signal": signal, "refresh": refresh}
     prompt = _encode(tokenizer, prompt)
     if prompt.size == 0 and kwargs.get("input_embeddings") is None:
         raise GlassError("The prompt is empty: it has no tokens.")
     if draft_model is not None and any(v is not None for v in (prompt_cache, *choice.values())):
         raise GlassError(
             "With a draft model, start a new conversation at the model's own density: "
-            "give neither prompt_cache nor density, global_weight or signal."
+            "give neither prompt_cache nor density, global_weight, signal or refresh."
         )
     session = None
     if isinstance(model, GlassModel) and draft_model is None:
@@ -227,6 +228,7 @@ def _generate(args: argparse.Namespace, template: dict[str, Any]) -> None:
         density=args.density,
         global_weight=args.global_weight,
         signal=args.signal,
+        refresh=args.refresh,
         stats=False if args.dense and not args.stats else args.stats,
         stats_repo=args.stats_repo,
         max_session_memory=args.max_session_memory,

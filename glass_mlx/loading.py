@@ -115,6 +115,7 @@ def load(
     density: float = GlassConfig.density,
     global_weight: float | str = GlassConfig.global_weight,
     signal: str = GlassConfig.signal,
+    refresh: int | str = GlassConfig.refresh,
     stats: str | Path | bool | None = None,
     stats_repo: str | None = None,
     build: bool = False,
@@ -128,6 +129,7 @@ def load(
         density (float): share of the FFN neurons to decode with, in (0, 1]. Default: ``0.5``.
         global_weight (float or "auto"): weight of the global ranks against the prompt's, in [0, 1].
         signal (str): ``"impact"`` or ``"activation"``.
+        refresh (int or "auto"): how often what was said is read again densely; see :class:`glass_mlx.GlassConfig`.
         stats (str or bool, optional): a global-ranks file; ``None`` looks for the model's own in ``stats/``, the
             user's cache and ``stats_repo``; ``False`` goes without.
         stats_repo (str, optional): a Hub repository of ranks, ``owner/name`` or ``owner/name@revision``. Default:
@@ -144,7 +146,7 @@ def load(
         GlassError: the model cannot be found, loaded or sparsified, or an argument is out of range.
         StatsError: the ranks file is damaged or belongs to another model.
     """
-    config = GlassConfig(density, global_weight, signal)
+    config = GlassConfig(density, global_weight, signal, refresh)
     path = resolve_model(path_or_hf_repo, revision)
     dense, tokenizer, model_config = load_dense(
         path,
@@ -175,7 +177,7 @@ def wrap(
     Args:
         model (nn.Module): the loaded model.
         config (GlassConfig, optional): the choice of neurons; or give its fields ``density``,
-            ``global_weight`` and ``signal`` as keywords.
+            ``global_weight``, ``signal`` and ``refresh`` as keywords.
         stats: as in :func:`load`; or ranks already read.
         path (str, optional): the model's directory, kept as ``GlassModel.path``.
 

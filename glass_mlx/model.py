@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
 from .errors import GlassError
 from .ffn import Block, Tap, find_blocks, swapped
@@ -203,14 +203,37 @@ class GlassModel(nn.Module):
         return phase(session, length, inputs, cache[:-1], kwargs)
 
     def decode(self, inputs: mx.array, cache: list[Any]) -> mx.array:
-        """Logits [B, L, vocabulary] of tokens [B, L], decoded sparsely whatever their number.
+        """Logits [B, L, vocabulary] of tokens [B, L], decoded sparsely whatever their number, and refreshed on the way
+        as if they came one by one.
 
         A call of the model takes several tokens for a prompt; this feeds it a given continuation.
         """
-        return self._decode(self.session(cache), inputs.shape[1], inputs, cache[:-1], {})
+        session, logits = self.session(cache), []
+        while inputs.shape[1]:
+            left = session.until_refresh()
+            length = inputs.shape[1] if left is None else max(1, left)
+            now, inputs = inputs[:, :length], inputs[:, length:]
+            logits.append(self._decode(session, now.shape[1], now, cache[:-1], {}))
+        return mx.concatenate(logits, axis=1)
 
     def _prefill(self, session: Session, length: int, inputs, cache, kwargs) -> mx.array:
-        """The dense model, with each block's evidence recorded."""
+        """The dense model over a prompt, with each block's evidence recorded."""
+        unread = self._unread(session, cache)
+        if unread is None or "input_embeddings" in kwargs:
+            return self._read(session, length, length, inputs, cache, kwargs)
+        inputs = mx.concatenate([unread, inputs], axis=1)
+        return self._read(session, inputs.shape[1], length, inputs, cache, kwargs)[:, -length:]
+
+    def _unread(self, session: Session, cache: list[Any]) -> mx.array | None:
+        """Trim what was said sparsely off the cache, to be read again; None if there is none, or it cannot be."""
+        if not session.unread or not can_trim_prompt_cache(cache):
+            session.unread = []
+            return None
+        tokens = session.take_unread()
+        trim_prompt_cache(cache, tokens.shape[1])
+        return tokens
+
+    def _read(self, session: Session, length: int, prompt: int, inputs, cache, kwargs) -> mx.array:
         norms = self._norms() if session.config.signal == "impact" else [None] * len(self.blocks)
         energies = [mx.zeros((block.size,)) for block in self.blocks]
 
@@ -224,18 +247,25 @@ class GlassModel(nn.Module):
 
         with swapped(self.blocks, [tap(i, block) for i, block in enumerate(self.blocks)]):
             logits = self.dense(inputs, cache=cache, **kwargs)
-        session.record(mx.concatenate(energies), length)
+        session.record(mx.concatenate(energies), length, prompt)
         return logits
 
     def _decode(self, session: Session, length: int, inputs, cache, kwargs) -> mx.array:
-        """The same forward code on the session's compact projections."""
+        """The same forward code on the session's compact projections; or, where a refresh is due, the dense model over
+        all that was said since the last one."""
+        if session.until_refresh() == 0 and (unread := self._unread(session, cache)) is not None:
+            inputs = mx.concatenate([unread, inputs], axis=1)
+            logits = self._read(session, inputs.shape[1], 0, inputs, cache, kwargs)
+            session.said += length
+            return logits[:, -length:]
         if session.config.density == 1:
             projections: list[dict[str, nn.Module]] = []
         else:
             projections = self._compact(session)
         with swapped(self.blocks, projections):
             logits = self.dense(inputs, cache=cache, **kwargs)
-        session.advance(length)
+        readable = session.until_refresh() is not None and "input_embeddings" not in kwargs
+        session.advance(length, inputs if readable else None)
         return logits
 
     def _compact(self, session: Session) -> list[dict[str, nn.Module]]:

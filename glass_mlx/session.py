@@ -13,8 +13,9 @@ from mlx_lm.models.cache import ArraysCache
 from .errors import GlassError
 from .importance import SIGNALS
 
-_SAVED = "glass_mlx session 1"
+_SAVED = "glass_mlx session 2"
 _MAX_MARKS = 8
+_REFRESH_GAP = 32  # tokens; 3 refreshes in 256 tokens, 7 in 1,000
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,15 @@ class GlassConfig:
         density: share of the FFN neurons to keep, in (0, 1]; 1 decodes with the model's own weights.
         global_weight: weight of the model's global ranks in [0, 1], or ``"auto"``: by the prompt's length.
         signal: ``"impact"`` (activation times output-weight norm) or ``"activation"``.
+        refresh: how often what was said is read again densely, which repairs its keys and values in the cache, adds
+            it to the evidence and chooses the neurons again: every so many tokens; ``"auto"``: after 32, 96, 192,
+            320, ... tokens, each gap longer by 32; 0 for never.
     """
 
     density: float = 0.5
     global_weight: float | str = "auto"
     signal: str = "impact"
+    refresh: int | str = 0
 
     def __post_init__(self):
         if not _is_number(self.density) or not 0 < self.density <= 1:
@@ -39,6 +44,9 @@ class GlassConfig:
             raise GlassError(f'global_weight must be "auto" or between 0 and 1, not {w!r}.')
         if self.signal not in SIGNALS:
             raise GlassError(f"signal must be one of {', '.join(SIGNALS)}, not {self.signal!r}.")
+        r = self.refresh
+        if r != "auto" and (not isinstance(r, int) or isinstance(r, bool) or r < 0):
+            raise GlassError(f'refresh must be "auto", 0 or a number of tokens, not {r!r}.')
 
     def updated(self, **changes: Any) -> GlassConfig:
         """A copy with the given fields changed; None leaves a field as it is."""
@@ -86,6 +94,8 @@ class Session:
         energy (mx.array | None): evidence of all blocks, concatenated, [sum of F] float32.
         kept (list[mx.array] | None): kept neurons of each block, [k] int32, ascending.
         compact (list[dict[str, nn.Module]] | None): compact projections of each block.
+        said (int): tokens decoded since the last prompt.
+        unread (list[mx.array]): those of them that no dense call has read yet, [B, L] each.
         selection_time (float): seconds that choosing the neurons and making their compact weights last took.
     """
 
@@ -98,6 +108,8 @@ class Session:
         self.in_prompt = True
         self.kept: list[mx.array] | None = None
         self.compact: list[dict[str, nn.Module]] | None = None
+        self.said = 0
+        self.unread: list[mx.array] = []
         self.selection_time = 0.0
 
     @property
@@ -122,25 +134,53 @@ class Session:
         """Whether a call of ``length`` tokens is prefill."""
         return self.prompt_left > 0 or length > 1 or self.in_prompt
 
-    def record(self, energy: mx.array, length: int) -> None:
-        """Add the evidence of a prefill call: energy [sum of F] float32 over ``length`` tokens."""
+    def record(self, energy: mx.array, length: int, prompt: int | None = None) -> None:
+        """Add the evidence of a dense call: energy [sum of F] float32 over ``length`` tokens, the last ``prompt``
+        (default: all) of which are of a prompt, and the others said before."""
         self.energy = energy if self.energy is None else self.energy + energy
         self.marks.append(Mark(self.offset, self.offset + length, length, self.energy))
         if len(self.marks) > _MAX_MARKS:
             a, b = self.marks[:2]
             self.marks[:2] = [Mark(a.start, b.end, a.tokens + b.tokens, b.energy)]
-        if self.prompt_left > 0:
-            self.prompt_left = max(0, self.prompt_left - length)
-            self.in_prompt = self.prompt_left > 0
-        else:
-            self.in_prompt = length > 1
+        prompt = length if prompt is None else prompt
+        if prompt > 0:
+            self.said = 0
+            if self.prompt_left > 0:
+                self.prompt_left = max(0, self.prompt_left - prompt)
+                self.in_prompt = self.prompt_left > 0
+            else:
+                self.in_prompt = prompt > 1
         self.offset += length
         self._forget_choice()
 
-    def advance(self, length: int) -> None:
-        """Count decoded tokens; they end a prompt."""
+    def advance(self, length: int, tokens: mx.array | None = None) -> None:
+        """Count decoded tokens; they end a prompt. ``tokens`` [B, length] are to be read again later."""
         self.offset += length
+        self.said += length
         self.in_prompt, self.prompt_left = False, 0
+        if tokens is not None:
+            self.unread.append(tokens)
+
+    def take_unread(self) -> mx.array | None:
+        """Go back to before the unread tokens; returns them, [B, n], or None if there are none. The caller
+        trims the other entries of the cache by as many, and reads them again."""
+        if not self.unread:
+            return None
+        tokens, self.unread = mx.concatenate(self.unread, axis=1), []
+        self.offset -= tokens.shape[1]
+        return tokens
+
+    def until_refresh(self) -> int | None:
+        """How many tokens may be decoded before what was said is to be read again; None for any number."""
+        if self.config.refresh == 0 or self.config.density == 1:
+            return None
+        if self.config.refresh == "auto":
+            due = gap = _REFRESH_GAP
+            while due < self.said:
+                gap += _REFRESH_GAP
+                due += gap
+            return due - self.said
+        return -self.said % self.config.refresh if self.said else self.config.refresh
 
     def _forget_choice(self) -> None:
         self.kept = self.compact = None
@@ -155,6 +195,11 @@ class Session:
         average share of the recorded call's evidence with them, all of it if the whole call goes."""
         n = min(n, self.offset)
         self.offset -= n
+        self.said = max(0, self.said - n)
+        if self.unread:
+            tokens = mx.concatenate(self.unread, axis=1)
+            left = tokens.shape[1] - n
+            self.unread = [tokens[:, :left]] if left > 0 else []
         if not self.marks or self.offset >= self.marks[-1].end:
             return n
         while self.marks and self.offset <= self.marks[-1].start:
@@ -184,7 +229,7 @@ class Session:
 
     @property
     def nbytes(self) -> int:
-        arrays = [mark.energy for mark in self.marks] + (self.kept or [])
+        arrays = [mark.energy for mark in self.marks] + self.unread + (self.kept or [])
         return sum(a.nbytes for a in arrays) + self.compact_bytes
 
     @property
@@ -194,15 +239,17 @@ class Session:
             "offset": self.offset,
             "marks": [(mark.start, mark.end, mark.tokens) for mark in self.marks],
             "in_prompt": self.in_prompt,
+            "said": self.said,
+            "unread": len(self.unread),
         }
-        arrays = [mark.energy for mark in self.marks] + (self.kept or [])
+        arrays = [mark.energy for mark in self.marks] + self.unread + (self.kept or [])
         return [_SAVED, json.dumps(header), *arrays], None, None
 
     def __deepcopy__(self, memo: dict) -> Session:
         # MLX arrays are never changed in place here, so copies share them, the compact weights above all.
         copy = Session(self.config)
         copy.__dict__.update(self.__dict__)
-        copy.marks = list(self.marks)
+        copy.marks, copy.unread = list(self.marks), list(self.unread)
         return copy
 
     @classmethod
@@ -217,7 +264,9 @@ class Session:
         session.marks = [Mark(*span, energy) for span, energy in zip(spans, arrays)]
         if session.marks:
             session.energy = session.marks[-1].energy
-        session.kept = arrays[len(spans) :] or None
+        said, rest = header["unread"], arrays[len(spans) :]
+        session.said, session.unread = header["said"], rest[:said]
+        session.kept = rest[said:] or None
         return session
 
 

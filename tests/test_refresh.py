@@ -1,0 +1,205 @@
+"""Tests of refreshing: what was said sparsely is read again densely, the cache repaired, the neurons chosen again."""
+
+from __future__ import annotations
+
+import copy
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import KVCache, load_prompt_cache, make_prompt_cache, save_prompt_cache, trim_prompt_cache
+
+from glass_mlx import GlassConfig, GlassError, GlassModel, stream_generate
+from glass_mlx.session import Session
+from glass_mlx.tiny import tiny_model
+
+PROMPT, SAID = [3, 14, 15, 9, 26, 5, 35], [8, 97, 9, 32, 38, 46, 2, 64]
+
+# Of every kind of projection table, attention and cache that can be trimmed.
+FAMILIES = "llama qwen2 qwen3 gemma gemma2 gemma3_text phi3 gpt2 gpt_neox phi olmo2 cohere2 internlm2 exaone4".split()
+
+
+def read(model: GlassModel, prompt: list[int], cache: list | None = None, **config) -> list:
+    cache = cache or model.make_cache(**config)
+    model.session(cache).begin_prompt(len(prompt))
+    mx.eval(model(mx.array([prompt]), cache=cache), [entry.state for entry in cache])
+    return cache
+
+
+def say(model: GlassModel, cache: list, tokens: list[int]) -> list[mx.array]:
+    """One token a call, as mlx-lm's loop decodes."""
+    logits = []
+    for token in tokens:
+        logits.append(model(mx.array([[token]]), cache=cache)[0, -1])
+        mx.eval(logits[-1], [entry.state for entry in cache])
+    return logits
+
+
+def contents(cache: list) -> list[np.ndarray]:
+    arrays = [a for entry in cache if not isinstance(entry, Session) for _, a in tree_flatten(entry.state)]
+    return [np.array(a) for a in arrays if isinstance(a, mx.array) and a.dtype == mx.float32]
+
+
+def close(ours, theirs, tolerance: float = 2e-4) -> bool:
+    return len(ours) == len(theirs) and all(
+        a.shape == b.shape and np.abs(a - b).max() <= tolerance * max(1, np.abs(b).max()) for a, b in zip(ours, theirs)
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_refresh_is_dense_reading(name):
+    """After it, cache, evidence, choice and logits are those of a session that read all of it as a prompt."""
+    model = GlassModel(tiny_model(name))
+    cache = read(model, PROMPT, refresh=4)
+    logits = say(model, cache, SAID[:5])  # four sparse ones, and the fifth with a refresh
+    whole = read(model, PROMPT + SAID[:5])
+    assert close(contents(cache), contents(whole))
+    ours, theirs = model.session(cache), model.session(whole)
+    assert close([np.array(ours.energy)], [np.array(theirs.energy)], 1e-3)
+    assert ours.offset == theirs.offset == ours.prompt_tokens == 12
+    assert not ours.unread and not ours.in_prompt
+    dense = model.dense(mx.array([PROMPT + SAID[:5]]))[0, -1]
+    assert close([np.array(logits[-1])], [np.array(dense)])
+    assert not close([np.array(logits[-2])], [np.array(model.dense(mx.array([PROMPT + SAID[:4]]))[0, -1])], 1e-3)
+    expected = model.kept_neurons(whole)
+    assert all(mx.array_equal(kept, expected[path]) for path, kept in model.kept_neurons(cache).items())
+
+
+def refreshes(model: GlassModel, cache: list, tokens: int) -> list[int]:
+    """After how many tokens said the model reads again."""
+    seen, session = [], model.session(cache)
+    for i in range(tokens):
+        before = session.prompt_tokens
+        say(model, cache, [SAID[i % len(SAID)]])
+        if session.prompt_tokens > before:
+            seen.append(i)
+    return seen
+
+
+@pytest.mark.parametrize(("refresh", "expected"), [(0, []), (20, [20, 40, 60]), ("auto", [32])])
+def test_schedule(refresh, expected):
+    model = GlassModel(tiny_model("llama"))
+    cache = read(model, PROMPT, refresh=refresh)
+    assert refreshes(model, cache, 70) == expected
+    read(model, PROMPT, cache)  # begins anew with every prompt
+    assert refreshes(model, cache, 41) == [e for e in expected if e < 41]
+
+
+def test_gaps_grow():
+    session, due = Session(GlassConfig(refresh="auto")), []
+    for _ in range(500):
+        session.advance(1)
+        if session.until_refresh() == 0:
+            due.append(session.said)
+    assert due == [32, 96, 192, 320, 480]
+
+
+def test_at_density_1_nothing_is_to_repair():
+    model = GlassModel(tiny_model("llama"))
+    assert refreshes(model, read(model, PROMPT, density=1.0, refresh=2), 9) == []
+
+
+def test_a_next_prompt_reads_the_answer_as_well():
+    model = GlassModel(tiny_model("llama"))
+    cache = read(model, PROMPT, refresh=100)
+    say(model, cache, SAID[:3])
+    unread = copy.deepcopy(cache)
+    model.session(unread).begin_prompt(2)
+    logits = model(mx.array([SAID[3:5]]), cache=unread)
+    assert logits.shape[1] == 2
+    whole = read(model, PROMPT + SAID[:5])
+    assert close(contents(unread), contents(whole))
+    assert not close(contents(cache), contents(read(model, PROMPT + SAID[:3])), 1e-3)  # without: what was sparse stays
+    session = model.session(unread)
+    assert (session.prompt_tokens, session.said, session.prompt_left, session.in_prompt) == (12, 0, 0, False)
+
+
+@pytest.mark.parametrize("refresh", [3, "auto", 0])
+def test_a_given_continuation_is_refreshed_as_if_it_came_token_by_token(refresh):
+    model, tokens = GlassModel(tiny_model("llama")), (SAID * 5)[:37]
+    cache = read(model, PROMPT, refresh=refresh)
+    one_by_one = say(model, cache, tokens)
+    at_once = read(model, PROMPT, refresh=refresh)
+    logits = model.decode(mx.array([tokens]), at_once)[0]
+    assert close([np.array(logits)], [np.array(mx.stack(one_by_one))])
+    assert model.session(at_once).said == model.session(cache).said == 37
+
+
+def test_mlx_lms_own_loop_refreshes(demo):
+    model, tokenizer = demo
+    prompt = "The old house stood at the end of the street, and"
+    config, model.config = model.config, GlassConfig(refresh=4)
+    try:
+        theirs = [r.token for r in mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=24)]
+    finally:
+        model.config = config
+    ours = [r.token for r in stream_generate(model, tokenizer, prompt, 24, refresh=4)]
+    assert ours == theirs
+    assert ours != [r.token for r in stream_generate(model, tokenizer, prompt, 24)]
+
+
+def test_caches_that_cannot_be_trimmed_are_left_as_they_are():
+    """A sliding window that is full has lost what it would go back to: decoding goes on, without a refresh."""
+    model = GlassModel(tiny_model("qwen2"))
+    cache = model.make_cache(max_kv_size=8, refresh=2)
+    read(model, PROMPT, cache)
+    assert refreshes(model, cache, 12) == []
+    assert len(model.session(cache).unread) <= 2
+
+
+def test_trimming_takes_unread_tokens_along():
+    model = GlassModel(tiny_model("llama"))
+    cache = read(model, PROMPT, refresh=100)
+    say(model, cache, SAID[:5])
+    trim_prompt_cache(cache, 2)
+    session = model.session(cache)
+    assert mx.concatenate(session.unread, axis=1).tolist() == [SAID[:3]] and session.said == 3
+    read(model, SAID[3:5], cache)
+    assert close(contents(cache), contents(read(model, PROMPT + SAID[:5])))
+    trim_prompt_cache(cache, 10)
+    assert not session.unread and session.offset == 2
+
+
+def test_unread_tokens_are_saved(tmp_path):
+    model = GlassModel(tiny_model("llama"))
+    cache = read(model, PROMPT, refresh=5)
+    say(model, cache, SAID[:3])
+    save_prompt_cache(str(tmp_path / "cache.safetensors"), cache)
+    loaded = load_prompt_cache(str(tmp_path / "cache.safetensors"))
+    ours, theirs = say(model, cache, SAID[3:]), say(model, loaded, SAID[3:])
+    assert close([np.array(a) for a in ours], [np.array(a) for a in theirs], 1e-6)
+    assert model.session(loaded).prompt_tokens == model.session(cache).prompt_tokens == 13
+
+
+def test_copies_have_their_own_unread_tokens():
+    model = GlassModel(tiny_model("llama"))
+    cache = read(model, PROMPT, refresh=100)
+    say(model, cache, SAID[:2])
+    twin = copy.deepcopy(cache)
+    say(model, twin, SAID[2:4])
+    assert len(model.session(cache).unread) == 2 and len(model.session(twin).unread) == 4
+
+
+def test_a_quantised_kv_cache_is_repaired_too(demo):
+    model, tokenizer = demo
+    options = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0, "refresh": 4}
+    cache = model.make_cache()
+    said = [r.token for r in stream_generate(model, tokenizer, "The ship sailed", 14, prompt_cache=cache, **options)]
+    assert len(said) == 14 and model.session(cache).prompt_tokens > 14
+    assert not any(isinstance(entry, KVCache) for entry in cache)
+
+
+def test_dense_caches_are_none_of_its_business():
+    model = GlassModel(tiny_model("llama"), GlassConfig(refresh=1))
+    cache = make_prompt_cache(model.dense)
+    for token in SAID:
+        model(mx.array([[token]]), cache=cache)
+    assert cache[0].offset == len(SAID)
+
+
+@pytest.mark.parametrize("refresh", [-1, 1.5, True, "often", None])
+def test_bad_values(refresh):
+    with pytest.raises(GlassError, match="refresh"):
+        GlassConfig(refresh=refresh)
