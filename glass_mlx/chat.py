@@ -15,7 +15,7 @@ from mlx_lm.chat import setup_arg_parser as setup_mlx_lm_parser
 from mlx_lm.sample_utils import make_sampler
 from rich.console import Console
 
-from .cli import add_glass_options, add_verbose, density, run
+from .cli import add_glass_options, add_verbose, add_verify_options, density, run, verify_options
 from .conversation import Conversation
 from .errors import GlassError
 from .generate import GenerationResponse, stream_generate
@@ -40,6 +40,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.description = "Chat with a model that decodes on the FFN neurons your prompt calls for."
     parser.set_defaults(model=DEFAULT_MODEL)
     add_glass_options(parser, build=True)
+    add_verify_options(parser)
     add_verbose(parser)
     return parser
 
@@ -135,6 +136,7 @@ class Chat:
             "sampler": sampler,
             "max_tokens": args.max_tokens,
             "prefill_step_size": args.prefill_step_size,
+            **verify_options(args),
         }
 
     def _answer(self, text: str) -> None:

@@ -95,6 +95,40 @@ def add_glass_options(parser: argparse.ArgumentParser, build: bool) -> None:
     group.add_argument("--dense", action="store_true", help="decode with all neurons, as mlx-lm does")
 
 
+def add_verify_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of verified decoding."""
+    group = parser.add_argument_group("verified decoding")
+    group.add_argument(
+        "--verify",
+        action="store_true",
+        help="only draft sparsely, and check with the dense model: its answer, faster where drafts are mostly right",
+    )
+    group.add_argument(
+        "--verify-threshold",
+        type=_probability,
+        metavar="P",
+        help="also keep drafted tokens that the dense model gives at least this probability; implies --verify",
+    )
+    group.add_argument(
+        "--draft-tokens", type=int, metavar="K", help="draft always so many tokens (default: as many as pay)"
+    )
+
+
+def _probability(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1")
+    return value
+
+
+def verify_options(args: argparse.Namespace) -> dict:
+    """What they say, for ``stream_generate``."""
+    return {"verify": args.verify, "verify_threshold": args.verify_threshold, "draft_tokens": args.draft_tokens}
+
+
 def add_verbose(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
 

@@ -22,10 +22,11 @@ from mlx_lm.models.cache import load_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .cli import add_glass_options, run
+from .cli import add_glass_options, add_verify_options, run, verify_options
 from .errors import GlassError
 from .loading import DEFAULT_MODEL, load
 from .model import GlassModel
+from .verify import stream_verified
 
 
 @dataclass
@@ -58,6 +59,9 @@ def stream_generate(
     global_weight: float | str | None = None,
     signal: str | None = None,
     refresh: int | str | None = None,
+    verify: bool = False,
+    verify_threshold: float | None = None,
+    draft_tokens: int | None = None,
     prompt_cache: list[Any] | None = None,
     max_kv_size: int | None = None,
     **kwargs: Any,
@@ -77,6 +81,10 @@ def stream_generate(
             once, and those run dense: the result is the dense model's.
         density, global_weight, signal, refresh: where this and later answers of the conversation differ from the
             model's configuration.
+        verify (bool): draft sparsely and check with the dense model, whose answer it then is; see ``verify.py``.
+        verify_threshold (float, optional): with it, also keep drafted tokens that the dense model gives at least this
+            probability; implies ``verify``.
+        draft_tokens (int, optional): draft always so many before they are checked. Default: as many as pay.
         prompt_cache (list, optional): from ``model.make_cache()``; updated in place.
         max_kv_size (int, optional): for a new cache, as in mlx-lm.
         kwargs: the remaining options of mlx-lm's ``generate_step``.
@@ -96,6 +104,9 @@ def stream_generate(
             "With a draft model, start a new conversation at the model's own density: "
             "give neither prompt_cache nor density, global_weight, signal or refresh."
         )
+    verify = verify or verify_threshold is not None
+    if verify and (draft_model is not None or not isinstance(model, GlassModel)):
+        raise GlassError("To verify needs a GlassModel, and no draft model: it drafts by itself.")
     session = None
     if isinstance(model, GlassModel) and draft_model is None:
         if prompt_cache is None:
@@ -110,7 +121,16 @@ def stream_generate(
         if prompt_cache is not None:
             kwargs["prompt_cache"] = prompt_cache
     said = None
-    for response in stream_dense(model, tokenizer, prompt, max_tokens, draft_model, **kwargs):
+    if verify and session.config.density < 1:
+        if kwargs.pop("input_embeddings", None) is not None:
+            raise GlassError("Verified decoding does not take input embeddings.")
+        if not isinstance(tokenizer, TokenizerWrapper):
+            tokenizer = TokenizerWrapper(tokenizer)
+        how = {"threshold": verify_threshold, "draft_tokens": draft_tokens}
+        responses = stream_verified(model, tokenizer, prompt, max_tokens, **how, **kwargs)
+    else:
+        responses = stream_dense(model, tokenizer, prompt, max_tokens, draft_model, **kwargs)
+    for response in responses:
         said = said or _describe(model, session)  # after the prompt, which decides the global weight
         yield GenerationResponse(**vars(response), **said)
 
@@ -193,6 +213,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     # --verbose True, given, also shows tracebacks
     parser.set_defaults(model=DEFAULT_MODEL, verbose=None)
     add_glass_options(parser, build=False)
+    add_verify_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     return parser
 
@@ -267,6 +288,8 @@ def _generate(args: argparse.Namespace, template: dict[str, Any]) -> None:
     loud = args.verbose is not False and not args.json
     if loud:
         print("=" * 10)
+    if not args.dense:
+        options |= verify_options(args)
     options |= {"max_kv_size": args.max_kv_size, "prefill_step_size": args.prefill_step_size}
     try:
         for response in stream_generate(used, tokenizer, prompt, args.max_tokens, sampler=sampler, **options):

@@ -216,6 +216,27 @@ class GlassModel(nn.Module):
             logits.append(self._decode(session, now.shape[1], now, cache[:-1], {}))
         return mx.concatenate(logits, axis=1)
 
+    def draft(self, inputs: mx.array, cache: list[Any]) -> mx.array:
+        """Logits [B, L, vocabulary] of tokens [B, L], decoded sparsely, to be verified; see ``verify``."""
+        session = self.session(cache)
+        with swapped(self.blocks, self._compact(session)):
+            logits = self.dense(inputs, cache=cache[:-1])
+        session.offset += inputs.shape[1]
+        return logits
+
+    def verify(self, inputs: mx.array, cache: list[Any], drafted: int) -> mx.array:
+        """Logits [B, L, vocabulary] of tokens [B, L] by the dense model, in place of what the last ``drafted`` of the
+        cache were. Their evidence is recorded; the choice of neurons stays."""
+        session = self.session(cache)
+        self.retract(cache, drafted)
+        return self._read(session, inputs.shape[1], 0, inputs, cache[:-1], {}, choose=False)
+
+    def retract(self, cache: list[Any], tokens: int) -> None:
+        """Take the last ``tokens`` off a cache; the choice of neurons stays."""
+        if tokens:
+            trim_prompt_cache(cache[:-1], tokens)
+            self.session(cache).retract(tokens)
+
     def _prefill(self, session: Session, length: int, inputs, cache, kwargs) -> mx.array:
         """The dense model over a prompt, with each block's evidence recorded."""
         unread = self._unread(session, cache)
@@ -233,7 +254,7 @@ class GlassModel(nn.Module):
         trim_prompt_cache(cache, tokens.shape[1])
         return tokens
 
-    def _read(self, session: Session, length: int, prompt: int, inputs, cache, kwargs) -> mx.array:
+    def _read(self, session: Session, length: int, prompt: int, inputs, cache, kwargs, choose=True) -> mx.array:
         norms = self._norms() if session.config.signal == "impact" else [None] * len(self.blocks)
         energies = [mx.zeros((block.size,)) for block in self.blocks]
 
@@ -247,7 +268,7 @@ class GlassModel(nn.Module):
 
         with swapped(self.blocks, [tap(i, block) for i, block in enumerate(self.blocks)]):
             logits = self.dense(inputs, cache=cache, **kwargs)
-        session.record(mx.concatenate(energies), length, prompt)
+        session.record(mx.concatenate(energies), length, prompt, choose)
         return logits
 
     def _decode(self, session: Session, length: int, inputs, cache, kwargs) -> mx.array:

@@ -74,6 +74,17 @@ def bytes_of(compact: list[dict[str, nn.Module]]) -> int:
     return sum(value.nbytes for module in modules for value in module.values() if isinstance(value, mx.array))
 
 
+def next_refresh(refresh: int | str, said: int) -> int:
+    """After how many tokens said the next refresh is due, not before ``said``."""
+    if refresh != "auto":
+        return max(1, -(-said // refresh)) * refresh
+    due = gap = _REFRESH_GAP
+    while due < said:
+        gap += _REFRESH_GAP
+        due += gap
+    return due
+
+
 class Session:
     """A conversation's evidence, its kept neurons and their compact weights.
 
@@ -124,7 +135,7 @@ class Session:
             self.energy, self.marks = None, []
         if config != self.config:
             self.config = config
-            self._forget_choice()
+            self.choose_again()
 
     def begin_prompt(self, tokens: int) -> None:
         """Announce that the next ``tokens`` tokens are a prompt: dense and recorded, to the last one."""
@@ -134,9 +145,10 @@ class Session:
         """Whether a call of ``length`` tokens is prefill."""
         return self.prompt_left > 0 or length > 1 or self.in_prompt
 
-    def record(self, energy: mx.array, length: int, prompt: int | None = None) -> None:
+    def record(self, energy: mx.array, length: int, prompt: int | None = None, choose: bool = True) -> None:
         """Add the evidence of a dense call: energy [sum of F] float32 over ``length`` tokens, the last ``prompt``
-        (default: all) of which are of a prompt, and the others said before."""
+        (default: all) of which are of a prompt, and the others said before. The neurons are chosen again unless
+        not ``choose``."""
         self.energy = energy if self.energy is None else self.energy + energy
         self.marks.append(Mark(self.offset, self.offset + length, length, self.energy))
         if len(self.marks) > _MAX_MARKS:
@@ -151,7 +163,13 @@ class Session:
             else:
                 self.in_prompt = prompt > 1
         self.offset += length
-        self._forget_choice()
+        if choose:
+            self.choose_again()
+
+    def retract(self, n: int) -> None:
+        """Take back the last n tokens and their share of the evidence; the choice of neurons stays."""
+        self.offset -= n
+        self._cut_evidence()
 
     def advance(self, length: int, tokens: mx.array | None = None) -> None:
         """Count decoded tokens; they end a prompt. ``tokens`` [B, length] are to be read again later."""
@@ -174,15 +192,10 @@ class Session:
         """How many tokens may be decoded before what was said is to be read again; None for any number."""
         if self.config.refresh == 0 or self.config.density == 1:
             return None
-        if self.config.refresh == "auto":
-            due = gap = _REFRESH_GAP
-            while due < self.said:
-                gap += _REFRESH_GAP
-                due += gap
-            return due - self.said
-        return -self.said % self.config.refresh if self.said else self.config.refresh
+        return next_refresh(self.config.refresh, self.said) - self.said
 
-    def _forget_choice(self) -> None:
+    def choose_again(self) -> None:
+        """Choose the neurons anew when they are next needed."""
         self.kept = self.compact = None
 
     # The interface of an mlx-lm cache entry.
@@ -200,8 +213,15 @@ class Session:
             tokens = mx.concatenate(self.unread, axis=1)
             left = tokens.shape[1] - n
             self.unread = [tokens[:, :left]] if left > 0 else []
+        if self._cut_evidence():
+            self.in_prompt, self.prompt_left = True, 0
+            self.choose_again()
+        return n
+
+    def _cut_evidence(self) -> bool:
+        """Leave the evidence of the first ``offset`` tokens; returns whether there was more."""
         if not self.marks or self.offset >= self.marks[-1].end:
-            return n
+            return False
         while self.marks and self.offset <= self.marks[-1].start:
             self.marks.pop()
         if self.marks and self.offset < self.marks[-1].end:
@@ -212,9 +232,7 @@ class Session:
             tokens = max(1, round(share * cut.tokens))
             self.marks.append(Mark(cut.start, self.offset, tokens, energy))
         self.energy = self.marks[-1].energy if self.marks else None
-        self.in_prompt, self.prompt_left = True, 0
-        self._forget_choice()
-        return n
+        return True
 
     def size(self) -> int:
         return self.offset

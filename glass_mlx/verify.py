@@ -1,0 +1,308 @@
+"""Verified decoding: the compact model drafts, the dense model checks, and what comes out is the dense model's.
+
+One model and one prompt cache serve both. A pass drafts k tokens sparsely, takes them off the cache and reads them in
+one dense call, which says what the dense model would have said after each; the longest prefix on which both agree is
+kept, and one dense token after it. So greedy output is the dense model's, and sampled output follows its distribution:
+every token that is emitted was sampled from it. That call also writes exact keys and values and records the evidence
+by which the neurons are chosen again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import GenerationResponse as DenseResponse
+from mlx_lm.generate import generation_stream, maybe_quantize_kv_cache, wired_limit
+from mlx_lm.models.cache import can_trim_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from .errors import GlassError
+from .model import GlassModel
+from .session import next_refresh
+
+MAX_DRAFT = 8
+_STRETCH = 64  # tokens that are decoded densely, where drafting does not pay, before it is tried again
+
+
+class Pace:
+    """How many tokens to draft: a cost model of measured times and of the acceptance so far.
+
+    A pass with k drafted tokens, each accepted with probability a, emits (1 - a^(k+1)) / (1 - a) tokens on average
+    (Leviathan et al., arXiv 2211.17192) in the time of k sparse steps and one dense call over k + 1 tokens.
+
+    Attributes:
+        accepted, tried: drafted tokens, the older ones counting less.
+    """
+
+    def __init__(self, max_draft: int = MAX_DRAFT):
+        self.max_draft = max_draft
+        self.accepted, self.tried = 3.0, 4.0
+        self._sparse: float | None = None  # seconds a step
+        self._dense: dict[int, float] = {}  # seconds a call by the number of drafted tokens in it
+        self._probe = True
+
+    @property
+    def acceptance(self) -> float:
+        return self.accepted / self.tried
+
+    def choose(self) -> int:
+        """The number of tokens to draft next; 0 decodes a stretch densely, because drafting does not pay."""
+        if self._probe or 0 not in self._dense:
+            return min(2, self.max_draft)
+        return max(range(self.max_draft + 1), key=self._speed)
+
+    def saw(self, drafted: int, accepted: int, draft_seconds: float, dense_seconds: float) -> None:
+        """What a pass took and brought."""
+        self._dense[drafted] = _mix(self._dense.get(drafted), dense_seconds)
+        self._probe = drafted == 0
+        if drafted:
+            self._sparse = _mix(self._sparse, draft_seconds / drafted)
+            keep = 0.97**drafted
+            # tokens after the first rejection were not tried
+            self.accepted = keep * self.accepted + accepted
+            self.tried = keep * self.tried + min(drafted, accepted + 1)
+
+    @property
+    def measured(self) -> bool:
+        """Whether the time of a dense step is known."""
+        return 0 in self._dense
+
+    def _speed(self, k: int) -> float:
+        a = min(self.acceptance, 0.999)
+        return (1 - a ** (k + 1)) / (1 - a) / (k * self._sparse + self._dense_seconds(k))
+
+    def _dense_seconds(self, k: int) -> float:
+        """Seconds of a dense call over k + 1 tokens: measured, or on the line through the step and the nearest."""
+        if k in self._dense:
+            return self._dense[k]
+        near = min((n for n in self._dense if n), key=lambda n: abs(n - k))
+        step = self._dense[0]
+        return max(step, step + (self._dense[near] - step) * k / near)
+
+
+class _Decoder:
+    """One answer in the making."""
+
+    def __init__(self, model: GlassModel, cache: list[Any], sampler: Callable, processors: list[Callable], kv: tuple):
+        self.model, self.cache, self.sampler, self.processors, self.kv = model, cache, sampler, processors, kv
+        self.session = model.session(cache)
+        self.step_seconds = 0.0  # of the last dense step that was timed
+        self.seen = mx.zeros((0,), mx.int32)  # the tokens that logits processors see, if there are any
+
+    def read_prompt(self, prompt: mx.array, step_size: int, progress: Callable[[int, int], None]) -> tuple:
+        """Prefill as mlx-lm does: in steps, and the last token by itself. Returns the first token [1] and its
+        log-probabilities [1, vocabulary]."""
+        self.session.begin_prompt(prompt.size)
+        done, logits = 0, None
+        progress(0, prompt.size)
+        while done < prompt.size:
+            stop = min(done + step_size, prompt.size - 1) if done < prompt.size - 1 else prompt.size
+            logits = self.model(prompt[done:stop][None], cache=self.cache)
+            self._quantise()
+            mx.eval([entry.state for entry in self.cache])
+            done = stop
+            progress(done, prompt.size)
+        return self._sample(logits[:, -1], prompt)
+
+    def densely(self, token: int, steps: int) -> Iterator[tuple[int, mx.array]]:
+        """Dense steps, the next one under way while the last is handed over."""
+        start = time.perf_counter()
+        ahead = self._dense_step(mx.array([token], mx.int32))
+        mx.eval(ahead)
+        self.step_seconds = time.perf_counter() - start
+        for i in range(steps):
+            y, logprobs = ahead
+            if i + 1 < steps:
+                ahead = self._dense_step(y)
+            yield y.item(), logprobs[0]
+
+    def draft(self, token: int, k: int) -> mx.array:
+        """The token and k sparsely decoded ones after it, [k + 1]."""
+        read, seen = [mx.array([token], mx.int32)], self.seen
+        for _ in range(k):
+            logits = self.model.draft(read[-1][None], self.cache)
+            y, _ = self._sample(logits[:, -1], read[-1], keep=False, seen=seen)
+            if self.processors:
+                seen = mx.concatenate([seen, read[-1]])
+            read.append(y.astype(mx.int32))
+        tokens = mx.concatenate(read)
+        mx.eval(tokens)
+        return tokens
+
+    def check(self, tokens: mx.array, threshold: float | None) -> tuple[list[tuple[int, mx.array, bool]], int]:
+        """Read drafted tokens densely. Returns the tokens to emit (id, log-probabilities, drafted) and how many of
+        the drafted ones were kept."""
+        k = tokens.size - 1
+        logits = self.model.verify(tokens[None], self.cache, drafted=k)
+        self._quantise()
+        seen, given, chosen = self.seen, [], []
+        for i in range(k + 1):
+            y, logprobs = self._sample(logits[:, i], tokens[i : i + 1], keep=False, seen=seen)
+            if self.processors:
+                seen = mx.concatenate([seen, tokens[i : i + 1]])
+            given.append(logprobs[0])
+            chosen.append(y)
+        chosen = mx.concatenate(chosen)
+        agree = chosen[:-1] == tokens[1:]
+        if threshold is not None:
+            likely = mx.stack([g[t] for g, t in zip(given, tokens[1:])])
+            agree = agree | (likely >= mx.log(mx.array(threshold)))
+        mx.eval(chosen, agree, self.session.energy)
+        kept = next((i for i, same in enumerate(agree.tolist()) if not same), k)
+        self.model.retract(self.cache, k - kept)
+        if self.processors:
+            self.seen = mx.concatenate([self.seen, tokens[: kept + 1]])
+        said = [*tokens[1 : kept + 1].tolist(), chosen[kept].item()]
+        return [(t, given[i], i < kept) for i, t in enumerate(said)], kept
+
+    def _dense_step(self, y: mx.array) -> tuple[mx.array, mx.array]:
+        with mx.stream(generation_stream):
+            logits = self.model.dense(y[None], cache=self.cache[:-1])
+            self.session.offset += 1
+            self._quantise()
+            step = self._sample(logits[:, -1], y)
+            mx.async_eval(*step)
+            return step
+
+    def _sample(self, logits: mx.array, read: mx.array, keep: bool = True, seen: mx.array | None = None) -> tuple:
+        """A token [1] and the log-probabilities [1, vocabulary] after reading ``read``, which is noted if ``keep``."""
+        if self.processors:
+            seen = mx.concatenate([self.seen if seen is None else seen, read])
+            for processor in self.processors:
+                logits = processor(seen, logits)
+            if keep:
+                self.seen = seen
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        return self.sampler(logprobs), logprobs
+
+    def _quantise(self) -> None:
+        maybe_quantize_kv_cache(self.cache, *self.kv)
+
+
+def verified_generate_step(
+    prompt: mx.array,
+    model: GlassModel,
+    *,
+    prompt_cache: list[Any],
+    max_tokens: int = 256,
+    sampler: Callable[[mx.array], mx.array] | None = None,
+    logits_processors: list[Callable[[mx.array, mx.array], mx.array]] | None = None,
+    prefill_step_size: int = 2048,
+    draft_tokens: int | None = None,
+    threshold: float | None = None,
+    kv_bits: int | None = None,
+    kv_group_size: int = 64,
+    quantized_kv_start: int = 0,
+    prompt_progress_callback: Callable[[int, int], None] | None = None,
+    pace: Pace | None = None,
+) -> Iterator[tuple[int, mx.array, bool]]:
+    """Generate tokens as ``mlx_lm.generate.generate_step`` does with the dense model, drafting sparsely.
+
+    Args:
+        prompt (mx.array): tokens [n].
+        model (GlassModel): the model.
+        prompt_cache (list): from ``model.make_cache()``.
+        max_tokens (int): at most so many; -1 for no limit.
+        sampler, logits_processors, prefill_step_size, prompt_progress_callback, kv_bits, kv_group_size,
+            quantized_kv_start: as in mlx-lm. A sampler draws from the global random state; how often depends on what
+            is accepted, and without ``draft_tokens`` also on measured times, so sampled answers differ between runs.
+        draft_tokens (int, optional): draft always so many. Default: as many as pay, by ``Pace``.
+        threshold (float, optional): also keep a drafted token that the dense model gives at least this probability:
+            faster, and no longer exact.
+        pace (Pace, optional): the cost model, to go on with one or to look at it afterwards.
+
+    Yields:
+        tuple: a token, its log-probabilities [vocabulary] by the dense model, and whether it was drafted.
+
+    Raises:
+        GlassError: an argument is out of range.
+    """
+    if draft_tokens is not None and draft_tokens < 0:
+        raise GlassError(f"draft_tokens must not be negative, not {draft_tokens}.")
+    if threshold is not None and not 0 < threshold <= 1:
+        raise GlassError(f"threshold must be above 0 and at most 1, not {threshold}.")
+    sampler = sampler or (lambda logprobs: mx.argmax(logprobs, axis=-1))
+    kv = (quantized_kv_start, kv_group_size, kv_bits)
+    decoder = _Decoder(model, prompt_cache, sampler, logits_processors or [], kv)
+    session, pace = decoder.session, pace or Pace()
+    with mx.stream(generation_stream):
+        first, logprobs = decoder.read_prompt(prompt, prefill_step_size, prompt_progress_callback or (lambda *_: None))
+        token = first.item()
+    yield token, logprobs[0], False
+    emitted, due = 1, next_refresh(session.config.refresh or "auto", 1)
+    while emitted != max_tokens:
+        left = max_tokens - emitted if max_tokens > 0 else _STRETCH
+        k = min(pace.choose() if draft_tokens is None else draft_tokens, left - 1)
+        if k == 0 or not pace.measured or not _can_take_back(prompt_cache[:-1], k + 1):
+            steps = min(left, _STRETCH if pace.measured else 1)
+            for said, logprobs in decoder.densely(token, steps):
+                token, emitted = said, emitted + 1
+                yield token, logprobs, False
+            pace.saw(0, 0, 0.0, decoder.step_seconds)
+            continue
+        with mx.stream(generation_stream):
+            start = time.perf_counter()
+            tokens = decoder.draft(token, k)
+            drafted = time.perf_counter()
+            said, kept = decoder.check(tokens, threshold)
+        pace.saw(k, kept, drafted - start, time.perf_counter() - drafted)
+        session.said += kept + 1
+        if session.said >= due:
+            session.choose_again()
+            due = next_refresh(session.config.refresh or "auto", session.said + 1)
+        token = said[-1][0]
+        for i, one in enumerate(said):
+            emitted += 1
+            try:
+                yield one
+            except GeneratorExit:
+                model.retract(prompt_cache, max(0, kept - i - 1))  # what was kept and not taken
+                raise
+
+
+def _can_take_back(entries: list[Any], tokens: int) -> bool:
+    """Whether a cache that grows by so many tokens can give them back: a sliding window that is full by then, or a
+    recurrent state, cannot, and from there on the dense model decodes."""
+    room = all(entry.offset + tokens < entry.max_size for entry in entries if hasattr(entry, "max_size"))
+    return room and can_trim_prompt_cache(entries)
+
+
+def stream_verified(
+    model: GlassModel, tokenizer: TokenizerWrapper, prompt: mx.array, max_tokens: int, **kwargs: Any
+) -> Iterator[DenseResponse]:
+    """``mlx_lm.stream_generate`` by ``verified_generate_step``, whose arguments ``kwargs`` are."""
+    detokenizer, start, prompt_tps = tokenizer.detokenizer, time.perf_counter(), 0.0
+    steps = verified_generate_step(prompt, model, max_tokens=max_tokens, **kwargs)
+    with wired_limit(model, [generation_stream]), closing(steps):
+        for n, (token, logprobs, drafted) in enumerate(steps, start=1):
+            if n == 1:
+                prompt_tps, start = prompt.size / (time.perf_counter() - start), time.perf_counter()
+            ended = token in tokenizer.eos_token_ids
+            if not ended:
+                detokenizer.add_token(token)
+            last = ended or n == max_tokens
+            if last:
+                detokenizer.finalize()
+            yield DenseResponse(
+                text=detokenizer.last_segment,
+                token=token,
+                logprobs=logprobs,
+                from_draft=drafted,
+                prompt_tokens=prompt.size,
+                prompt_tps=prompt_tps,
+                generation_tokens=n,
+                generation_tps=n / (time.perf_counter() - start),
+                peak_memory=mx.get_peak_memory() / 1e9,
+                finish_reason=("stop" if ended else "length") if last else None,
+            )
+            if last:
+                return
+
+
+def _mix(old: float | None, new: float) -> float:
+    """A running mean that forgets."""
+    return new if old is None else 0.8 * old + 0.2 * new
