@@ -30,6 +30,7 @@ from .ticket import BadRequest, Busy, EngineError, Piece, Ticket, UnknownModel
 logger = logging.getLogger("glass_mlx")
 
 PAGE = Path(__file__).parent / "page"
+FRESH = {"Cache-Control": "no-cache"}  # browsers must ask whether a file has changed, or old scripts run new pages
 KEEPALIVE = 10.0  # seconds; proxies and clients give up on a stream that is silent for long
 
 
@@ -82,7 +83,7 @@ class Api:
                 Route("/health", self.health),
                 Route("/openapi.json", self.openapi),
                 Route("/", self.page),
-                Mount("/static", StaticFiles(directory=PAGE, check_dir=False)),
+                Mount("/static", PageFiles(directory=PAGE, check_dir=False)),
             ],
             middleware=middleware,
             exception_handlers={
@@ -125,7 +126,7 @@ class Api:
     async def page(self, request: Request) -> Response:
         index = PAGE / "index.html"
         if index.is_file():
-            return FileResponse(index)
+            return FileResponse(index, headers=FRESH)
         return PlainTextResponse("glass_mlx: the API is at /v1, its description at /openapi.json\n")
 
     async def _models(self) -> list[Model]:
@@ -190,6 +191,15 @@ class Api:
             yield b"data: [DONE]\n\n"
         except EngineError as e:
             yield b"data: " + _engine_error(None, e).body + b"\n\n"
+
+
+class PageFiles(StaticFiles):
+    """The files of the chat page."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers.update(FRESH)
+        return response
 
 
 class _Ending:

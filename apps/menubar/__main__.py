@@ -1,0 +1,56 @@
+"""Start the app.
+
+python -m apps.menubar            the icon in the menu bar
+python -m apps.menubar --window   and its window
+python -m apps.menubar --serve …  no app: the server, with the options of glass_mlx.server
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# Downloads by Xet cannot be cancelled, those by HTTP can. Before anything imports huggingface_hub.
+os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+
+
+def main() -> None:
+    """Dispatch on the arguments first: in a packaged app this is also what ``sys.executable`` starts."""
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["--serve"]:
+        from glass_mlx import server
+
+        sys.argv[1:] = arguments[1:]
+        return server.main()
+    if "-h" in arguments or "--help" in arguments:
+        return print(__doc__)
+    try:
+        from toga.platform import get_backend
+
+        backend = get_backend()
+    except (ModuleNotFoundError, RuntimeError) as e:
+        if isinstance(e, ModuleNotFoundError) and e.name != "toga":
+            raise
+        backend = None
+    if backend is None or (backend == "toga_dummy" and "TOGA_BACKEND" not in os.environ):  # one that shows nothing
+        sys.exit("error: the app needs toga: pip install 'glass_mlx[app]'")
+    run("--window" in arguments)
+
+
+def run(window: bool) -> None:
+    """Run the app until it is quit."""
+    from glass_mlx.logs import log_to_file
+
+    from .app import GlassApp
+    from .controller import Controller
+
+    log = log_to_file("menubar.log")
+    controller = Controller()
+    if log is None:
+        controller.say("No log is kept: its file cannot be written. Is the disk full?")
+    GlassApp(controller, log, window).main_loop()
+    controller.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""The view: Toga's status icon and its menu, made from the menu as data, and looked at again every second."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import subprocess
+import sys
+import webbrowser
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import toga
+
+import glass_mlx
+from glass_mlx.logs import log_dir
+
+from . import macos
+from .controller import Controller
+from .login import APP_ID
+from .menu import Item, find, flat, menu
+from .state import needs_attention, status
+from .window import DownloadWindow, StatusWindow
+
+logger = logging.getLogger("glass_mlx")
+
+RESOURCES = Path(__file__).parent / "resources"
+INTERVAL = 1.0  # seconds between two looks
+
+
+class GlassApp(toga.App):
+    """The menu-bar app."""
+
+    def __init__(self, controller: Controller, log: Path | None = None, show_window: bool = False):
+        """
+        Args:
+            controller (Controller): what does the work; the app closes it in the end.
+            log (Path, optional): the log file.
+            show_window (bool): show the window from the beginning.
+        """
+        self.controller, self.log = controller, log
+        self._show_at_start = show_window
+        self._workers = ThreadPoolExecutor(2, "action")
+        self._menu: tuple[Item, ...] = ()
+        self._built: list = []
+        self._look: tuple[bool, str] | None = None
+        self._login = macos.login_state()
+        self._own: dict[str, Callable] = {
+            "open_chat": self.open_chat,
+            "copy_endpoint": self.copy_endpoint,
+            "show_window": self.show_window,
+            "show_download": self.show_download,
+            "set_login": self.set_login,
+            "open_log": self.open_log,
+            "open_settings": self.open_settings,
+            "about": self.show_about,
+            "quit": self.request_exit,
+        }
+        super().__init__(
+            "GLASS",
+            APP_ID,
+            icon=RESOURCES / "glass",
+            version=glass_mlx.__version__,
+            description="Local models that decode on the neurons your prompt calls for",
+        )
+
+    def startup(self) -> None:
+        try:
+            self._startup_menu()
+        except Exception:  # a process without a menu and a window would be of no use, and hard to end
+            logger.exception("the app cannot start")
+            self.exit()
+            raise
+
+    def _startup_menu(self) -> None:
+        self.main_window = toga.App.BACKGROUND  # before the icon: macOS 26 wants the app to be an accessory by then
+        self.icons = {on: toga.Icon(RESOURCES / name) for on, name in ((False, "menu"), (True, "menu-attention"))}
+        self.status_icon = toga.MenuStatusIcon("glass", self.icons[False])
+        self.status_icons.add(self.status_icon)
+        self.window, self.download_window = StatusWindow(self), DownloadWindow(self)
+        macos.on_reopen(self.show_window)
+        warning = macos.framework_warning()
+        if warning:
+            self.controller.say(warning)
+        self.refresh()
+        if self._show_at_start or warning or not macos.ON_MAC:  # elsewhere many desktops show no status icons
+            self.show_window()
+
+    async def on_running(self) -> None:
+        await self.beside(self.controller.start)
+        while not self.controller.closing:
+            try:
+                self.controller.tick()
+                self.refresh()
+            except Exception:  # or the menu would say the same for ever
+                logger.exception("the menu cannot be brought up to date")
+            await asyncio.sleep(INTERVAL)
+
+    async def on_exit(self) -> bool:
+        """Quitting frees the memory first."""
+        closing = asyncio.ensure_future(self.beside(self.controller.close))
+        await asyncio.sleep(0.05)  # until it is known that it closes, so that it can be said
+        self.refresh()
+        await closing
+        return True
+
+    async def beside(self, action: Callable, *arguments: Any) -> None:
+        """Do something that may take a moment on another thread, so that the menu stays alive."""
+        await asyncio.get_running_loop().run_in_executor(self._workers, action, *arguments)
+
+    async def perform(self, key: str) -> None:
+        """Do what an entry of the menu stands for now."""
+        item = find(self._menu, key)
+        if not item.enabled or not item.do:
+            return
+        arguments = () if item.argument is None else (item.argument,)
+        if item.do in self._own:
+            self._own[item.do](*arguments)
+        else:  # these may wait for a thread to end
+            await self.beside(getattr(self.controller, item.do), *arguments)
+        self.refresh()
+
+    # Showing.
+
+    def refresh(self) -> None:
+        """Show what there is to show, if it is not shown already."""
+        snapshot = self.controller.snapshot(self._login)
+        items = menu(snapshot)
+        if items != self._menu:
+            self._menu = items
+            self._show_menu()
+            self.window.update(items)
+        look = needs_attention(snapshot), status(snapshot).headline
+        if look != self._look:
+            self._look = look
+            self.status_icon.icon = self.icons[look[0]]
+            macos.dress(self.status_icon, look[1])
+
+    def _show_menu(self) -> None:
+        commands, is_open = self.status_icons.commands, macos.menu_is_open()
+        shape = [(item.key, item.section, item.items and item.text) for item in flat(self._menu)]
+        if shape == self._built:
+            for item in flat(self._menu):
+                if item.items is None:
+                    command = commands[item.key]
+                    command.text, command.enabled = item.label, item.enabled
+                    if is_open:
+                        macos.retitle(command)
+        elif is_open:
+            self._menu = ()  # look again in a second
+        else:
+            self._built = shape
+            redraw, commands.on_change = commands.on_change, None  # once, when all are there
+            commands.clear()
+            commands.add(*self._made(self._menu, self.status_icon))
+            commands.on_change = redraw
+        if commands.on_change and not is_open:
+            commands.on_change()
+
+    def _made(self, items: tuple[Item, ...], group: toga.Group) -> list[toga.Command]:
+        made = []
+        for order, item in enumerate(items):
+            if item.items is not None:
+                submenu = toga.Group(item.text, parent=group, section=item.section, order=order)
+                made += self._made(item.items, submenu)
+                continue
+            made.append(
+                toga.Command(
+                    self._handler(item.key),
+                    item.label,
+                    group=group,
+                    section=item.section,
+                    order=order,
+                    enabled=item.enabled,
+                    id=item.key,
+                )
+            )
+        return made
+
+    def _handler(self, key: str) -> Callable:
+        async def handler(command: Any, **kwargs: Any) -> None:
+            await self.perform(key)
+
+        return handler
+
+    # The actions that are the view's own.
+
+    def show_window(self) -> None:
+        """Show the window, which says and does what the menu does."""
+        self.window.show()
+        macos.activate(self)
+
+    def show_download(self) -> None:
+        """Ask which model to download."""
+        self.download_window.show()
+        macos.activate(self)
+
+    def show_about(self) -> None:
+        self.about()
+        macos.activate(self)
+
+    def open_chat(self) -> None:
+        webbrowser.open(self.controller.snapshot().server.url)
+
+    def copy_endpoint(self) -> None:
+        """Put the endpoint's address, as clients want it, on the clipboard; where there is none, say it."""
+        url = f"{self.controller.snapshot().server.url}/v1"
+        if not (macos.copy(url) or _copy_in_qt(url)):
+            self.controller.say(f"The endpoint is {url}")
+
+    def set_login(self, on: bool) -> None:
+        if words := macos.set_login(on):
+            self.controller.say(words)
+        self._login = macos.login_state()
+
+    def open_log(self) -> None:
+        self._open(self.log or log_dir())
+
+    def open_settings(self) -> None:
+        self.controller.save()
+        self._open(self.controller.path)
+
+    def _open(self, path: Path) -> None:
+        """Open a file in the user's editor; where that cannot be done, say where it is."""
+        command = ["open", *(["-t"] if path.is_file() else [])] if macos.ON_MAC else ["xdg-open"]
+        if not path.exists():
+            self.controller.say(f"{path} is not there.")
+        elif shutil.which(command[0]) is None:
+            self.controller.say(f"It is {path}")
+        else:
+            subprocess.Popen([*command, str(path)], stdin=subprocess.DEVNULL, start_new_session=True)
+
+
+def _copy_in_qt(text: str) -> bool:
+    gui = sys.modules.get("PySide6.QtGui")  # there if Toga runs on Qt, which has the clipboard that Toga lacks
+    if gui is None:
+        return False
+    gui.QGuiApplication.clipboard().setText(text)
+    return True

@@ -1,0 +1,168 @@
+"""The menu as data, computed from a snapshot: the view shows it as it is, and tests read it."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from .state import Model, Snapshot, Status, download_progress, progress, size, speed, status
+
+DENSITIES = (0.3, 0.5, 0.7)
+LINE = 58  # characters of a line of text in the menu
+
+TICK, BLANK = "✓ ", "\u2003\u200a"  # spaces of about the width of the tick
+
+
+@dataclass(frozen=True)
+class Item:
+    """An entry of the menu.
+
+    Attributes:
+        key: its name, the same as long as it means the same.
+        text: what it says.
+        do, argument: what it does; "" for a line that is only read.
+        enabled: whether it can be chosen.
+        section: lines are drawn between sections.
+        items: of a submenu.
+        ticked: whether it is on, for what can be on or off.
+        indent: whether it is one of a list, in which it has to line up with the one that is ticked.
+        share: how far it is, for what is under way.
+    """
+
+    key: str
+    text: str
+    do: str = ""
+    argument: Any = None
+    enabled: bool = True
+    section: int = 0
+    items: tuple[Item, ...] | None = None
+    ticked: bool | None = None
+    indent: bool = False
+    share: float | None = None
+
+    @property
+    def label(self) -> str:
+        """The text with its tick, for menus that have none of their own, as Toga's."""
+        return f"{TICK if self.ticked else BLANK if self.indent else ''}{self.text}"
+
+
+def menu(s: Snapshot) -> tuple[Item, ...]:
+    """The menu of a snapshot."""
+    now = status(s)
+    open_ = not s.closing
+    serving = s.server.state == "running" and s.alive and open_
+    return (
+        *_status(s, now),
+        Item("chat", "Open chat", "open_chat", enabled=serving, section=1),
+        Item("copy", "Copy endpoint URL", "copy_endpoint", enabled=serving, section=1),
+        _server(s),
+        Item("model", f"Model: {s.settings.model}", section=2, items=_models(s)),
+        *_download(s),
+        Item("glass", "GLASS", "set_glass", not s.settings.glass, open_, 3, ticked=s.settings.glass),
+        Item("density", f"Density: {s.settings.effective_density:.0%}", section=3, items=_densities(s)),
+        *_ranks(s),
+        Item("unload", "Unload now", "unload", enabled=_loaded(s) and s.ranks is None and open_, section=3),
+        Item("window", "Show window", "show_window", enabled=open_, section=4),
+        _login(s),
+        Item("log", "Open log", "open_log", section=4),
+        Item("settings", "Settings file", "open_settings", section=4),
+        Item("about", "About GLASS", "about", section=5),
+        Item("quit", "Quit GLASS", "quit", enabled=open_, section=5),
+    )
+
+
+def find(items: tuple[Item, ...], key: str) -> Item:
+    """The entry of a name, in submenus too."""
+    return next(item for item in flat(items) if item.key == key)
+
+
+def flat(items: tuple[Item, ...]) -> Iterator[Item]:
+    """All entries, those of submenus after their own."""
+    for item in items:
+        yield item
+        yield from flat(item.items or ())
+
+
+def _status(s: Snapshot, now: Status) -> Iterator[Item]:
+    yield Item("status", now.headline, "show_window", enabled=not s.closing)
+    for i, line in enumerate(textwrap.wrap(now.detail, LINE)):
+        yield Item(f"detail {i}", line, enabled=False)
+    if now.fix is not None:
+        yield Item("fix", now.fix.text, now.fix.do, now.fix.argument)
+    lines = [line for notice in s.notices for line in textwrap.wrap(f"⚠︎ {notice}", LINE, subsequent_indent="\u2003")]
+    for i, line in enumerate(lines):
+        yield Item(f"notice {i}", line, enabled=False)
+    if lines:
+        yield Item("dismiss", "Dismiss" if len(s.notices) == 1 else "Dismiss all", "dismiss")
+
+
+def _server(s: Snapshot) -> Item:
+    if s.server.state == "running":
+        return Item("server", f"Stop server (port {s.server.port})", "stop_server", enabled=not s.closing, section=1)
+    return Item("server", "Start server", "start_server", enabled=s.alive and not s.closing, section=1)
+
+
+def _models(s: Snapshot) -> tuple[Item, ...]:
+    return tuple(
+        Item(
+            f"model {model.name}",
+            model_text(model),
+            "select_model",
+            model.name,
+            s.alive and not s.closing and model.fit != "too large",
+            ticked=model.name == s.settings.model,
+            indent=True,
+        )
+        for model in s.models
+    ) or (Item("no models", "Looking for models…", enabled=False),)
+
+
+def model_text(model: Model) -> str:
+    """A model's line: its name, size, and whether it fits."""
+    extra = {"tight": " · tight", "too large": " · too large for this memory"}.get(model.fit, "")
+    return f"{model.name} · {size(model.size)}{extra}"
+
+
+def _download(s: Snapshot) -> Iterator[Item]:
+    if s.download is None:
+        yield Item("download", "Download another…", "show_download", enabled=not s.closing, section=2)
+        return
+    yield Item("download", download_progress(s.download), enabled=False, section=2, share=s.download.share)
+    yield Item("cancel download", "Cancel download", "cancel_download", enabled=not s.download.stopping, section=2)
+
+
+def _densities(s: Snapshot) -> tuple[Item, ...]:
+    settings, speeds = s.settings, dict(s.speeds)
+    now = settings.effective_density
+    presets = sorted({*DENSITIES, now, 1.0})
+
+    def preset(density: float) -> Item:
+        words = f"{density:.0%} of the neurons" if density < 1 else "All neurons (dense)"
+        measured = f" · {speed(speeds[density])}" if speeds.get(density) else ""
+        return Item(f"density {density}", words + measured, "set_density", density, ticked=density == now, indent=True)
+
+    return tuple(map(preset, presets))
+
+
+def _ranks(s: Snapshot) -> Iterator[Item]:
+    can = s.alive and not s.closing
+    if s.ranks is not None:
+        yield Item("ranks", progress(s.ranks).capitalize(), enabled=False, section=3, share=s.ranks.share)
+        yield Item("cancel ranks", "Cancel measuring", "cancel_ranks", enabled=can and not s.ranks.stopping, section=3)
+    elif _loaded(s) and s.engine.has_ranks:
+        yield Item("ranks", f"Ranks of {s.model}: measured", enabled=False, section=3)
+    elif _loaded(s):
+        yield Item("ranks", f"No ranks of {s.model}: measure them", "build_ranks", enabled=can, section=3)
+    else:
+        yield Item("ranks", f"Measure ranks of {s.settings.model}", "build_ranks", enabled=can, section=3)
+
+
+def _login(s: Snapshot) -> Item:
+    can = s.login is not None and not s.closing
+    return Item("login", "Launch at login", "set_login", not s.login, can, 4, ticked=bool(s.login))
+
+
+def _loaded(s: Snapshot) -> bool:
+    return s.alive and s.engine.state in ("ready", "generating")

@@ -1,0 +1,186 @@
+"""What there is to show, and the words for it. Nothing here does anything: a snapshot goes in, words come out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from glass_mlx.engine import EngineStatus
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model to choose from; ``fit`` is "fits", "tight" or "too large" for this machine's memory."""
+
+    name: str
+    size: int
+    fit: str = "fits"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A download (in bytes) or a measurement of ranks (in tokens) under way; ``total`` is 0 while it is unknown."""
+
+    model: str
+    done: int = 0
+    total: int = 0
+    stopping: bool = False
+
+    @property
+    def share(self) -> float:
+        return min(1.0, self.done / self.total) if self.total else 0.0
+
+
+@dataclass(frozen=True)
+class ServerView:
+    """The server: ``state`` is "stopped", "running", "no port" or "failed", of which ``words`` say more."""
+
+    state: str = "stopped"
+    port: int = 8080
+    url: str = ""
+    words: str = ""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything the menu and the window depend on, at one moment.
+
+    Attributes:
+        settings: the user's choices.
+        engine: what the engine says of itself.
+        alive: whether it can answer at all.
+        server: the server.
+        models: what can be chosen.
+        download, ranks: what is under way.
+        speeds: the last tokens/s of the chosen model by density.
+        notices: what went wrong or ended since the user last looked, in words.
+        login: whether the app starts at login; None where that cannot be had.
+        closing: whether the app is quitting.
+    """
+
+    settings: Settings
+    engine: EngineStatus
+    alive: bool = True
+    server: ServerView = ServerView()
+    models: tuple[Model, ...] = ()
+    download: Task | None = None
+    ranks: Task | None = None
+    speeds: tuple[tuple[float, float], ...] = ()
+    notices: tuple[str, ...] = ()
+    login: bool | None = None
+    closing: bool = False
+
+    @property
+    def model(self) -> str:
+        """The model that is loaded, or else the chosen one."""
+        return self.engine.model or self.settings.model
+
+
+@dataclass(frozen=True)
+class Fix:
+    """What to do about a problem: an action's words, its name and its argument."""
+
+    text: str
+    do: str
+    argument: Any = None
+
+
+@dataclass(frozen=True)
+class Status:
+    """The state in words: one line, more lines, and what to do if it is a problem."""
+
+    key: str
+    headline: str
+    detail: str = ""
+    fix: Fix | None = None
+
+
+def status(s: Snapshot) -> Status:
+    """The state in words. What keeps everything else from working comes first."""
+    e, model, server = s.engine, s.model, s.server
+    if s.closing:
+        return Status("closing", "Quitting: freeing the memory…")
+    if not s.alive:
+        words = "It ended by itself, and the memory is free again. The log may say why."
+        return Status("crashed", "The engine has stopped", words, Fix("Restart the engine", "restart"))
+    if server.state == "no port":
+        fix = Fix("Use another port", "use_another_port")
+        return Status("no port", f"Port {server.port} cannot be used", server.words, fix)
+    if server.state == "failed":
+        fix = Fix("Start the server again", "start_server")
+        return Status("server failed", "The server is not running", server.words, fix)
+    if e.state == "failed":
+        words = e.error or "The log says why."
+        return Status("load failed", f"{model} · cannot be loaded", words, Fix("Try again", "load"))
+    if s.ranks is not None:
+        return Status("measuring", f"{model} · {progress(s.ranks)}", "Questions are answered when it is done.")
+    if e.state == "loading":
+        return Status("loading", f"{model} · loading…", choice(s))
+    if e.state == "generating":
+        waiting = f" · {e.queued} waiting" if e.queued else ""
+        return Status("generating", f"{model} · answering · {speed(e.tokens_per_second)}{waiting}", choice(s))
+    detail = ". ".join(filter(None, [choice(s), e.error]))
+    if server.state == "stopped":
+        return Status("stopped", f"{model} · server stopped", detail)
+    if e.state == "ready":
+        measured = dict(s.speeds).get(s.settings.effective_density)
+        last = f" · {speed(measured)}" if measured else ""
+        return Status("ready", f"{model} · ready{last}", detail)
+    return Status("unloaded", f"{model} · ready, loads when asked", detail)
+
+
+def needs_attention(s: Snapshot) -> bool:
+    """Whether the icon should say that something is wrong."""
+    return status(s).fix is not None or bool(s.notices)
+
+
+def choice(s: Snapshot) -> str:
+    """With which neurons the model decodes, and what it takes of the memory."""
+    loaded = s.engine.state in ("ready", "generating")
+    parts = [f"{s.settings.density:.0%} of the neurons" if s.settings.glass else "All neurons (dense)"]
+    if s.settings.glass and loaded and not s.engine.has_ranks:
+        parts.append("no ranks: the prompt alone chooses them")
+    if loaded and s.engine.memory_bytes:
+        parts.append(f"{size(s.engine.memory_bytes)} in memory")
+    return ", ".join(parts)
+
+
+def progress(task: Task) -> str:
+    """How far a measurement is."""
+    if task.stopping:
+        return "stopping the measurement…"
+    return f"measuring ranks · {task.share:.0%}" if task.done else "measuring ranks…"
+
+
+def download_progress(task: Task) -> str:
+    """How far a download is."""
+    if task.stopping:
+        return f"Stopping the download of {task.model}…"
+    if not task.total:
+        return f"Asking the Hub for {task.model}…"
+    return f"{task.model}: {size(task.done)} of {size(task.total)} ({task.share:.0%})"
+
+
+def speed(tokens_per_second: float) -> str:
+    """Tokens per second, as precise as it is worth."""
+    return f"{tokens_per_second:.{0 if tokens_per_second >= 100 else 1}f} tok/s"
+
+
+def size(count: int) -> str:
+    """Bytes in the decimal units that a Mac shows."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if count >= scale:
+            return f"{count / scale:.{1 if unit == 'GB' else 0}f} {unit}"
+    return f"{count / 1e3:.0f} kB"
+
+
+def fit(size: int, density: float, memory: int) -> str:
+    """Whether a model fits: its weights, a copy of those of the kept neurons (two thirds of all or more are FFN's), and
+    a tenth for the conversation."""
+    if 1.1 * size > memory:
+        return "too large"
+    copies = 0.8 * density if density < 1 else 0
+    return "tight" if 1.1 * size * (1 + copies) > memory else "fits"

@@ -1,0 +1,143 @@
+// Conversations and settings in the browser's storage: each conversation under a key of its own, so that tabs do not
+// overwrite each other's and a damaged one takes no other with it.
+//
+// A conversation is {id, title, system, changed, turns}; a turn is what was said and one or two answers to it:
+// {said, answers: [{kind: "glass" | "dense", density, text, reasoning, finish, error, figures}]}.
+
+const CHAT = "glass.chat.";
+const SETTINGS = "glass.settings";
+const DEFAULTS = { model: "", mode: "glass", density: 50, system: "", temperature: "", maxTokens: "" };
+
+const chats = new Map();
+
+/** All conversations, the latest first. */
+export function all() {
+  return [...chats.values()].sort((a, b) => b.changed - a.changed);
+}
+
+/** Read what is stored; conversations in `keep` are newer here than there. */
+export function load(keep = []) {
+  const kept = new Map(keep.map((chat) => [chat.id, chat]));
+  chats.clear();
+  for (const key of keys()) {
+    const chat = restored(read(key));
+    if (chat && key === CHAT + chat.id) chats.set(chat.id, kept.get(chat.id) ?? chat);
+  }
+  for (const chat of keep) chats.set(chat.id, chat);
+}
+
+export function create(system) {
+  const id = crypto.getRandomValues(new Uint32Array(3)).join("-");
+  return { id, title: "", system, changed: Date.now(), turns: [] };
+}
+
+export function answer(kind, density) {
+  return { kind, density, text: "", reasoning: "", finish: "", error: "", figures: null };
+}
+
+/** Keep a conversation; false if the browser has no room for it. */
+export function save(chat) {
+  chats.set(chat.id, chat);
+  return write(CHAT + chat.id, chat);
+}
+
+export function remove(chat) {
+  chats.delete(chat.id);
+  forget(CHAT + chat.id);
+}
+
+export function removeAll() {
+  chats.clear();
+  for (const key of keys()) forget(key);
+}
+
+export function settings() {
+  const found = read(SETTINGS);
+  const made = { ...DEFAULTS };
+  for (const name of Object.keys(DEFAULTS)) {
+    if (typeof found?.[name] === typeof DEFAULTS[name]) made[name] = found[name];
+  }
+  if (!["glass", "dense", "both"].includes(made.mode)) made.mode = DEFAULTS.mode;
+  if (!(made.density >= 10 && made.density <= 100)) made.density = DEFAULTS.density;
+  return made;
+}
+
+export function saveSettings(made) {
+  return write(SETTINGS, made);
+}
+
+/** The conversation that this tab shows. */
+export function current() {
+  try {
+    return chats.get(sessionStorage.getItem("glass.current"));
+  } catch {
+    return undefined;
+  }
+}
+
+export function setCurrent(chat) {
+  try {
+    sessionStorage.setItem("glass.current", chat.id);
+  } catch {
+    // then a reload begins a new one
+  }
+}
+
+function restored(raw) {
+  if (!raw || typeof raw.id !== "string" || !Array.isArray(raw.turns)) return null;
+  const turns = raw.turns.map(restoredTurn).filter(Boolean);
+  const changed = Number.isFinite(raw.changed) ? raw.changed : 0;
+  return { id: raw.id, title: text(raw.title), system: text(raw.system), changed, turns };
+}
+
+function restoredTurn(raw) {
+  if (typeof raw?.said !== "string" || !Array.isArray(raw.answers)) return null;
+  return { said: raw.said, answers: raw.answers.filter(Boolean).slice(0, 2).map(restoredAnswer) };
+}
+
+function restoredAnswer(raw) {
+  const { kind, density, figures } = raw;
+  const numbers = ["tps", "kept", "total", "tokens"];
+  const made = answer(kind === "dense" ? "dense" : "glass", Number.isFinite(density) ? density : 50);
+  for (const name of ["text", "reasoning", "finish", "error"]) made[name] = text(raw[name]);
+  if (figures && numbers.every((name) => Number.isFinite(figures[name]))) {
+    made.figures = Object.fromEntries(numbers.map((name) => [name, figures[name]]));
+  }
+  made.finish ||= "stopped"; // the page was closed in the middle
+  return made;
+}
+
+const text = (value) => (typeof value === "string" ? value : "");
+
+function keys() {
+  try {
+    return Object.keys(localStorage).filter((key) => key.startsWith(CHAT));
+  } catch {
+    return []; // switched off
+  }
+}
+
+function read(key) {
+  try {
+    return JSON.parse(localStorage.getItem(key));
+  } catch {
+    return null;
+  }
+}
+
+function write(key, value) {
+  try {
+    localStorage.setItem(key, JSON.stringify(value));
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+function forget(key) {
+  try {
+    localStorage.removeItem(key);
+  } catch {
+    // nothing was stored either
+  }
+}
