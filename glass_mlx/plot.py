@@ -120,3 +120,92 @@ def _draw_overlaps(axes: Any, overlaps: np.ndarray, signal: str, share: float) -
     axes.axhline(share, linestyle=":", color="grey")
     axes.set(xlabel="layer", ylabel=f"overlap of the best {share:.0%}", ylim=(0, 1))
     axes.set_title(f"Prompt's choice against the global one ({len(overlaps)} prompts)")
+
+
+def plot_fidelity(result: dict[str, Any], out: Path) -> None:
+    """Draw the divergence of each arm from the dense model: by density, by position in the continuation and, where
+    several were measured, by global weight and by the prompt's length.
+
+    Args:
+        result (dict): from ``evaluate --json``.
+        out (Path): the PNG to write.
+
+    Raises:
+        GlassError: as ``plot_ranks``.
+    """
+    arms = {name: rows for name, rows in result["arms"].items() if name != "dense"}
+    by_weight = {name: rows for name, rows in arms.items() if " " in name}
+    plain = {name: rows for name, rows in arms.items() if name not in by_weight}
+    densities = list(next(iter(arms.values())))
+    middle = min(densities, key=lambda d: abs(float(d) - 0.5))
+    panels = [lambda axes: _draw_positions(axes, plain, middle, result["windows"])]
+    if len(densities) > 1:
+        panels.insert(0, lambda axes: _draw_densities(axes, plain))
+    if by_weight:
+        panels.append(lambda axes: _draw_weights(axes, by_weight, plain, middle))
+    if len(result["prompt_tokens"]) > 1:
+        panels.append(lambda axes: _draw_lengths(axes, result["prompt_tokens"], list(plain), middle))
+    figure = _figure(5.5 * len(panels))
+    length = next(iter(result["prompt_tokens"]))  # that of all panels but the last
+    of = "" if length == "own" else f" of {length} tokens"
+    title = f"{result['model']}: {result['prompts']} prompts{of}, {result['tokens']} tokens each"
+    figure.suptitle(title.replace("$", r"\$"))
+    all_axes = np.atleast_1d(figure.subplots(1, len(panels)))
+    for axes, draw in zip(all_axes, panels):
+        draw(axes)
+        axes.set(ylabel="KL(dense || sparse), nats per token", ylim=(0, None))
+    all_axes[0].legend(fontsize="small")
+    _save(figure, out)
+
+
+def _style(name: str) -> dict[str, Any]:
+    """One colour for an arm in all panels; bounds are dotted."""
+    names = ("griffin", "static", "glass", "oracle", "glass-a", "random", "magnitude", "glass-i")
+    color = f"C{names.index(name)}" if name in names else None
+    bound = name in ("oracle", "random", "magnitude")
+    return {"label": name, "color": color, "linestyle": ":" if bound else "-", "marker": "o", "markersize": 4}
+
+
+def _draw_densities(axes: Any, arms: dict[str, Any]) -> None:
+    for name, rows in arms.items():
+        x, kl = np.array([float(d) for d in rows]), np.array([row["kl"] for row in rows.values()])
+        order = np.argsort(x)
+        axes.plot(x[order], kl[order], **_style(name))
+        low, high = np.array([row["ci"]["kl"] for row in rows.values()]).T
+        axes.fill_between(x[order], low[order], high[order], color=_style(name)["color"], alpha=0.15)
+    axes.set(xlabel="density")
+    axes.set_title("By density")
+
+
+def _draw_positions(axes: Any, arms: dict[str, Any], density: str, ends: list[int]) -> None:
+    middles = [(a + b) / 2 for a, b in zip([0, *ends], ends)]
+    for name, rows in arms.items():
+        axes.plot(middles, rows[density]["kl_by_position"], **_style(name))
+    axes.set(xlabel="token of the continuation")
+    axes.set_title(f"By position, density {density}")
+
+
+def _draw_weights(axes: Any, by_weight: dict[str, Any], plain: dict[str, Any], density: str) -> None:
+    for signal in dict.fromkeys(name.split()[0] for name in by_weight):
+        points = [(float(n.split()[1]), rows[density]) for n, rows in by_weight.items() if n.split()[0] == signal]
+        points.sort(key=lambda point: point[0])
+        kl = np.array([row["kl"] for _, row in points])
+        error = np.abs(np.array([row["ci"]["kl"] for _, row in points]).T - kl)
+        axes.errorbar([w for w, _ in points], kl, error, capsize=3, **_style(signal))
+    if "glass" in plain:
+        axes.axhline(
+            plain["glass"][density]["kl"], color=_style("glass")["color"], linestyle="--", label="glass (auto)"
+        )
+    axes.set(xlabel="global weight")
+    axes.set_title(f"By global weight, density {density}")
+    axes.legend(fontsize="small")
+
+
+def _draw_lengths(axes: Any, by_length: dict[str, Any], names: list[str], density: str) -> None:
+    lengths = sorted(by_length, key=int)
+    for name in names:
+        axes.plot([int(n) for n in lengths], [by_length[n][name][density]["kl"] for n in lengths], **_style(name))
+    axes.set(xlabel="prompt tokens", xscale="log")
+    axes.set_xticks([int(n) for n in lengths], lengths)
+    axes.minorticks_off()
+    axes.set_title(f"By the prompt's length, density {density}")

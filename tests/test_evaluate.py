@@ -1,17 +1,19 @@
-"""Tests of the evaluation: it decodes as generation does, and its figures are what they say."""
+"""Tests of the evaluation's command line, its prompts, tables and pictures."""
 
 from __future__ import annotations
 
 import json
 
-import mlx.core as mx
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from glass_mlx import GlassConfig, evaluate, stream_generate
-from glass_mlx.evaluate import PROMPTS, continuation, forced_logprobs, main
-
-PROMPT = [1, 300, 400, 500, 600]
+from glass_mlx.arms import ARMS
+from glass_mlx.continuation import speak
+from glass_mlx.errors import GlassError
+from glass_mlx.evaluate import PROMPTS, choose_arms, cut, main, read_prompts
+from glass_mlx.fidelity import Scores
+from glass_mlx.summary import interval, summarise, windows
 
 
 @pytest.fixture
@@ -21,71 +23,157 @@ def prompts(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("density", [0.4, 1.0])
-def test_teacher_forcing_equals_decoding_token_by_token(exact, density):
+@pytest.fixture
+def evaluated(invoke, prompts, tiny_dir, written):
+    """Run the command line on two prompts and the random model."""
+
+    def evaluated(*options):
+        outcome = invoke(main, "--model", tiny_dir, "--stats", written, "--prompts", prompts, "--tokens", 4, *options)
+        assert outcome.code == 0, outcome.err
+        return outcome.out
+
+    return evaluated
+
+
+def test_json(evaluated):
+    result = json.loads(evaluated("--density", "0.25,0.5", "--json"))
+    assert list(result["arms"]) == list(ARMS)
+    assert list(result["arms"]["dense"]) == ["1"] and list(result["arms"]["glass"]) == ["0.25", "0.5"]
+    assert (result["prompts"], result["tokens"], result["windows"]) == (2, 4, [1, 2, 3, 4])
+    row = result["arms"]["glass"]["0.5"]
+    assert {"ppl", "kl", "agreement", "jaccard", "ci"} < set(row) and set(row["ci"]) == {
+        "ppl",
+        "kl",
+        "agreement",
+        "jaccard",
+    }
+    assert len(row["kl_by_position"]) == 4 and len(row["jaccard_by_layer"]) == 2
+    for name in row["ci"]:
+        low, high = row["ci"][name]
+        assert low <= row[name] * (1 + 1e-6) and row[name] <= high * (1 + 1e-6)
+    griffin = result["arms"]["griffin"]["0.5"]
+    assert row["against_griffin"]["kl"] == pytest.approx(row["kl"] - griffin["kl"])
+    assert result["arms"]["oracle"]["0.5"]["jaccard"] == 1
+
+
+def test_the_same_seed_gives_the_same(evaluated):
+    a, b, c = (json.loads(evaluated("--arms", "glass", "--seed", seed, "--json"))["arms"] for seed in (1, 1, 2))
+    assert a == b != c
+
+
+def test_sweeps(evaluated, tmp_path, monkeypatch):
+    figures, original = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), original(self, *a, **k))[1])
+    out, picture = tmp_path / "new" / "a.json", tmp_path / "a.png"
+    options = ["--density", "0.3,0.6", "--global-weight", "0,0.5,auto", "--prompt-tokens", "2,7", "--free"]
+    text = evaluated(*options, "--json", out, "--plot", picture)
+    result = json.loads(out.read_text())
+    assert list(result["prompt_tokens"]) == ["2", "7"] and result["arms"] == result["prompt_tokens"]["2"]
+    assert [name for name in result["arms"] if " " in name] == ["glass-a 0", "glass-a 0.5", "glass-i 0", "glass-i 0.5"]
+    assert result["arms"]["glass-a 0"]["0.3"]["kl"] == result["arms"]["griffin"]["0.3"]["kl"]
+    assert text.count("density ") == text.count("self-PPL") == 4 and "prompts of 7 tokens" in text
+    free = result["arms"]["griffin"]["0.6"]["free"]
+    assert set(free) == set(free["ci"]) | {"ci"} == {"repetition", "distinct-1", "distinct-2", "self_ppl", "ci"}
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    axes = {a.get_title(): a for a in figures[0].axes}
+    assert set(axes) == {
+        "By density",
+        "By position, density 0.6",
+        "By global weight, density 0.6",
+        "By the prompt's length, density 0.6",
+    }
+    lines = {line.get_label(): line for line in axes["By density"].lines}
+    assert "dense" not in lines and "glass-i 0.5" not in lines
+    np.testing.assert_allclose(lines["glass"].get_ydata(), [result["arms"]["glass"][d]["kl"] for d in ("0.3", "0.6")])
+
+
+def test_the_null_prompt(evaluated):
+    result = json.loads(evaluated("--prompts", "null", "--count", 3, "--arms", "glass,static", "--json"))
+    assert result["prompts"] == 3
+    # nothing is known but the global ranks
+    assert result["arms"]["glass"]["0.5"]["kl"] == result["arms"]["static"]["0.5"]["kl"]
+
+
+def test_without_global_ranks(invoke, prompts, tiny_dir):
+    common = ["--model", tiny_dir, "--prompts", prompts, "--tokens", 3]
+    outcome = invoke(main, *common, "--json")
+    assert set(json.loads(outcome.out)["arms"]) == set(ARMS) - {"static", "glass-a", "glass-i"}
+    assert "without static, glass-a, glass-i" in outcome.err
+    with pytest.raises(GlassError, match="no global ranks"):
+        choose_arms(["griffin", "static"], [0.5], False)
+
+
+def test_arms_by_name():
+    assert set(choose_arms(["griffin"], ["auto"], True)) == {"griffin"}
+    assert set(choose_arms(["glass-i"], [0.1, "auto", 1.0], True)) == {"glass-i 0.1", "glass-i 1"}
+
+
+def test_own_precision(evaluated):
+    assert "own precision" in evaluated("--no-float32", "--arms", "griffin")
+
+
+def test_prompts_are_cut_and_continued(exact):
     model, tokenizer = exact
-    config = GlassConfig(density, 0.5)
-    steps = list(stream_generate(model, tokenizer, PROMPT, 12, prompt_cache=model.make_cache(**vars(config))))
-    said = [step.token for step in steps]
-    forced = forced_logprobs(model, PROMPT, said, config)
-    np.testing.assert_allclose(forced, mx.stack([step.logprobs for step in steps]), atol=2e-3)
-
-
-def test_the_continuation_is_the_dense_models(exact):
-    model, tokenizer = exact
-    greedy = [r.token for r in stream_generate(model, tokenizer, PROMPT, 12, density=1.0)]
-    assert continuation(model, PROMPT, 12, temperature=0.0)[: len(greedy)] == greedy
-
-
-def test_figures_equal_a_plain_computation(tiny):
-    model, _ = tiny
-    arms = {"half": GlassConfig(0.5), "all": GlassConfig(1.0)}
-    result = evaluate.evaluate(model, [PROMPT, [1, 7, 9]], arms, tokens=6, seed=3)
-    assert result["all"] == result["dense"]
-    assert result["dense"]["kl"] == 0 and result["dense"]["agreement"] == 1
-
-    mx.random.seed(3)
-    nll, kl = [], []
-    for prompt in (PROMPT, [1, 7, 9]):
-        said = continuation(model, prompt, 6, 1.0)
-        p, q = (np.array(forced_logprobs(model, prompt, said, GlassConfig(d)), np.float64) for d in (1.0, 0.5))
-        nll.append(-q[np.arange(6), said].mean())
-        kl.append((np.exp(p) * (p - q)).sum(axis=-1).mean())
-    assert result["half"]["ppl"] == pytest.approx(np.exp(np.mean(nll)), rel=1e-4)
-    assert result["half"]["kl"] == pytest.approx(np.mean(kl), rel=1e-3, abs=1e-6)
-    assert result["half"]["kl_std_error"] == pytest.approx(np.std(kl, ddof=1) / 2**0.5, rel=1e-2, abs=1e-6)
+    prompts = read_prompts(str(PROMPTS), tokenizer, 3)
+    assert cut(model, prompts, None, 0, 0) == prompts
+    length = len(prompts[0])
+    short = cut(model, prompts, length + 3, 0, 0)[0]
+    assert short[:length] == prompts[0] and short[length:] == speak(model, prompts[:1], 3, 0)[0]
+    assert cut(model, prompts, 5, 0, 0) == [p[:5] for p in prompts]
 
 
 def test_the_bundled_prompts_are_read_without_a_second_bos(demo):
     _, tokenizer = demo
-    for line in PROMPTS.read_text(encoding="utf-8").splitlines():
-        assert tokenizer.encode(line).count(tokenizer.bos_token_id) == 1
+    prompts = read_prompts(str(PROMPTS), tokenizer, None)
+    assert len(prompts) == 32 and all(p.count(tokenizer.bos_token_id) == 1 for p in prompts)
 
 
-def test_the_command_line(invoke, prompts, tiny_dir):
-    outcome = invoke(main, "--model", tiny_dir, "--prompts", prompts, "--tokens", 4, "--global-weight", 0, "--json")
-    arms = json.loads(outcome.out)["arms"]
-    assert outcome.code == 0 and set(arms) == {"dense", "0.0"}
-    assert arms["0.0"]["ppl"] > 0
+def test_windows():
+    assert windows(256) == [32, 64, 96, 128, 160, 192, 224, 256]
+    assert windows(2) == [1, 2] and windows(17)[-1] == 17 and len(windows(17)) <= 8
+
+
+def test_intervals():
+    rng = np.random.default_rng(1)
+    values = rng.normal(3, 1, 400)
+    low, high = interval(values)
+    assert low < values.mean() < high and high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
+    assert interval(np.array([2.0])) == [2.0, 2.0]
+
+
+def test_the_comparison_is_paired():
+    """A small difference that is the same for every prompt is seen through what prompts differ by."""
+    kl = np.linspace(0, 5, 20)[:, None] * np.ones((1, 3))
+    scores = [Scores(kl, kl + shift, kl > 1, kl, []) for shift in (0.0, -0.01)]
+    row = summarise(scores[1], scores[0])
+    assert row["against_griffin"]["kl"] == pytest.approx(-0.01)
+    assert row["against_griffin"]["ci"] == pytest.approx([-0.01, -0.01])
+    assert row["ci"]["kl"][1] - row["ci"]["kl"][0] > 1
 
 
 @pytest.mark.parametrize(
     ("options", "code", "says"),
     [
         (["--density", "0"], 2, "not above 0"),
+        (["--density", "0.5,"], 2, "not above 0"),
         (["--global-weight", "0,2"], 2, "auto"),
         (["--tokens", "1"], 2, "at least 2"),
+        (["--temp", "-1"], 2, "negative"),
+        (["--prompt-tokens", "4,0"], 2, "from 1 on"),
+        (["--arms", "glass,magic"], 2, "'magic' is none of"),
+        (["--recall", "--tasks", "x"], 2, "not allowed"),
         (["--prompts", "nowhere.txt"], 1, "nowhere.txt"),
-        (["--global-weight", "0.5"], 1, "no global ranks"),
+        (["--arms", "static"], 1, "no global ranks"),
+        (["--json", "/dev/null/x.json", "--tokens", "2", "--arms", "griffin"], 1, "Cannot write"),
     ],
 )
 def test_bad_input_is_one_line(invoke, prompts, tiny_dir, options, code, says):
-    outcome = invoke(main, "--model", tiny_dir, "--global-weight", 0, "--prompts", prompts, *options)
+    outcome = invoke(main, "--model", tiny_dir, "--prompts", prompts, *options)
     assert outcome.code == code
     assert says in outcome.err.splitlines()[-1]
 
 
 def test_an_empty_prompt_file(invoke, tmp_path, tiny_dir):
     (tmp_path / "empty.txt").write_text("\n")
-    outcome = invoke(main, "--model", tiny_dir, "--global-weight", 0, "--prompts", tmp_path / "empty.txt")
+    outcome = invoke(main, "--model", tiny_dir, "--prompts", tmp_path / "empty.txt")
     assert (outcome.code, "no prompts" in outcome.err) == (1, True)
