@@ -41,9 +41,7 @@ def document() -> dict[str, Any]:
     ) -> dict:
         content = {"application/json": {"schema": refs[answers]}}
         if events is not None:
-            data = {"type": "string", "contentMediaType": "application/json", "contentSchema": refs[events]}
-            event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
-            content["text/event-stream"] = {"schema": event}
+            content["text/event-stream"] = {"schema": _event({"anyOf": [refs[events], refs[ErrorBody]]})}
         failed = {"application/json": {"schema": refs[ErrorBody]}}
         done: dict[str, Any] = {"summary": summary, "responses": {"200": {"description": "Done", "content": content}}}
         for code in refused.split():
@@ -79,6 +77,17 @@ def document() -> dict[str, Any]:
         "components": {**_components(definitions), "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
         "security": [{}, {"key": []}],
     }
+
+
+def _event(payload: dict[str, Any]) -> dict[str, Any]:
+    """A server-sent event: JSON of the payload's schema, or the mark of the end."""
+    data = {
+        "anyOf": [
+            {"type": "string", "contentMediaType": "application/json", "contentSchema": payload},
+            {"const": "[DONE]", "description": "The last event of an answer that was not broken off by an error"},
+        ]
+    }
+    return {"type": "object", "properties": {"data": data}, "required": ["data"]}
 
 
 def _components(definitions: dict[str, Any]) -> dict[str, Any]:

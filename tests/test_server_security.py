@@ -9,7 +9,8 @@ import time
 import httpx
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import HealthCheck, given, settings
+from hypothesis.strategies import booleans
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from serving import CHAT, QUESTION, connect, raw, serving
@@ -200,14 +201,15 @@ def test_the_published_document_is_kept(client, mode):
         if mode is GenerationMode.NEGATIVE and operation.method == "get" or "unload" in operation.path:
             continue  # they take nothing that could be wrong
 
-        @seed(0)
         @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-        @given(operation.as_strategy(generation_mode=mode))
-        def keeps(case):
-            if isinstance(case.body, dict) and isinstance(case.body.get("max_tokens"), int):
-                case.body["max_tokens"] = min(case.body["max_tokens"], 2)
-            if isinstance(case.body, dict) and isinstance(case.body.get("max_completion_tokens"), int):
-                case.body["max_completion_tokens"] = min(case.body["max_completion_tokens"], 2)
+        @given(operation.as_strategy(generation_mode=mode), booleans())
+        def keeps(case, stream):
+            if isinstance(case.body, dict):
+                for limit in ("max_tokens", "max_completion_tokens"):
+                    if isinstance(case.body.get(limit), int):
+                        case.body[limit] = min(case.body[limit], 2)
+                if mode is GenerationMode.POSITIVE:
+                    case.body["stream"] = stream  # left to chance, few are streamed
             case.call_and_validate(excluded_checks=EXCLUDED)
 
         keeps()
