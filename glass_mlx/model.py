@@ -39,6 +39,7 @@ class _Plan:
     path: Path | None = None
     memory: SessionMemory | None = None
     files: WeightFiles | None = None
+    paces: dict[float, Any] = field(default_factory=dict)
 
 
 class GlassModel(nn.Module):
@@ -72,7 +73,7 @@ class GlassModel(nn.Module):
             max_session_memory (int, optional): bytes for the compact weights of all sessions; those of idle ones
                 are dropped, and made again when needed. Default: ``memory.default_limit``.
             low_memory (bool): let go of the dense FFN weights while decoding, and read them from the model's files
-                again for the next prompt.
+                again for the next prompt. A configured refresh ``"auto"`` is never then.
 
         Raises:
             GlassError: the model has no FFN block that can be sparsified.
@@ -89,6 +90,8 @@ class GlassModel(nn.Module):
         self.config = config or GlassConfig()
         if low_memory and path is None:
             raise GlassError("low_memory needs the model's directory, to read its weights again.")
+        if low_memory and self.config.refresh == "auto":
+            self.config = self.config.updated(refresh=0)  # each would read all weights from the disk
         self._plan = _Plan(blocks, left_dense, global_ranks, path=path)
         limit = default_limit(dense) if max_session_memory is None else max_session_memory
         self._plan.memory = SessionMemory(limit)
@@ -110,6 +113,11 @@ class GlassModel(nn.Module):
     def memory(self) -> SessionMemory:
         """The sessions' compact weights, and their limit."""
         return self._plan.memory
+
+    @property
+    def paces(self) -> dict[float, Any]:
+        """What verified decoding has learnt about the times of this model, by density."""
+        return self._plan.paces
 
     @property
     def path(self) -> Path | None:
@@ -215,6 +223,10 @@ class GlassModel(nn.Module):
             now, inputs = inputs[:, :length], inputs[:, length:]
             logits.append(self._decode(session, now.shape[1], now, cache[:-1], {}))
         return mx.concatenate(logits, axis=1)
+
+    def prepare(self, cache: list[Any]) -> None:
+        """Choose the neurons and make their compact weights now, if they are not."""
+        self._compact(self.session(cache))
 
     def draft(self, inputs: mx.array, cache: list[Any]) -> mx.array:
         """Logits [B, L, vocabulary] of tokens [B, L], decoded sparsely, to be verified; see ``verify``."""

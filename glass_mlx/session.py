@@ -34,7 +34,7 @@ class GlassConfig:
     density: float = 0.5
     global_weight: float | str = "auto"
     signal: str = "impact"
-    refresh: int | str = 0
+    refresh: int | str = "auto"
 
     def __post_init__(self):
         if not _is_number(self.density) or not 0 < self.density <= 1:

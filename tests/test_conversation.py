@@ -61,7 +61,8 @@ def test_a_turn_reads_only_what_is_new(demo):
         _check(conversation)
     assert len(conversation.tokens) > 40
     assert all(n < 20 for n in read)
-    assert conversation.session.prompt_tokens <= sum(read)
+    # what was said is read as well, but what was said last
+    assert sum(read) <= conversation.session.prompt_tokens <= len(conversation.tokens)
 
 
 def test_system_prompt(demo):

@@ -134,13 +134,17 @@ def test_prompt_cache_over_turns(exact):
     assert cache[0].offset == cache[-1].offset == len(whole) + 5
 
 
-def test_evidence_of_both_turns(demo):
+@pytest.mark.parametrize("refresh", [0, "auto"])
+def test_evidence_of_both_turns(demo, refresh):
+    """And, unless it is never read again, of the answer in between."""
     model, tokenizer = demo
-    cache = model.make_cache()
+    cache = model.make_cache(refresh=refresh)
     list(stream_generate(model, tokenizer, PROMPT, 3, prompt_cache=cache))
-    before = model.session(cache).energy
+    before, said = model.session(cache).energy, model.session(cache).said
     list(stream_generate(model, tokenizer, [500, 600], 3, prompt_cache=cache))
-    assert model.session(cache).prompt_tokens == len(tokenizer.encode(PROMPT)) + 2
+    assert said >= 2
+    read = len(tokenizer.encode(PROMPT)) + 2 + (said if refresh else 0)
+    assert model.session(cache).prompt_tokens == read
     assert (model.session(cache).energy >= before).all() and not mx.array_equal(model.session(cache).energy, before)
 
 
