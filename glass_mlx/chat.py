@@ -12,10 +12,9 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.chat import setup_arg_parser as setup_mlx_lm_parser
-from mlx_lm.sample_utils import make_sampler
 from rich.console import Console
 
-from .cli import add_glass_options, add_verbose, add_verify_options, density, run, verify_options
+from .cli import add_glass_options, add_verbose, add_verify_options, density, run, sampler_maker, verify_options
 from .conversation import Conversation
 from .errors import GlassError
 from .generate import GenerationResponse, stream_generate
@@ -125,7 +124,7 @@ class Chat:
 
     def _options(self) -> dict[str, Any]:
         args = self.args
-        sampler = make_sampler(
+        sampler = sampler_maker(args)(
             args.temp,
             args.top_p,
             xtc_threshold=args.xtc_threshold,

@@ -9,6 +9,9 @@ import re
 import sys
 from collections.abc import Callable
 
+from mlx_lm import sample_utils
+
+from . import sampling
 from .errors import GlassError
 from .importance import SIGNALS
 from .session import GlassConfig
@@ -127,6 +130,12 @@ def _probability(text: str) -> float:
 def verify_options(args: argparse.Namespace) -> dict:
     """What they say, for ``stream_generate``."""
     return {"verify": args.verify, "verify_threshold": args.verify_threshold, "draft_tokens": args.draft_tokens}
+
+
+def sampler_maker(args: argparse.Namespace) -> Callable[..., Callable]:
+    """The function that makes the sampler: mlx-lm's, or its like for verified decoding."""
+    verified = args.verify or args.verify_threshold is not None
+    return sampling.make_sampler if verified else sample_utils.make_sampler
 
 
 def add_verbose(parser: argparse.ArgumentParser) -> None:

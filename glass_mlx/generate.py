@@ -19,10 +19,9 @@ from mlx_lm.generate import GenerationResponse as DenseResponse
 from mlx_lm.generate import setup_arg_parser as setup_mlx_lm_parser
 from mlx_lm.generate import stream_generate as stream_dense
 from mlx_lm.models.cache import load_prompt_cache
-from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .cli import add_glass_options, add_verify_options, run, verify_options
+from .cli import add_glass_options, add_verify_options, run, sampler_maker, verify_options
 from .errors import GlassError
 from .loading import DEFAULT_MODEL, load
 from .model import GlassModel
@@ -270,7 +269,7 @@ def _generate(args: argparse.Namespace, template: dict[str, Any]) -> None:
         if len(cached) != len(model.make_cache()):
             raise GlassError(f"{args.prompt_cache_file} is the prompt cache of another model.")
         options["prompt_cache"] = cached[:-1] if args.dense else cached
-    sampler = make_sampler(
+    sampler = sampler_maker(args)(
         args.temp,
         args.top_p,
         args.min_p,

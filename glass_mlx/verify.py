@@ -5,11 +5,16 @@ one dense call, which says what the dense model would have said after each; the 
 kept, and one dense token after it. So greedy output is the dense model's, and sampled output follows its distribution:
 every token that is emitted was sampled from it. That call also writes exact keys and values and records the evidence
 by which the neurons are chosen again.
+
+*The dense model's* is up to rounding: a call over several tokens adds up in another order than one over a single token,
+as it does in a prefill of another step size. Where two tokens are equally likely to the last bits, 16-bit models above
+all, either may be taken; what follows is then the dense model's after that token.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
@@ -22,10 +27,13 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .errors import GlassError
 from .model import GlassModel
+from .sampling import Chance
 from .session import next_refresh
 
 MAX_DRAFT = 8
-_STRETCH = 64  # tokens that are decoded densely, where drafting does not pay, before it is tried again
+# tokens that are decoded densely, where drafting does not pay, before it is tried again: twice as many after each try
+_STRETCH, _MAX_STRETCH = 64, 1024
+_RECENT = 5  # measurements of a time; the least of them counts, which warming up and interruptions do not touch
 
 
 class Pace:
@@ -36,13 +44,15 @@ class Pace:
 
     Attributes:
         accepted, tried: drafted tokens, the older ones counting less.
+        stretch: how many tokens to decode densely where drafting does not pay.
     """
 
     def __init__(self, max_draft: int = MAX_DRAFT):
         self.max_draft = max_draft
         self.accepted, self.tried = 3.0, 4.0
-        self._sparse: float | None = None  # seconds a step
-        self._dense: dict[int, float] = {}  # seconds a call by the number of drafted tokens in it
+        self.stretch = _STRETCH // 2
+        self._sparse: deque[float] = deque(maxlen=_RECENT)  # seconds a step
+        self._dense: dict[int, deque[float]] = {}  # seconds a call by the number of drafted tokens in it
         self._probe = True
 
     @property
@@ -51,20 +61,22 @@ class Pace:
 
     def choose(self) -> int:
         """The number of tokens to draft next; 0 decodes a stretch densely, because drafting does not pay."""
-        if self._probe or 0 not in self._dense:
+        if self._probe or not self.measured:
             return min(2, self.max_draft)
         return max(range(self.max_draft + 1), key=self._speed)
 
     def saw(self, drafted: int, accepted: int, draft_seconds: float, dense_seconds: float) -> None:
-        """What a pass took and brought."""
-        self._dense[drafted] = _mix(self._dense.get(drafted), dense_seconds)
+        """What a pass took and brought; with nothing drafted, a dense step."""
+        self._dense.setdefault(drafted, deque(maxlen=_RECENT)).append(dense_seconds)
         self._probe = drafted == 0
-        if drafted:
-            self._sparse = _mix(self._sparse, draft_seconds / drafted)
-            keep = 0.97**drafted
-            # tokens after the first rejection were not tried
-            self.accepted = keep * self.accepted + accepted
-            self.tried = keep * self.tried + min(drafted, accepted + 1)
+        if not drafted:
+            return
+        self._sparse.append(draft_seconds / drafted)
+        keep = 0.97**drafted
+        # tokens after the first rejection were not tried
+        self.accepted = keep * self.accepted + accepted
+        self.tried = keep * self.tried + min(drafted, accepted + 1)
+        self.stretch = _STRETCH if self.choose() else min(2 * self.stretch, _MAX_STRETCH)
 
     @property
     def measured(self) -> bool:
@@ -73,24 +85,30 @@ class Pace:
 
     def _speed(self, k: int) -> float:
         a = min(self.acceptance, 0.999)
-        return (1 - a ** (k + 1)) / (1 - a) / (k * self._sparse + self._dense_seconds(k))
+        return (1 - a ** (k + 1)) / (1 - a) / (k * min(self._sparse) + self._dense_seconds(k))
 
     def _dense_seconds(self, k: int) -> float:
         """Seconds of a dense call over k + 1 tokens: measured, or on the line through the step and the nearest."""
         if k in self._dense:
-            return self._dense[k]
+            return min(self._dense[k])
         near = min((n for n in self._dense if n), key=lambda n: abs(n - k))
-        step = self._dense[0]
-        return max(step, step + (self._dense[near] - step) * k / near)
+        step = min(self._dense[0])
+        return max(step, step + (min(self._dense[near]) - step) * k / near)
 
 
 class _Decoder:
-    """One answer in the making."""
+    """One answer in the making.
+
+    Attributes:
+        place (int): that of the next token in the answer.
+        step_seconds (float): of a dense step, over the last stretch of them.
+    """
 
     def __init__(self, model: GlassModel, cache: list[Any], sampler: Callable, processors: list[Callable], kv: tuple):
         self.model, self.cache, self.sampler, self.processors, self.kv = model, cache, sampler, processors, kv
         self.session = model.session(cache)
-        self.step_seconds = 0.0  # of the last dense step that was timed
+        self.chance, self.place = Chance(), 0
+        self.step_seconds = 0.0
         self.seen = mx.zeros((0,), mx.int32)  # the tokens that logits processors see, if there are any
 
     def read_prompt(self, prompt: mx.array, step_size: int, progress: Callable[[int, int], None]) -> tuple:
@@ -106,28 +124,28 @@ class _Decoder:
             mx.eval([entry.state for entry in self.cache])
             done = stop
             progress(done, prompt.size)
-        return self._sample(logits[:, -1], prompt)
+        return self._next(logits[:, -1], prompt)
 
     def densely(self, token: int, steps: int) -> Iterator[tuple[int, mx.array]]:
         """Dense steps, the next one under way while the last is handed over."""
-        start = time.perf_counter()
+        start, seconds = time.perf_counter(), 0.0
         ahead = self._dense_step(mx.array([token], mx.int32))
-        mx.eval(ahead)
-        self.step_seconds = time.perf_counter() - start
         for i in range(steps):
             y, logprobs = ahead
             if i + 1 < steps:
                 ahead = self._dense_step(y)
-            yield y.item(), logprobs[0]
+            said = y.item()
+            seconds += time.perf_counter() - start
+            self.step_seconds = seconds / (i + 1)
+            yield said, logprobs[0]
+            start = time.perf_counter()
 
     def draft(self, token: int, k: int) -> mx.array:
         """The token and k sparsely decoded ones after it, [k + 1]."""
         read, seen = [mx.array([token], mx.int32)], self.seen
-        for _ in range(k):
+        for i in range(k):
             logits = self.model.draft(read[-1][None], self.cache)
-            y, _ = self._sample(logits[:, -1], read[-1], keep=False, seen=seen)
-            if self.processors:
-                seen = mx.concatenate([seen, read[-1]])
+            y, _, seen = self._sample(logits[:, -1], self.place + i, seen, read[-1])
             read.append(y.astype(mx.int32))
         tokens = mx.concatenate(read)
         mx.eval(tokens)
@@ -141,9 +159,7 @@ class _Decoder:
         self._quantise()
         seen, given, chosen = self.seen, [], []
         for i in range(k + 1):
-            y, logprobs = self._sample(logits[:, i], tokens[i : i + 1], keep=False, seen=seen)
-            if self.processors:
-                seen = mx.concatenate([seen, tokens[i : i + 1]])
+            y, logprobs, seen = self._sample(logits[:, i], self.place + i, seen, tokens[i : i + 1])
             given.append(logprobs[0])
             chosen.append(y)
         chosen = mx.concatenate(chosen)
@@ -156,6 +172,7 @@ class _Decoder:
         self.model.retract(self.cache, k - kept)
         if self.processors:
             self.seen = mx.concatenate([self.seen, tokens[: kept + 1]])
+        self.place += kept + 1
         said = [*tokens[1 : kept + 1].tolist(), chosen[kept].item()]
         return [(t, given[i], i < kept) for i, t in enumerate(said)], kept
 
@@ -164,20 +181,25 @@ class _Decoder:
             logits = self.model.dense(y[None], cache=self.cache[:-1])
             self.session.offset += 1
             self._quantise()
-            step = self._sample(logits[:, -1], y)
+            step = self._next(logits[:, -1], y)
             mx.async_eval(*step)
             return step
 
-    def _sample(self, logits: mx.array, read: mx.array, keep: bool = True, seen: mx.array | None = None) -> tuple:
-        """A token [1] and the log-probabilities [1, vocabulary] after reading ``read``, which is noted if ``keep``."""
+    def _next(self, logits: mx.array, read: mx.array) -> tuple[mx.array, mx.array]:
+        """The answer's next token [1], after reading ``read``, and its log-probabilities [1, vocabulary]."""
+        y, logprobs, self.seen = self._sample(logits, self.place, self.seen, read)
+        self.place += 1
+        return y, logprobs
+
+    def _sample(self, logits: mx.array, place: int, seen: mx.array, read: mx.array) -> tuple:
+        """A token [1] for a place, its log-probabilities [1, vocabulary], and what processors have seen by then."""
         if self.processors:
-            seen = mx.concatenate([self.seen if seen is None else seen, read])
+            seen = mx.concatenate([seen, read])
             for processor in self.processors:
                 logits = processor(seen, logits)
-            if keep:
-                self.seen = seen
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        return self.sampler(logprobs), logprobs
+        self.chance.at(place)
+        return self.sampler(logprobs), logprobs, seen
 
     def _quantise(self) -> None:
         maybe_quantize_kv_cache(self.cache, *self.kv)
@@ -208,12 +230,12 @@ def verified_generate_step(
         prompt_cache (list): from ``model.make_cache()``.
         max_tokens (int): at most so many; -1 for no limit.
         sampler, logits_processors, prefill_step_size, prompt_progress_callback, kv_bits, kv_group_size,
-            quantized_kv_start: as in mlx-lm. A sampler draws from the global random state; how often depends on what
-            is accepted, and without ``draft_tokens`` also on measured times, so sampled answers differ between runs.
+            quantized_kv_start: as in mlx-lm. MLX's global random state, from which a sampler draws, is seeded for each
+            place of the answer. Samplers of ``sampling.make_sampler`` accept more of the drafts than mlx-lm's.
         draft_tokens (int, optional): draft always so many. Default: as many as pay, by ``Pace``.
         threshold (float, optional): also keep a drafted token that the dense model gives at least this probability:
             faster, and no longer exact.
-        pace (Pace, optional): the cost model, to go on with one or to look at it afterwards.
+        pace (Pace, optional): the cost model. Default: the one that the model's answers at this density share.
 
     Yields:
         tuple: a token, its log-probabilities [vocabulary] by the dense model, and whether it was drafted.
@@ -228,23 +250,25 @@ def verified_generate_step(
     sampler = sampler or (lambda logprobs: mx.argmax(logprobs, axis=-1))
     kv = (quantized_kv_start, kv_group_size, kv_bits)
     decoder = _Decoder(model, prompt_cache, sampler, logits_processors or [], kv)
-    session, pace = decoder.session, pace or Pace()
+    session = decoder.session
+    pace = pace or model.paces.setdefault(session.config.density, Pace())
     with mx.stream(generation_stream):
         first, logprobs = decoder.read_prompt(prompt, prefill_step_size, prompt_progress_callback or (lambda *_: None))
         token = first.item()
     yield token, logprobs[0], False
     emitted, due = 1, next_refresh(session.config.refresh or "auto", 1)
     while emitted != max_tokens:
-        left = max_tokens - emitted if max_tokens > 0 else _STRETCH
+        left = max_tokens - emitted if max_tokens > 0 else _MAX_STRETCH
         k = min(pace.choose() if draft_tokens is None else draft_tokens, left - 1)
         if k == 0 or not pace.measured or not _can_take_back(prompt_cache[:-1], k + 1):
-            steps = min(left, _STRETCH if pace.measured else 1)
+            steps = min(left, pace.stretch if pace.measured else 1)
             for said, logprobs in decoder.densely(token, steps):
                 token, emitted = said, emitted + 1
                 yield token, logprobs, False
             pace.saw(0, 0, 0.0, decoder.step_seconds)
             continue
         with mx.stream(generation_stream):
+            model.prepare(prompt_cache)
             start = time.perf_counter()
             tokens = decoder.draft(token, k)
             drafted = time.perf_counter()
@@ -301,8 +325,3 @@ def stream_verified(
             )
             if last:
                 return
-
-
-def _mix(old: float | None, new: float) -> float:
-    """A running mean that forgets."""
-    return new if old is None else 0.8 * old + 0.2 * new

@@ -9,10 +9,11 @@ import mlx_lm
 import numpy as np
 import pytest
 from mlx_lm.generate import generate_step
-from mlx_lm.sample_utils import make_logits_processors, make_sampler
+from mlx_lm.sample_utils import make_logits_processors
 
 from glass_mlx import GlassError, GlassModel, stream_generate
 from glass_mlx.generate import main
+from glass_mlx.sampling import Chance, make_sampler
 from glass_mlx.tiny import tiny_model
 from glass_mlx.verify import Pace, verified_generate_step
 
@@ -124,6 +125,17 @@ def test_a_sampled_answer_follows_the_dense_distribution():
     assert ((runs * exact - runs * uniform) ** 2 / (runs * uniform)).sum() > 20.5  # the test can tell distributions
 
 
+@pytest.mark.parametrize("k", [0, 1, 4, None])
+def test_a_seed_gives_one_answer_however_much_is_drafted(k):
+    """Each place of an answer has random numbers of its own, and the dense model with the same ones says the same."""
+    model, sampler = GlassModel(tiny_model("llama")), make_sampler(temp=1.0, top_p=0.95)
+    mx.random.seed(3)
+    chance, place = Chance(), itertools.count()
+    expected = dense(model, PROMPT, sampler=lambda logprobs: (chance.at(next(place)), sampler(logprobs))[1])
+    mx.random.seed(3)
+    assert verified(model, PROMPT, draft_tokens=k, sampler=sampler) == expected
+
+
 def test_a_next_turn_goes_on(demo):
     """The cache after a verified answer is what dense reading leaves, without what was rejected."""
     model, tokenizer = demo
@@ -167,7 +179,7 @@ def test_a_lenient_threshold_keeps_more(demo):
 
     def share(threshold):
         cache = model.make_cache()
-        options = {"max_tokens": 48, "draft_tokens": 4, "threshold": threshold, "prompt_cache": cache}
+        options = {"max_tokens": 48, "draft_tokens": 4, "threshold": threshold, "prompt_cache": cache, "pace": Pace()}
         return sum(d for *_, d in verified_generate_step(tokens, model, **options))
 
     assert share(None) <= share(1.0) <= share(0.05) <= share(1e-9) == (48 - 2) // 5 * 4
@@ -216,6 +228,46 @@ def test_pace():
     assert paced(0.9, 0.6, 0.9) == 0  # or checking is no faster than decoding
     assert 1 <= paced(0.85, 0.6, 0.02) <= 5
     assert paced(0.99, 0.3, 0.01) == 8
+
+
+@pytest.mark.parametrize(("acceptance", "sparse", "marginal"), [(0.0, 0.65, 0.15), (0.3, 0.6, 0.05), (0.9, 1.1, 0.1)])
+def test_pace_costs_little_where_drafting_does_not_pay(acceptance, sparse, marginal):
+    """In the time of dense steps, with the compact weights made once (2 steps) and slow first calls."""
+    pace, rng = Pace(), np.random.default_rng(0)
+    said, spent, slow = 0, 2.0, 3.0
+    while said < 1000:
+        k = pace.choose() if pace.measured else 0
+        if k == 0:
+            n = pace.stretch if pace.measured else 1
+            pace.saw(0, 0, 0.0, 1.0)
+            said, spent = said + n, spent + n
+            continue
+        right = (rng.random(k) < acceptance).tolist()
+        accepted = right.index(False) if False in right else k
+        draft, dense_call = k * sparse * slow, (1 + k * marginal) * slow
+        pace.saw(k, accepted, draft, dense_call)
+        said, spent, slow = said + accepted + 1, spent + draft + dense_call, 1.0
+    assert spent / said < 1.03
+
+
+def test_a_slow_first_call_is_forgotten():
+    pace = Pace()
+    pace.saw(0, 0, 0.0, 1.0)
+    pace.saw(2, 2, 20.0, 10.0)
+    assert pace.choose() == 0
+    for _ in range(3):
+        pace.saw(0, 0, 0.0, 1.0)
+        pace.saw(2, 2, 0.6, 1.1)
+    assert pace.choose() > 0
+
+
+def test_what_was_learnt_serves_the_next_answer():
+    model = GlassModel(tiny_model("llama"))
+    verified(model, PROMPT)
+    assert model.paces[0.5].measured
+    pace = model.paces[0.5]
+    verified(model, PROMPT)
+    assert model.paces == {0.5: pace}
 
 
 def test_the_command_line(invoke):

@@ -1,0 +1,61 @@
+"""Sampling for verified decoding: a draft and its check draw the same random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, apply_xtc, greedy_sampler
+
+
+class Chance:
+    """Random numbers by the place of a token in the answer.
+
+    What is sampled at a place depends neither on what was drafted nor on times, so a seed makes an answer
+    reproducible; and a draft and its check, each a sample of its own distribution, agree more often than two samples
+    drawn apart.
+    """
+
+    def __init__(self):
+        self._start = mx.random.randint(0, 2**31 - 1).item() << 20
+
+    def at(self, place: int) -> None:
+        """What is drawn next from MLX's global random state is of this place."""
+        mx.random.seed(self._start + place)
+
+
+def make_sampler(
+    temp: float = 0.0,
+    top_p: float = 0.0,
+    min_p: float = 0.0,
+    min_tokens_to_keep: int = 1,
+    top_k: int = 0,
+    xtc_probability: float = 0.0,
+    xtc_threshold: float = 0.1,
+    xtc_special_tokens: list[int] | None = None,
+) -> Callable[[mx.array], mx.array]:
+    """A sampler as ``mlx_lm.sample_utils.make_sampler`` makes it, with the same arguments and distribution, that
+    samples by Gumbel noise.
+
+    By the same noise two distributions at total variation d give the same token with probability (1 - d) / (1 + d) or
+    more. MLX's own ``categorical`` searches in the summed-up probabilities, where a little more for one token shifts
+    all that follow it.
+    """
+    if temp == 0:
+        return greedy_sampler
+    filters: list[Callable[[mx.array], mx.array]] = []
+    if 0 < top_p < 1:
+        filters.append(lambda x: apply_top_p(x, top_p))
+    if min_p != 0:
+        filters.append(lambda x: apply_min_p(x, min_p, min_tokens_to_keep))
+    if xtc_probability > 0:
+        filters.append(lambda x: apply_xtc(x, xtc_probability, xtc_threshold, xtc_special_tokens or []))
+    if top_k > 0:
+        filters.append(lambda x: apply_top_k(x, top_k))
+
+    def sample(logprobs: mx.array) -> mx.array:
+        for keep in filters:
+            logprobs = keep(logprobs)
+        return mx.argmax(logprobs / temp + mx.random.gumbel(logprobs.shape), axis=-1)
+
+    return sample
