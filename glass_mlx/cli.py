@@ -115,6 +115,9 @@ def add_verify_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--draft-tokens", type=int, metavar="K", help="draft always so many tokens (default: as many as pay)"
     )
+    group.add_argument(
+        "--draft-density", type=density, metavar="X", help="density to draft at (default: the fastest, as measured)"
+    )
 
 
 def _probability(text: str) -> float:
@@ -129,7 +132,8 @@ def _probability(text: str) -> float:
 
 def verify_options(args: argparse.Namespace) -> dict:
     """What they say, for ``stream_generate``."""
-    return {"verify": args.verify, "verify_threshold": args.verify_threshold, "draft_tokens": args.draft_tokens}
+    names = ("verify", "verify_threshold", "draft_tokens", "draft_density")
+    return {name: getattr(args, name) for name in names}
 
 
 def sampler_maker(args: argparse.Namespace) -> Callable[..., Callable]:

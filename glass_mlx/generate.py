@@ -61,6 +61,7 @@ def stream_generate(
     verify: bool = False,
     verify_threshold: float | None = None,
     draft_tokens: int | None = None,
+    draft_density: float | None = None,
     prompt_cache: list[Any] | None = None,
     max_kv_size: int | None = None,
     **kwargs: Any,
@@ -84,6 +85,8 @@ def stream_generate(
         verify_threshold (float, optional): with it, also keep drafted tokens that the dense model gives at least this
             probability; implies ``verify``.
         draft_tokens (int, optional): draft always so many before they are checked. Default: as many as pay.
+        draft_density (float, optional): density to draft at. Default: the fastest that the model's answers have shown
+            so far, see ``verify.draft_density``.
         prompt_cache (list, optional): from ``model.make_cache()``; updated in place.
         max_kv_size (int, optional): for a new cache, as in mlx-lm.
         kwargs: the remaining options of mlx-lm's ``generate_step``.
@@ -125,7 +128,7 @@ def stream_generate(
             raise GlassError("Verified decoding does not take input embeddings.")
         if not isinstance(tokenizer, TokenizerWrapper):
             tokenizer = TokenizerWrapper(tokenizer)
-        how = {"threshold": verify_threshold, "draft_tokens": draft_tokens}
+        how = {"threshold": verify_threshold, "draft_tokens": draft_tokens, "density": draft_density}
         responses = stream_verified(model, tokenizer, prompt, max_tokens, **how, **kwargs)
     else:
         responses = stream_dense(model, tokenizer, prompt, max_tokens, draft_model, **kwargs)

@@ -13,10 +13,11 @@ all, either may be taken; what follows is then the dense model's after that toke
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -33,6 +34,7 @@ from .session import next_refresh
 MAX_DRAFT = 8
 # tokens that are decoded densely, where drafting does not pay, before it is tried again: twice as many after each try
 _STRETCH, _MAX_STRETCH = 64, 1024
+DENSITIES = (0.3, 0.5, 0.7)  # to draft at, where none is given
 _RECENT = 5  # measurements of a time; the least of them counts, which warming up and interruptions do not touch
 
 
@@ -82,6 +84,13 @@ class Pace:
     def measured(self) -> bool:
         """Whether the time of a dense step is known."""
         return 0 in self._dense
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second at the best number of drafted tokens; infinite until a few passes have been timed."""
+        if not self.measured or len(self._sparse) < _RECENT:
+            return math.inf
+        return max(map(self._speed, range(self.max_draft + 1)))
 
     def _speed(self, k: int) -> float:
         a = min(self.acceptance, 0.999)
@@ -288,6 +297,13 @@ def verified_generate_step(
                 raise
 
 
+def draft_density(model: GlassModel, density: float) -> float:
+    """The density to draft an answer at: the fastest of ``DENSITIES`` and the given one, as far as this model's answers
+    have shown; each is tried for one, the given one first."""
+    candidates = dict.fromkeys((density, *DENSITIES))
+    return max(candidates, key=lambda d: model.paces[d].speed if d in model.paces else math.inf)
+
+
 def _can_take_back(entries: list[Any], tokens: int) -> bool:
     """Whether a cache that grows by so many tokens can give them back: a sliding window that is full by then, or a
     recurrent state, cannot, and from there on the dense model decodes."""
@@ -295,13 +311,31 @@ def _can_take_back(entries: list[Any], tokens: int) -> bool:
     return room and can_trim_prompt_cache(entries)
 
 
+@contextmanager
+def _drafting(model: GlassModel, cache: list[Any], density: float | None) -> Iterator[None]:
+    """A conversation at the density that it drafts with, and afterwards at its own."""
+    session = model.session(cache)
+    own = session.config.density
+    session.configure(density=density or draft_density(model, own))
+    try:
+        yield
+    finally:
+        session.configure(density=own)
+
+
 def stream_verified(
-    model: GlassModel, tokenizer: TokenizerWrapper, prompt: mx.array, max_tokens: int, **kwargs: Any
+    model: GlassModel,
+    tokenizer: TokenizerWrapper,
+    prompt: mx.array,
+    max_tokens: int,
+    density: float | None = None,
+    **kwargs: Any,
 ) -> Iterator[DenseResponse]:
-    """``mlx_lm.stream_generate`` by ``verified_generate_step``, whose arguments ``kwargs`` are."""
+    """``mlx_lm.stream_generate`` by ``verified_generate_step``, whose arguments ``kwargs`` are; drafting at a density,
+    by default that of ``draft_density``."""
     detokenizer, start, prompt_tps = tokenizer.detokenizer, time.perf_counter(), 0.0
     steps = verified_generate_step(prompt, model, max_tokens=max_tokens, **kwargs)
-    with wired_limit(model, [generation_stream]), closing(steps):
+    with _drafting(model, kwargs["prompt_cache"], density), wired_limit(model, [generation_stream]), closing(steps):
         for n, (token, logprobs, drafted) in enumerate(steps, start=1):
             if n == 1:
                 prompt_tps, start = prompt.size / (time.perf_counter() - start), time.perf_counter()

@@ -15,7 +15,7 @@ from glass_mlx import GlassError, GlassModel, stream_generate
 from glass_mlx.generate import main
 from glass_mlx.sampling import Chance, make_sampler
 from glass_mlx.tiny import tiny_model
-from glass_mlx.verify import Pace, verified_generate_step
+from glass_mlx.verify import Pace, draft_density, verified_generate_step
 
 PROMPT = [3, 14, 15, 9, 26, 5, 35]
 N = 24
@@ -76,7 +76,7 @@ def test_the_text_and_its_end(demo):
     model, tokenizer = demo
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
     theirs = list(mlx_lm.stream_generate(model.dense, tokenizer, prompt, max_tokens=60))
-    ours = list(stream_generate(model, tokenizer, prompt, 60, verify=True))
+    ours = list(stream_generate(model, tokenizer, prompt, 60, verify=True, draft_density=0.5))
     assert "".join(r.text for r in ours) == "".join(r.text for r in theirs)
     assert ours[-1].finish_reason == theirs[-1].finish_reason
     assert [r.generation_tokens for r in ours] == list(range(1, len(ours) + 1))
@@ -268,6 +268,23 @@ def test_what_was_learnt_serves_the_next_answer():
     pace = model.paces[0.5]
     verified(model, PROMPT)
     assert model.paces == {0.5: pace}
+
+
+def test_the_fastest_density_drafts(demo):
+    """Each is tried for an answer; then the best is taken. The conversation keeps its own."""
+    model, tokenizer = demo
+    model.paces.clear()
+    cache, densities = model.make_cache(), []
+    for _ in range(4):
+        *_, last = stream_generate(model, tokenizer, "The ship", 30, prompt_cache=cache, verify=True, draft_tokens=2)
+        densities.append(last.density)
+        assert model.session(cache).config.density == 0.5
+    assert densities[:3] == [0.5, 0.3, 0.7] and set(model.paces) == {0.3, 0.5, 0.7}
+    speeds = {d: pace.speed for d, pace in model.paces.items()}
+    assert densities[3] in speeds and max(speeds.values()) < float("inf")
+    assert draft_density(model, 0.5) == max(speeds, key=speeds.get)
+    *_, last = stream_generate(model, tokenizer, "The ship", 3, verify=True, draft_density=0.4)
+    assert last.density == 0.4
 
 
 def test_the_command_line(invoke):
