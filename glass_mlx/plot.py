@@ -209,3 +209,48 @@ def _draw_lengths(axes: Any, by_length: dict[str, Any], names: list[str], densit
     axes.set_xticks([int(n) for n in lengths], lengths)
     axes.minorticks_off()
     axes.set_title(f"By the prompt's length, density {density}")
+
+
+def plot_tradeoff(result: dict[str, Any], out: Path) -> None:
+    """Draw the speed of each way of decoding against how far it strays from the dense model; without fidelity
+    (random weights), its speed by density.
+
+    Args:
+        result (dict): from ``tradeoff --json``.
+        out (Path): the PNG to write.
+
+    Raises:
+        GlassError: as ``plot_ranks``.
+    """
+    ways = result["ways"]
+    panels = [(key, label) for key, label in _FIDELITIES if key in next(iter(ways.values()))["1"]] or [("", "")]
+    figure = _figure(6.5 * len(panels))
+    for axes, (key, label) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels):
+        for name, rows in ways.items():
+            shown = {d: row for d, row in rows.items() if not key or key in row}
+            if shown:
+                _draw_way(axes, name, shown, key)
+        axes.axvline(1, color="grey", linewidth=0.8, linestyle=":")
+        axes.set(xlabel="speed-up over mlx-lm", ylabel=label or "density")
+        axes.legend(fontsize="small")
+    note = "; acceptance is simulated" if result["simulated_acceptance"] else ""
+    of = f" of {result['prompt_tokens']} tokens" if result["prompt_tokens"] else ""
+    title = f"{result['model']}: {result['prompts']} prompts{of}, {result['tokens']} tokens each{note}\n"
+    figure.suptitle((title + f"{result['machine']}, {result['backend']}").replace("$", r"\$"), fontsize="small")
+    _save(figure, out)
+
+
+_FIDELITIES = (
+    ("strays", "tokens that the dense model would not have said"),
+    ("kl", "KL(dense || way), nats per token"),
+)
+
+
+def _draw_way(axes: Any, name: str, rows: dict[str, Any], key: str) -> None:
+    speed = np.array([row["speedup"] for row in rows.values()])
+    y = np.array([row[key] if key else float(d) for d, row in rows.items()])
+    spread = np.abs(np.array([row["range"]["speedup"] for row in rows.values()]).T - speed)
+    bars = axes.errorbar(speed, y, xerr=spread, fmt="o-", markersize=4, elinewidth=0.6, label=name)
+    for d, x, height in zip(rows, speed, y):
+        if d != "1":
+            axes.annotate(d, (x, height), (3, 3), textcoords="offset points", fontsize=7, color=bars[0].get_color())

@@ -1,0 +1,113 @@
+"""Tests of measuring speed against fidelity."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import mlx.core as mx
+import pytest
+
+from glass_mlx import GlassModel
+from glass_mlx.sampling import make_sampler
+from glass_mlx.tiny import tiny_model
+from glass_mlx.tradeoff import CountingPace, answer, main, measure, simulated, simulated_ways, strays, ways
+
+PROMPTS = [[3, 14, 15, 9, 26], [8, 97, 9]]
+
+
+@pytest.fixture(scope="module")
+def model() -> GlassModel:
+    return GlassModel(tiny_model("llama"))
+
+
+@pytest.fixture(scope="module", params=[0.0, 1.0])
+def found(request, model):
+    return measure(model, PROMPTS, ways([0.25, 1.0], [1e-9], k=2), tokens=40, temperature=request.param)
+
+
+def test_what_is_the_dense_model_does_not_stray(found):
+    assert found["dense"]["1"]["strays"] == found["dense"]["1"]["kl"] == 0
+    for d in ("0.25", "1"):
+        assert found["verified"][d]["strays"] == found["verified"][d]["kl"] == 0
+    for name in ("glass", "griffin", "glass + refresh"):
+        assert found[name]["1"]["strays"] == 0 and found[name]["1"]["kl"] < 1e-5
+
+
+def test_what_is_sparse_does(found):
+    for name in ("glass", "griffin", "glass + refresh"):
+        assert found[name]["0.25"]["strays"] > 0 and found[name]["0.25"]["kl"] > 1e-3
+    assert 0 < found["lenient 1e-09"]["0.25"]["strays"] and "kl" not in found["lenient 1e-09"]["0.25"]
+    assert found["glass + refresh"]["0.25"]["kl"] < found["glass"]["0.25"]["kl"]
+
+
+def test_speeds_and_counts(found):
+    for rows in found.values():
+        for row in rows.values():
+            low, high = row["range"]["tps"]
+            assert 0 < low <= row["tps"] <= high and row["speedup"] > 0 and row["own_ppl"] >= 1
+    assert found["verified"]["1"]["acceptance"] == found["lenient 1e-09"]["0.25"]["acceptance"] == 1
+    # of 40 tokens the prompt's call says the first and a dense step one more; the last pass is cut short
+    assert found["verified"]["1"]["tokens_per_pass"] == pytest.approx(3, abs=0.2)
+    assert found["verified"]["0.25"]["acceptance"] < 1
+    assert "acceptance" not in found["glass"]["0.25"]
+
+
+def test_strays_counts_tokens(model):
+    way, sampler = ways([0.5], [])["dense"][1.0], make_sampler(temp=1.0)
+    said, _ = answer(model, way, PROMPTS[0], 20, sampler, seed=5)
+    assert strays(model, PROMPTS[0], said, sampler, seed=5)[0] == 0
+    said[-1] = (said[-1] + 1) % 100
+    assert strays(model, PROMPTS[0], said, sampler, seed=5)[0] == pytest.approx(1 / 20)
+    assert strays(model, PROMPTS[0], said, sampler, seed=6)[0] > 0.2  # other random numbers
+
+
+def test_simulated_acceptance(model):
+    sampler, logprobs = simulated(0.7), mx.zeros((1, 1000))
+    pairs = [(sampler(logprobs).item(), sampler(logprobs).item()) for _ in range(1000)]
+    assert sum(a == b for a, b in pairs) / 1000 == pytest.approx(0.7, abs=0.05)
+    made = simulated_ways([0.5], [0.95, 0.3])
+    for by_density in made.values():
+        for way in by_density.values():
+            way.draft_tokens = 3
+    found = measure(model, PROMPTS, made, tokens=150, fidelity=False)
+    high, low = (found[f"verified, acceptance {a}"]["0.5"] for a in ("0.95", "0.3"))
+    assert high["acceptance"] == pytest.approx(0.95, abs=0.05) and low["acceptance"] == pytest.approx(0.3, abs=0.15)
+    assert high["tokens_per_pass"] > low["tokens_per_pass"] and "strays" not in high
+
+
+def test_counting():
+    pace = CountingPace()
+    for drafted, accepted in ((0, 0), (3, 3), (3, 1), (2, 0)):
+        pace.saw(drafted, accepted, 0.1, 0.1)
+    assert (pace.passes, pace.kept, pace.checked) == (3, 4, 6)
+
+
+def test_the_command_line(invoke, tmp_path):
+    pytest.importorskip("matplotlib")
+    out, picture = tmp_path / "t.json", tmp_path / "t.png"
+    options = ["--model", "demo", "--density", "0.5", "--verify-threshold", "0.2", "--prompt-tokens", 8, "--count", 2]
+    ran = invoke(main, *options, "--tokens", 12, "--json", str(out), "--plot", str(picture))
+    assert ran.code == 0, ran.err
+    result = json.loads(out.read_text())
+    names = ["dense", "griffin", "glass", "glass + refresh", "lenient 0.2", "verified"]
+    assert list(result["ways"]) == names and all(name in ran.out for name in names)
+    assert result["prompts"] == 2 and not result["simulated_acceptance"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_shape_says_that_acceptance_is_simulated(invoke, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("glass_mlx.tradeoff.random_model", lambda *_: GlassModel(tiny_model("llama")))
+    monkeypatch.setitem(__import__("glass_mlx.shapes").shapes.SHAPES, "qwen3-0.6b", {"vocab_size": 90})
+    options = ["--shape", "qwen3-0.6b", "--density", "0.5", "--acceptance", "0.6,0.9", "--count", 2, "--tokens", 9]
+    ran = invoke(main, *options, "--json", "-", "--plot", str(tmp_path / "t.png"))
+    assert ran.code == 0, ran.err
+    result = json.loads(ran.out)
+    assert result["simulated_acceptance"] and "random weights" in result["model"]
+    assert list(itertools.islice(result["ways"], 3, None)) == ["verified, acceptance 0.6", "verified, acceptance 0.9"]
+
+
+@pytest.mark.parametrize("options", [["--tokens", 2], ["--layers", 1], ["--density", "2"], ["--acceptance", "0"]])
+def test_bad_options(invoke, options):
+    assert invoke(main, *options).code == 2
