@@ -9,8 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.sample_utils import make_logits_processors, make_sampler
+from mlx_lm import sample_utils
+from mlx_lm.models.cache import can_trim_prompt_cache
+from mlx_lm.sample_utils import make_logits_processors
 
+from . import sampling
 from .conversations import Conversations, Entry, read_bounds
 from .errors import GlassError
 from .generate import GenerationResponse, render, stream_generate
@@ -35,6 +38,7 @@ class Answerer:
         max_prompt_tokens: longer prompts are refused.
         prefill_step_size: prompt tokens in one call.
         kv: mlx-lm's ``kv_bits``, ``kv_group_size`` and ``quantized_kv_start``, if the KV cache is to be quantised.
+        verify: ``verify`` and its options, for requests that say nothing of it.
     """
 
     model: GlassModel
@@ -44,6 +48,7 @@ class Answerer:
     max_prompt_tokens: int
     prefill_step_size: int
     kv: dict[str, int]
+    verify: dict[str, Any]
 
     def answer(self, ticket: Ticket, progress: Callable[[float], None]) -> Piece:
         """Put the pieces of the answer into the ticket, but for the last, which is returned; ``progress`` is told the
@@ -82,6 +87,15 @@ class Answerer:
             )
         except GlassError as e:
             raise BadRequest(str(e)) from e
+
+    def checks(self, request: Request) -> dict[str, Any]:
+        """How the dense model checks this answer: arguments of ``stream_generate``."""
+        checks = dict(self.verify)
+        if request.verify is not None:
+            checks |= {"verify": request.verify, "verify_threshold": None}
+        if request.verify_threshold is not None:
+            checks |= {"verify_threshold": request.verify_threshold}
+        return checks
 
     def _encode(self, request: Request) -> tuple[list[int], int]:
         """The prompt's tokens, and how many of them are a system prompt that other chats may share."""
@@ -132,7 +146,12 @@ class _Reading:
     def __init__(self, of: Answerer, ticket: Ticket, entry: Entry, prompt: list[int], bounds: list[int]):
         self.of, self.ticket, self.entry, self.prompt, self.bounds = of, ticket, entry, prompt, bounds
         self.cached = len(entry.tokens)
+        self.unread = _unread(entry)  # they are in the cache, but are read again before the prompt
+        self.checks = of.checks(ticket.request)
+        wanted = self.checks.get("verify") or self.checks.get("verify_threshold")
+        self.verified = bool(wanted) and entry.session.config.density < 1
         self.generated: list[int] = []
+        self.drafted = 0
         self.started = time.perf_counter()
         self.sound = False
 
@@ -151,6 +170,7 @@ class _Reading:
                     if not self.generated:
                         first = time.perf_counter()
                     self.generated.append(response.token)
+                    self.drafted += response.from_draft
                     finish = "cancelled" if self.ticket.cancelled else response.finish_reason
                     piece = reader.feed(response.text) if finish != "cancelled" else Piece()
                     if reader.stopped:
@@ -193,7 +213,7 @@ class _Reading:
 
     def _stream(self):
         of, request = self.of, self.ticket.request
-        sampler = make_sampler(
+        sampler = (sampling if self.verified else sample_utils).make_sampler(
             request.temperature,
             request.top_p,
             request.min_p,
@@ -230,6 +250,7 @@ class _Reading:
             logits_processors=processors,
             prompt_progress_callback=on_progress,
             prefill_step_size=of.prefill_step_size,
+            **self.checks,
             **of.kv,
         )
 
@@ -239,9 +260,22 @@ class _Reading:
         if self.cached == (entry.bounds[-1] if entry.bounds else 0):  # dense so far
             entry.bounds += [b for b in self.bounds if self.cached < b <= read]
         entry.tokens = [*self.prompt, *self.generated][: entry.session.offset]
-        if config.density < 1 and len(entry.tokens) > len(self.prompt):
-            entry.sparse.append((len(self.prompt), len(entry.tokens)))
+        self._mark_sparse(config)
         self.sound = len(entry.tokens) == entry.session.offset
+
+    def _mark_sparse(self, config: GlassConfig) -> None:
+        """Mark the stretches of the cache that the sparse model wrote and nothing has repaired since."""
+        entry, end = self.entry, len(self.entry.tokens)
+        if self.unread and end > self.cached:
+            again = self.cached - self.unread
+            entry.sparse = [(a, min(b, again)) for a, b in entry.sparse if a < again]
+        start = len(self.prompt)
+        if self.verified or config.density == 1:
+            start = end
+        elif entry.session.until_refresh() is not None and _can_go_back(entry):
+            start = end - _unread(entry)
+        if start < end:
+            entry.sparse.append((start, end))
 
     def _token(self, response: GenerationResponse) -> Token:
         request = self.ticket.request
@@ -255,11 +289,12 @@ class _Reading:
         return self.of.token(response.token, values[0], top)
 
     def _usage(self, response: GenerationResponse, prompt_seconds: float) -> Usage:
+        cached = self.cached - self.unread
         return Usage(
             prompt_tokens=len(self.prompt),
             completion_tokens=len(self.generated),
-            cached_tokens=self.cached,
-            prompt_tps=(len(self.prompt) - self.cached) / prompt_seconds,
+            cached_tokens=cached,
+            prompt_tps=(len(self.prompt) - cached) / prompt_seconds,
             generation_tps=response.generation_tps,
             selection_ms=self.entry.session.selection_time * 1e3 if response.density < 1 else 0.0,
             density=response.density,
@@ -267,8 +302,19 @@ class _Reading:
             total_neurons=response.total_neurons,
             global_weight=response.global_weight,
             signal=response.signal,
+            verified=self.verified,
+            drafted_tokens=self.drafted,
             peak_memory=response.peak_memory,
         )
+
+
+def _unread(entry: Entry) -> int:
+    """How many of a cache's last tokens wait to be read again densely."""
+    return sum(tokens.shape[1] for tokens in entry.session.unread) if _can_go_back(entry) else 0
+
+
+def _can_go_back(entry: Entry) -> bool:
+    return can_trim_prompt_cache(entry.cache[:-1])
 
 
 def _render(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> list[int]:

@@ -45,6 +45,7 @@ class EngineOptions:
     Attributes:
         model: what ``default_model`` stands for; loaded when first asked for.
         config: the choice of neurons for requests that say nothing of it.
+        verify: ``verify`` and its options, of :func:`glass_mlx.stream_generate`, for requests that say nothing of it.
         load: further arguments of :func:`glass_mlx.load`.
         template_args: default arguments of the chat template.
         allow_paths: directories below which local models may be asked for.
@@ -59,6 +60,7 @@ class EngineOptions:
 
     model: str = DEFAULT_MODEL
     config: GlassConfig = GlassConfig()
+    verify: dict[str, Any] = field(default_factory=dict)
     load: dict[str, Any] = field(default_factory=dict)
     template_args: dict[str, Any] = field(default_factory=dict)
     allow_paths: tuple[Path, ...] = ()
@@ -310,6 +312,7 @@ class Engine:
             min(options.max_prompt_tokens, context or options.max_prompt_tokens),
             options.prefill_step_size,
             options.kv,
+            options.verify,
         )
         self._state = "ready"
         return self._answerer

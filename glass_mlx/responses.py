@@ -45,6 +45,8 @@ class GlassUsage(_Out):
     total_neurons: int
     global_weight: float
     signal: str
+    verified: bool
+    drafted_tokens: int
     prompt_tps: float
     generation_tps: float
     selection_ms: float

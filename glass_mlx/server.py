@@ -17,7 +17,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from .cli import add_glass_options, add_verbose, memory_size, run
+from .cli import add_glass_options, add_verbose, add_verify_options, memory_size, run, verify_options
 from .engine import DEFAULT_MODEL, Engine, EngineError, EngineOptions
 from .errors import GlassError
 from .logs import log_to_file
@@ -217,6 +217,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     serving.add_argument("--log-dir", type=Path, help="where the log is kept (default: the platform's directory)")
     serving.add_argument("--log-prompts", action="store_true", help="write prompts and answers to the log")
     add_glass_options(parser, build=False)
+    add_verify_options(parser)
     add_verbose(parser)
     return parser
 
@@ -278,6 +279,7 @@ def engine_options(args: argparse.Namespace) -> EngineOptions:
     return EngineOptions(
         model=args.model or DEFAULT_MODEL,
         config=GlassConfig(1.0 if args.dense else args.density, args.global_weight, args.signal, args.refresh),
+        verify={} if args.dense else verify_options(args),
         load={
             "tokenizer_config": tokenizer,
             "adapter_path": args.adapter_path,

@@ -46,7 +46,7 @@ class Request:
         max_tokens: at most so many tokens.
         stop: texts that end the answer and are left out of it.
         seed: with one, the answer is a function of the request alone: see ``conversations.py``.
-        density, global_weight, signal, refresh: where they differ from the engine's.
+        density, global_weight, signal, refresh, verify, verify_threshold: where they differ from the engine's.
         logprobs: give each token's log-probability, and of the ``top_logprobs`` most likely ones.
         The others are mlx-lm's, of ``make_sampler`` and ``make_logits_processors``.
     """
@@ -64,6 +64,8 @@ class Request:
     global_weight: float | str | None = None
     signal: str | None = None
     refresh: int | str | None = None
+    verify: bool | None = None
+    verify_threshold: float | None = None
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
@@ -91,7 +93,8 @@ class Token:
 
 @dataclass(frozen=True)
 class Usage:
-    """What an answer cost. ``cached_tokens`` of the prompt were in the cache; ``prompt_tps`` is of the others."""
+    """What an answer cost. ``cached_tokens`` of the prompt were in the cache and were not read again; ``prompt_tps``
+    is of the others. ``drafted_tokens`` of a verified answer are the sparse model's, the others the dense one's."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -104,6 +107,8 @@ class Usage:
     total_neurons: int = 0
     global_weight: float = 0.0
     signal: str = ""
+    verified: bool = False
+    drafted_tokens: int = 0
     peak_memory: float = 0.0
 
 

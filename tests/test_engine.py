@@ -141,8 +141,10 @@ def test_without_a_seed_answers_differ(demo_engine):
     assert len(said) > 1
 
 
-def test_next_turn_pays_only_for_new_tokens(demo_engine):
-    said = demo_engine.submit(Request(messages=[USER]))
+@pytest.mark.parametrize("refresh", [0, "auto"])
+def test_next_turn_pays_only_for_new_tokens(demo_engine, refresh):
+    """And, refreshed, for repairing what was said."""
+    said = demo_engine.submit(Request(messages=[USER], refresh=refresh))
     pieces = list(said)
     first = pieces[-1].usage
     turn = [
@@ -150,9 +152,10 @@ def test_next_turn_pays_only_for_new_tokens(demo_engine):
         {"role": "assistant", "content": "".join(p.text for p in pieces)},
         {"role": "user", "content": "Cheap."},
     ]
-    usage = last(demo_engine.submit(Request(messages=turn, max_tokens=5))).usage
-    assert usage.cached_tokens >= first.prompt_tokens + first.completion_tokens - 1
-    assert usage.prompt_tokens - usage.cached_tokens < 10
+    usage = last(demo_engine.submit(Request(messages=turn, max_tokens=5, refresh=refresh))).usage
+    known = first.prompt_tokens + (first.completion_tokens if refresh == 0 else 0)
+    assert known - 1 <= usage.cached_tokens <= known
+    assert usage.prompt_tokens - usage.cached_tokens < 10 + (first.completion_tokens if refresh else 0)
     assert demo_engine.status().conversations == 1
 
 
@@ -162,6 +165,45 @@ def test_what_was_written_sparsely_is_marked(demo_engine):
         entry = demo_engine._answerer.conversations._entries[-1]
         start = pieces[-1].usage.prompt_tokens
         assert entry.sparse == ([(start, len(entry.tokens))] if marked else [])
+
+
+def test_what_a_refresh_repairs_is_not_marked(demo_engine):
+    options = {"refresh": 8, "max_tokens": 20, "logit_bias": {2: -100.0}}
+    pieces = list(demo_engine.submit(ask("Hello there", client="r", **options)))
+    store = demo_engine._answerer.conversations
+    ((start, end),) = store._entries[-1].sparse
+    assert end == len(store._entries[-1].tokens) and 0 < end - start <= 8
+    said = {"role": "assistant", "content": "".join(p.text for p in pieces)}
+    turn = [{"role": "user", "content": "Hello there"}, said, {"role": "user", "content": "Go on."}]
+    list(demo_engine.submit(Request(messages=turn, client="r", density=1.0, max_tokens=3)))
+    assert store._entries[-1].sparse == []
+
+
+def test_verified_answers_are_the_dense_models(demo_engine):
+    options = {"max_tokens": 24, "temperature": 0.0, "client": "v"}
+    dense = text(demo_engine.submit(ask("I need a hotel.", density=1.0, **options)))
+    *_, end = pieces = list(demo_engine.submit(ask("I need a hotel.", verify=True, **options)))
+    assert "".join(p.text for p in pieces) == dense
+    assert end.usage.verified and 0 < end.usage.density < 1
+    assert demo_engine._answerer.conversations._entries[-1].sparse == []
+    for request in (ask("Hi", density=1.0, verify=True), ask("Hi", verify=False)):
+        assert not last(demo_engine.submit(request)).usage.verified
+
+
+def test_drafting(make):
+    """Whatever it costs; and all drafts that are not impossible are taken."""
+    engine = make(verify={"draft_tokens": 3})
+    for options in ({"verify": True}, {"verify_threshold": 1e-30}):
+        usage = last(engine.submit(ask("Hello", max_tokens=30, logit_bias={2: -100.0}, **options))).usage
+        assert usage.verified and usage.completion_tokens == 30
+        assert usage.drafted_tokens > 0
+    assert usage.drafted_tokens >= 20
+
+
+def test_a_verified_answer_with_a_seed(demo_engine):
+    """It does not depend on how much was drafted, which goes by measured times."""
+    options = {"verify": True, "seed": 5, "temperature": 0.8, "max_tokens": 24}
+    assert len({text(demo_engine.submit(ask("Tell me of the sea.", **options))) for _ in range(3)}) == 1
 
 
 def test_a_system_prompt_is_shared(demo_engine):

@@ -40,8 +40,12 @@ def find_browser() -> str | None:
         return None
     if named := os.environ.get("GLASS_BROWSER"):
         return named
-    with sync_playwright() as playwright:
-        own = playwright.chromium.executable_path
+    try:
+        with sync_playwright() as playwright:
+            own = playwright.chromium.executable_path
+    except Exception as e:  # its driver lacks a library of the system's
+        print(f"Playwright does not start: {e}")
+        return None
     if Path(own).is_file():
         return own
     return next(filter(_runs, [path for name in (*NAMES, MAC) if (path := shutil.which(name))]), None)

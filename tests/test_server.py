@@ -86,6 +86,15 @@ def test_stream_usage(client):
     assert last.usage.glass["generation_tps"] > 0
 
 
+def test_a_verified_answer(client):
+    options = {"density": 0.25, "refresh": 16, "verify": True}
+    answer = client.chat.completions.create(model="demo", messages=QUESTION, extra_body=options)
+    assert answer.usage.glass["verified"]
+    dense = client.chat.completions.create(model="demo", messages=QUESTION, extra_body={"density": 1})
+    assert answer.choices[0].message.content == dense.choices[0].message.content
+    assert not dense.usage.glass["verified"]
+
+
 def test_stop(client):
     answer = client.chat.completions.create(model="demo", messages=QUESTION, stop=["food"])
     assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("What type of ", "stop")
@@ -151,14 +160,18 @@ def test_another_model(client, http):
     assert client.chat.completions.create(model="default_model", messages=QUESTION, max_tokens=2).model == "demo"
 
 
-def test_next_turn_pays_only_for_new_tokens(client):
+@pytest.mark.parametrize("refresh", [0, "auto"])
+def test_next_turn_pays_only_for_new_tokens(client, refresh):
+    """And, refreshed, for repairing the answer before it."""
     messages = [{"role": "user", "content": "I am looking for a cheap hotel in Cambridge."}]
     known = 1
     for _ in range(3):
-        answer = client.chat.completions.create(model="demo", messages=messages, user="pays")
+        answer = client.chat.completions.create(
+            model="demo", messages=messages, user=f"pays {refresh}", extra_body={"refresh": refresh}
+        )
         usage = answer.usage
         assert usage.prompt_tokens_details.cached_tokens >= known - 1
-        known = usage.total_tokens
+        known = usage.total_tokens if refresh == 0 else usage.prompt_tokens
         messages += [
             {"role": "assistant", "content": answer.choices[0].message.content},
             {"role": "user", "content": "Is it near?"},
