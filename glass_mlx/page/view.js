@@ -88,7 +88,7 @@ const ENDINGS = {
   tool_calls: "asked for a tool",
 };
 
-/** "133.5 tokens/s", "50 % of neurons", ... with dots between. */
+/** "133.5 tokens/s", "50 % of neurons", ... with dots between; lines break after these only. */
 function figuresOf(answer, turn) {
   const words = [];
   const { figures, finish } = answer;
@@ -103,7 +103,10 @@ function figuresOf(answer, turn) {
   }
   if (finish === "stop" && !answer.text) words.push("an empty answer");
   if (ENDINGS[finish]) words.push(ENDINGS[finish]);
-  return words.flatMap((word, i) => (i ? [" · ", word] : [word]));
+  return words.flatMap((word, i) => {
+    const last = i === words.length - 1;
+    return [make("span", { className: "whole" }, word, last ? "" : " ·"), last ? "" : " "];
+  });
 }
 
 function percent(share) {
