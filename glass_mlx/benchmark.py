@@ -28,7 +28,7 @@ from mlx_lm.generate import generate_step, generation_stream, wired_limit
 from mlx_lm.models.cache import make_prompt_cache
 from tqdm import tqdm
 
-from .cli import add_verbose, density, global_weight, run
+from .cli import add_verbose, density, global_weight, refresh, run
 from .importance import SIGNALS
 from .loading import DEFAULT_MODEL, load
 from .memory import model_bytes
@@ -52,20 +52,20 @@ def measure(model: nn.Module, prompt: mx.array, tokens: int, cache: list[Any], s
 
     Returns:
         dict: ``prompt_seconds`` to the first token, without ``select_seconds`` for choosing neurons and slicing;
-        ``step_seconds`` of a decode step; ``peak_memory`` in bytes.
+        ``step_seconds`` of a decode step, refreshes included; ``peak_memory`` in bytes.
     """
     session = model.session(cache) if isinstance(model, GlassModel) else None
     if session is not None:
         session.begin_prompt(prompt.size)
     mx.clear_cache()
     mx.reset_peak_memory()
-    times = []
+    times, select = [], 0.0
     with wired_limit(model, [generation_stream]):
         tic = time.perf_counter()
         for _ in generate_step(prompt, model, max_tokens=tokens, prompt_cache=cache, prefill_step_size=step_size):
             times.append(time.perf_counter())
-    # mlx-lm's loop begins the second token before it hands over the first
-    select = session.selection_time if session is not None else 0.0
+            if len(times) == 1 and session is not None:
+                select = session.selection_time  # mlx-lm's loop has begun the second token by now
     return {
         "prompt_seconds": times[0] - tic - select,
         "select_seconds": select,
@@ -80,6 +80,7 @@ def bytes_per_token(model: GlassModel, cache: list[Any], sparse: bool) -> int:
     total = model_bytes(model.dense) - _unread_embedding(model.dense)
     total += sum(a.nbytes for entry in cache[:-1] for _, a in tree_flatten(entry.state) if isinstance(a, mx.array))
     if sparse:
+        model.prepare(cache)  # the last token may have been one to refresh at
         for block, projections in zip(model.blocks, model.session(cache).compact):
             for name, compact in projections.items():
                 read = model_bytes(compact) - (compact.place.nbytes if isinstance(compact, Spread) else 0)
@@ -217,6 +218,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--density", type=_densities, default=[0.3, 0.5, 0.7], metavar="X[,X...]")
     parser.add_argument("--global-weight", type=global_weight, default=GlassConfig.global_weight, metavar="WEIGHT")
     parser.add_argument("--signal", choices=SIGNALS, default=GlassConfig.signal)
+    parser.add_argument("--refresh", type=refresh, default=GlassConfig.refresh, metavar="TOKENS")
     parser.add_argument("--prompt-tokens", "-p", type=int, default=512, help="length of the prompt")
     parser.add_argument("--generation-tokens", "-g", type=int, default=256, help="tokens to generate")
     parser.add_argument("--num-trials", "-n", type=int, default=5, help="runs after a warm-up")
@@ -243,7 +245,7 @@ def main() -> None:
 
 
 def _benchmark(args: argparse.Namespace) -> None:
-    choice = {"global_weight": args.global_weight, "signal": args.signal}
+    choice = {"global_weight": args.global_weight, "signal": args.signal, "refresh": args.refresh}
     if args.shape:
         model = random_model(args.shape, args.layers, args.bits, args.seed)
         model.config = model.config.updated(**choice)

@@ -83,6 +83,17 @@ def test_bytes_per_token():
         assert bytes_per_token(model, cache, sparse=True) == weights - unread + kv - ffn + session.compact_bytes
 
 
+def test_bytes_per_token_after_a_refresh():
+    """It leaves no compact weights until the next token."""
+    model, read = GlassModel(tiny_model("llama")), {}
+    for refresh in (0, 1):
+        cache = model.make_cache(refresh=refresh)
+        run = measure(model, mx.arange(1, 9), 5, cache)
+        assert run["select_seconds"] > 0
+        read[refresh] = bytes_per_token(model, cache, sparse=True)
+    assert read[0] == read[1]
+
+
 def test_a_spread_projection_is_read_whole():
     dense = tiny_model("llama")
     nn.quantize(dense, group_size=32, bits=4)
