@@ -63,7 +63,7 @@ class Driven(GlassApp):
         async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
             url = self.controller.snapshot().server.url
             await client.post(url + CHAT, json={"messages": QUESTION, "max_tokens": 8})
-        await until(lambda: "tok/s" in self.menu.actions()[0].text())
+        await until(lambda: self.menu.actions()[0].text().startswith("demo · ready · "))
         seen["answered"] = self.menu.actions()[0].text()
         await asyncio.sleep(0.2)  # until it is drawn
         seen["window"] = look(self.window._window._impl.native.centralWidget())

@@ -48,7 +48,7 @@ class StatusWindow:
             return
         self._updating, fresh = True, False
         try:
-            shape = [(item.key, item.section, item.share is None) for item in self._items]
+            shape = [(item.key, item.section, item.share is None, item.do == "") for item in self._items]
             if shape != self._shape:
                 self._shape, self._widgets = shape, {}
                 self._window.content = self._form()
@@ -61,9 +61,8 @@ class StatusWindow:
             self._updating = False
 
     def _fit(self) -> None:
-        """Make the window as high as what is in it."""
         if not self._window.closed:
-            self._window.size = (WIDTH, self._window.content.layout.min_content_height + 2 * MARGIN)
+            _fit(self._window)
 
     def _form(self) -> toga.Box:
         form = toga.Box(style=Pack(direction="column", margin=MARGIN, gap=10, width=WIDTH - 2 * MARGIN))
@@ -104,7 +103,7 @@ class StatusWindow:
             return toga.Switch(item.text, on_change=act)
         if item.key == "status":
             return toga.Label(item.text, style=Pack(font_size=13, font_weight="bold"))
-        return toga.Button(item.text, on_press=act, style=Pack(flex=1)) if item.do else toga.Label(item.text)
+        return toga.Button(item.text, on_press=act) if item.do else toga.Label(item.text)
 
     def _fill(self, item: Item) -> None:
         widget = self._widgets[item.key]
@@ -126,6 +125,11 @@ class StatusWindow:
             self._widgets[f"{item.key} bar"].value = item.share
 
 
+def _fit(window: toga.Window) -> None:
+    """Make a window as high as what is in it."""
+    window.size = (WIDTH, window.content.layout.min_content_height + 2 * MARGIN)
+
+
 def _short(text: str, most: int = 50) -> str:
     """A text that does not make its widget wider than the window."""
     return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 + 1 :]}"
@@ -141,9 +145,10 @@ class DownloadWindow:
     def show(self) -> None:
         """Ask."""
         if self._window is None or self._window.closed:
-            self._window = toga.Window(title="Download a model", size=(WIDTH, 150), resizable=False)
+            self._window = toga.Window(title="Download a model", size=(WIDTH, 120), resizable=False)
             self._window.content = self._form()
         self._window.show()
+        self.app.loop.call_soon(_fit, self._window)  # when the widgets have their sizes
 
     def _form(self) -> toga.Box:
         column = Pack(width=110, margin_top=4)
