@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import shutil
 import subprocess
@@ -389,6 +390,20 @@ def test_idle_unload_frees_memory(make):
     assert mx.get_active_memory() - before < (loaded - before) / 100
     assert mx.get_cache_memory() == 0
     assert text(engine.submit(ask("Hello")))  # and back again
+
+
+def test_requests_leave_nothing_behind(make, tiny_dir):
+    """The store of conversations is full after ten of them; from then on memory is flat."""
+    engine = make(model=str(tiny_dir), load={"stats": False})
+    held = []
+    for _ in range(3):
+        for i in range(40):
+            options = {"seed": i, "temperature": 0.7, "logprobs": True} if i % 3 == 0 else {}
+            list(engine.submit(ask(f"I need {i} hotels.", client=str(i % 7), max_tokens=5, **options)))
+        gc.collect()
+        held.append((len(gc.get_objects()), engine.status().memory_bytes))
+    assert abs(held[2][0] - held[1][0]) < 40  # less than one object for each request
+    assert abs(held[2][1] - held[1][1]) < 100_000
 
 
 def test_load_unload(demo_engine):
