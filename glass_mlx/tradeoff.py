@@ -1,6 +1,7 @@
 """Speed against fidelity: the dense model, GLASS with and without refresh, lenient and verified decoding, GRIFFIN.
 
     python -m glass_mlx.tradeoff --model demo --density 0.3,0.5,0.7 --plot tradeoff.png
+    python -m glass_mlx.tradeoff --ways glass,refresh --refresh 10,30,auto --tokens 1024
     python -m glass_mlx.tradeoff --shape mistral-7b --layers 2 --bits 4 --acceptance 0.7,0.9
 
 Every way of decoding answers the same prompts, in turn with the dense model and in one process. *Speed* is in tokens a
@@ -39,7 +40,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from tqdm import tqdm
 
 from .benchmark import backend, machine
-from .cli import add_verbose, density, global_weight, run
+from .cli import add_verbose, density, global_weight, refresh, run
 from .continuation import speak
 from .evaluate import PROMPTS, cut, read_prompts
 from .fidelity import Text, divergence
@@ -50,6 +51,7 @@ from .ranks import write_atomically
 from .sampling import Chance, make_sampler
 from .session import GlassConfig
 from .shapes import BITS, SHAPES, random_model
+from .summary import windows
 from .verify import Pace, verified_generate_step
 
 Sampler = Callable[[mx.array], mx.array]
@@ -110,20 +112,40 @@ class Way:
         return ((int(token), session) for token, _ in generate_step(given, model, **options))
 
 
+KINDS = ("griffin", "glass", "refresh", "lenient", "verified")
+
+
 def ways(
-    densities: list[float], thresholds: list[float], weight: float | str = "auto", k: int | None = None
+    densities: list[float],
+    thresholds: list[float],
+    weight: float | str = "auto",
+    k: int | None = None,
+    refreshes: tuple[int | str, ...] | list[int | str] = ("auto",),
+    kinds: tuple[str, ...] | list[str] = KINDS,
 ) -> dict[str, dict[float, Way]]:
-    """All ways of decoding by name and density; ``k`` tokens are drafted, by default as many as pay."""
+    """Ways of decoding by name and density, the dense model first.
+
+    Args:
+        densities (list[float]): of each way.
+        thresholds (list[float]): of lenient decoding.
+        weight (float or "auto"): the global weight of all but GRIFFIN.
+        k (int, optional): draft always so many tokens.
+        refreshes (list): as ``GlassConfig.refresh``.
+        kinds (list[str]): of ``KINDS``.
+    """
     glass = {"global_weight": weight, "refresh": 0}
     griffin = {"global_weight": 0.0, "signal": "activation", "refresh": 0}
     refreshed = {**glass, "refresh": "auto"}
     made: dict[str, dict[float, Way]] = {"dense": {1.0: Way()}}
-    made["griffin"] = {d: Way({**griffin, "density": d}) for d in densities}
-    made["glass"] = {d: Way({**glass, "density": d}) for d in densities}
-    made["glass + refresh"] = {d: Way({**refreshed, "density": d}) for d in densities}
-    for p in thresholds:
-        made[f"lenient {p:g}"] = {d: Way({**refreshed, "density": d}, True, p, draft_tokens=k) for d in densities}
-    made["verified"] = {d: Way({**refreshed, "density": d}, True, draft_tokens=k) for d in densities}
+    named = {"griffin": {"griffin": (griffin,)}, "glass": {"glass": (glass,)}}
+    named["refresh"] = {
+        "glass + refresh" if r == "auto" else f"glass + refresh {r}": ({**glass, "refresh": r},) for r in refreshes
+    }
+    named["lenient"] = {f"lenient {p:g}": (refreshed, True, p) for p in thresholds}
+    named["verified"] = {"verified": (refreshed, True)}
+    for kind in kinds:
+        for name, (config, *rest) in named[kind].items():
+            made[name] = {d: Way({**config, "density": d}, *rest, draft_tokens=k) for d in densities}
     return made
 
 
@@ -189,8 +211,8 @@ def strays(model: GlassModel, prompt: list[int], said: list[int], sampler: Sampl
     return mx.mean(own != mx.array(said)).item(), nll.item()
 
 
-def forced_kl(model: GlassModel, way: Way, prompt: list[int], said: list[int], dense: mx.array) -> float:
-    """KL(dense || way) in nats per token over a given continuation, refreshed on the way.
+def forced_kl(model: GlassModel, way: Way, prompt: list[int], said: list[int], dense: mx.array) -> np.ndarray:
+    """KL(dense || way) in nats at each token of a given continuation, refreshed on the way, [T].
 
     Args:
         dense (mx.array): the dense model's logits [1, T, vocabulary] of its tokens.
@@ -199,7 +221,7 @@ def forced_kl(model: GlassModel, way: Way, prompt: list[int], said: list[int], d
     model.session(cache).begin_prompt(len(prompt))
     first = model(mx.array([prompt]), cache=cache)[:, -1:]
     rest = model.decode(mx.array([said[:-1]]), cache)
-    return mx.mean(divergence(dense, mx.concatenate([first, rest], axis=1).astype(mx.float32))).item()
+    return np.array(divergence(dense, mx.concatenate([first, rest], axis=1).astype(mx.float32))[0])
 
 
 def measure(
@@ -224,7 +246,8 @@ def measure(
 
     Returns:
         dict: by way and density ``tps`` and ``speedup``, medians over prompts, with ``range``; ``acceptance`` and
-        ``tokens_per_pass`` of those that check; ``strays``, ``own_ppl``, ``kl``, where there is fidelity.
+        ``tokens_per_pass`` of those that check; where there is fidelity ``strays``, ``own_ppl``, and ``kl``, the
+        latter also in its last third and ``kl_by_position`` (``summary.windows``).
     """
     sampler = make_sampler(temp=temperature)
     pairs = [(name, d, way) for name, by_density in made.items() for d, way in by_density.items()]
@@ -263,7 +286,7 @@ def _add_fidelity(model, prompt, pairs, answers, rows, sampler, seed, temperatur
         if way.config is not None and not way.verified:
             row["kl"].append(forced_kl(model, way, prompt, said, dense))
         elif way.threshold is None:
-            row["kl"].append(0.0)
+            row["kl"].append(np.zeros(len(said)))
 
 
 def _summary(row: dict[str, list], way: Way) -> dict[str, Any]:
@@ -273,13 +296,22 @@ def _summary(row: dict[str, list], way: Way) -> dict[str, Any]:
         pace = way.pace
         result["acceptance"] = pace.kept / pace.checked if pace.checked else None
         result["tokens_per_pass"] = (pace.kept + pace.passes) / pace.passes if pace.passes else None
-    for key in ("strays", "kl"):
-        if row[key]:
-            result[key] = statistics.fmean(row[key])
-            result[f"{key}_error"] = statistics.stdev(row[key]) / len(row[key]) ** 0.5 if len(row[key]) > 1 else 0.0
-    if row["nll"]:
+    if row["kl"]:
+        kl = np.stack(row["kl"])  # [prompts, T]
+        ends = windows(kl.shape[1])
+        result["kl"], result["kl_error"] = _mean(kl.mean(axis=1))
+        result["kl_last_third"] = float(kl[:, -(kl.shape[1] // 3) :].mean())
+        result["kl_by_position"] = [float(kl[:, a:b].mean()) for a, b in zip([0, *ends], ends)]
+    if row["strays"]:
+        result["strays"], result["strays_error"] = _mean(np.array(row["strays"]))
         result["own_ppl"] = math.exp(statistics.fmean(row["nll"]))
     return result
+
+
+def _mean(values: np.ndarray) -> tuple[float, float]:
+    """A mean over prompts and its standard error."""
+    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return float(values.mean()), float(error)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -288,18 +320,19 @@ def table(result: dict[str, Any]) -> str:
         f"{result['model']} on {result['machine']}, {result['backend']}",
         f"{result['prompts']} prompts of {result['prompt_tokens'] or 'their own number of'} tokens, {result['tokens']} "
         f"generated at temperature {result['temperature']:g}; speed: median [lowest, highest]",
-        f"{'':>26} {'density':>7} {'tok/s':>22} {'speed-up':>20} {'strays':>14} {'KL':>14} {'own PPL':>8} "
-        f"{'accepted':>9} {'a pass':>7}",
+        f"{'':>26} {'density':>7} {'tok/s':>22} {'speed-up':>20} {'strays':>14} {'KL':>14} "
+        f"{'last third':>10} {'own PPL':>8} {'accepted':>9} {'a pass':>7}",
     ]
     for name, by_density in result["ways"].items():
         for d, row in by_density.items():
             ranges = [f"{row[k]:{f}} [{row['range'][k][0]:{f}}, {row['range'][k][1]:{f}}]" for k, f in _SPEEDS]
             strays = f"{row['strays']:.1%} ± {row['strays_error']:.1%}" if "strays" in row else ""
             kl = f"{row['kl']:.3f} ± {row['kl_error']:.3f}" if "kl" in row else ""
+            last = f"{row['kl_last_third']:.3f}" if "kl" in row else ""
             ppl = f"{row['own_ppl']:.1f}" if "own_ppl" in row else ""
             accepted, a_pass = row.get("acceptance"), row.get("tokens_per_pass")
             lines.append(
-                f"{name:>26} {d:>7} {ranges[0]:>22} {ranges[1]:>20} {strays:>14} {kl:>14} {ppl:>8} "
+                f"{name:>26} {d:>7} {ranges[0]:>22} {ranges[1]:>20} {strays:>14} {kl:>14} {last:>10} {ppl:>8} "
                 f"{'' if accepted is None else f'{accepted:.1%}':>9} {'' if a_pass is None else f'{a_pass:.2f}':>7}"
             )
     return "\n".join(lines)
@@ -316,6 +349,12 @@ def _share(text: str) -> float:
     if not 0 < float(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1")
     return float(text)
+
+
+def _kind(text: str) -> str:
+    if text not in KINDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(KINDS)}")
+    return text
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -344,6 +383,12 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--draft-tokens", type=int, metavar="K", help="draft always so many tokens (default: as many as pay)"
+    )
+    parser.add_argument(
+        "--refresh", type=_list(refresh), default=["auto"], metavar="TOKENS[,TOKENS...]", help="(default: auto)"
+    )
+    parser.add_argument(
+        "--ways", type=_list(_kind), default=KINDS, metavar="WAY[,WAY...]", help=f"of {', '.join(KINDS)} (default: all)"
     )
     parser.add_argument("--global-weight", type=global_weight, default=GlassConfig.global_weight, metavar="WEIGHT")
     parser.add_argument("--stats", metavar="FILE", help="global ranks (default: looked up)")
@@ -393,7 +438,7 @@ def _compare(args: argparse.Namespace) -> None:
         prompts = read_prompts(args.prompts, tokenizer, None)
         prompts = [prompts[i * len(prompts) // args.count] for i in range(min(args.count, len(prompts)))]
         prompts = cut(model, prompts, args.prompt_tokens, args.temp, args.seed)
-        made = ways(args.density, args.verify_threshold, args.global_weight, args.draft_tokens)
+        made = ways(args.density, args.verify_threshold, args.global_weight, args.draft_tokens, args.refresh, args.ways)
     found = measure(model, prompts, made, args.tokens, args.temp, args.seed, fidelity=not args.shape)
     result = {
         "model": name,

@@ -41,6 +41,14 @@ def test_what_is_sparse_does(found):
     assert found["glass + refresh"]["0.25"]["kl"] < found["glass"]["0.25"]["kl"]
 
 
+def test_only_some_ways_and_more_refreshes(model):
+    made = ways([0.3], [0.1], refreshes=[8, "auto"], kinds=["refresh", "verified"])
+    assert list(made) == ["dense", "glass + refresh 8", "glass + refresh", "verified"]
+    row = measure(model, PROMPTS, made, tokens=40)["glass + refresh 8"]["0.3"]
+    assert len(row["kl_by_position"]) == 8 and sum(row["kl_by_position"]) / 8 == pytest.approx(row["kl"])
+    assert made["glass + refresh 8"][0.3].config["refresh"] == 8
+
+
 def test_speeds_and_counts(found):
     for rows in found.values():
         for row in rows.values():
@@ -108,6 +116,8 @@ def test_a_shape_says_that_acceptance_is_simulated(invoke, monkeypatch, tmp_path
     assert list(itertools.islice(result["ways"], 3, None)) == ["verified, acceptance 0.6", "verified, acceptance 0.9"]
 
 
-@pytest.mark.parametrize("options", [["--tokens", 2], ["--layers", 1], ["--density", "2"], ["--acceptance", "0"]])
+@pytest.mark.parametrize(
+    "options", [["--tokens", 2], ["--layers", 1], ["--density", "2"], ["--acceptance", "0"], ["--ways", "all"]]
+)
 def test_bad_options(invoke, options):
     assert invoke(main, *options).code == 2
