@@ -9,6 +9,7 @@ import mlx_lm
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache, load_prompt_cache, make_prompt_cache, save_prompt_cache, trim_prompt_cache
 
 from glass_mlx import GlassConfig, GlassError, GlassModel, stream_generate
@@ -147,6 +148,28 @@ def test_caches_that_cannot_be_trimmed_are_left_as_they_are():
     read(model, PROMPT, cache)
     assert refreshes(model, cache, 12) == []
     assert len(model.session(cache).unread) <= 2
+
+
+@pytest.mark.parametrize("n", range(1, 11))
+def test_an_answer_may_end_anywhere(n):
+    """At a refresh, before or after it: the next turn reads on from exact keys and values."""
+    model = GlassModel(tiny_model("llama"))
+    cache = model.make_cache(refresh=4)
+    model.session(cache).begin_prompt(len(PROMPT))
+    said = [int(token) for token, _ in generate_step(mx.array(PROMPT), model, max_tokens=n, prompt_cache=cache)]
+    in_cache = [*PROMPT, *said][: model.session(cache).offset]
+    assert len(in_cache) == cache[0].offset >= len(PROMPT) + n - 1
+    read(model, [50, 60], cache)
+    whole = contents(read(model, [*in_cache, 50, 60]))
+    assert whole and close(contents(cache), whole)
+    assert model.session(cache).prompt_tokens == len(in_cache) + 2
+
+
+def test_never_by_itself_where_the_dense_weights_are_let_go(tmp_path):
+    dense = tiny_model("llama")
+    for low_memory, refresh, expected in ((False, "auto", "auto"), (True, "auto", 0), (True, 16, 16)):
+        model = GlassModel(dense, GlassConfig(refresh=refresh), path=tmp_path, low_memory=low_memory)
+        assert model.session(model.make_cache()).config.refresh == expected
 
 
 def test_trimming_takes_unread_tokens_along():

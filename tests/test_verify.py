@@ -203,6 +203,29 @@ def test_caches_that_cannot_go_back():
         assert any(d for *_, d in steps) == (size > 9)
 
 
+@pytest.mark.parametrize("name", ["recurrent_gemma", "lfm2", "qwen3_5"])
+def test_a_recurrent_state_is_decoded_densely(name):
+    """It cannot go back to before what was rejected."""
+    model = GlassModel(tiny_model(name))
+    steps = list(verified_generate_step(mx.array(PROMPT), model, prompt_cache=model.make_cache(), max_tokens=N))
+    assert [t for t, *_ in steps] == dense(model, PROMPT)
+    assert not any(d for *_, d in steps)
+
+
+@pytest.mark.parametrize("start", [0, 12])
+def test_a_quantised_kv_cache(demo, start):
+    model, tokenizer = demo
+    prompt, kv = tokenizer.encode("The ship sailed"), {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": start}
+    assert verified(model, prompt, 32, draft_tokens=3, **kv) == dense(model, prompt, 32, **kv)
+
+
+def test_without_a_limit():
+    model = GlassModel(tiny_model("llama"))
+    cache = model.make_cache()
+    steps = verified_generate_step(mx.array(PROMPT), model, prompt_cache=cache, max_tokens=-1, draft_tokens=3)
+    assert [t for t, *_ in itertools.islice(steps, 60)] == dense(model, PROMPT, 60)
+
+
 def test_needs_a_glass_model(demo):
     with pytest.raises(GlassError, match="GlassModel"):
         next(stream_generate(demo[0].dense, demo[1], "Hi", verify=True))
