@@ -57,9 +57,12 @@ class Server:
             options (ApiOptions, optional): keys, origins, limits.
 
         Raises:
-            GlassError: the libraries for serving are not installed.
+            GlassError: the libraries for serving are not installed; or other machines could reach the address, and
+                there is no key.
         """
         check_installed()
+        if not is_loopback(host) and not (options and options.api_key):
+            raise GlassError(f"{host} lets other machines in: set an API key, or listen on {DEFAULT_HOST}.")
         self.engine, self.host, self.port = engine, host, port
         self.api = Api(engine, options)
         self._uvicorn: uvicorn.Server | None = None
@@ -278,7 +281,9 @@ def engine_options(args: argparse.Namespace) -> EngineOptions:
     tokenizer = {"chat_template": args.chat_template} if args.chat_template else {}
     return EngineOptions(
         model=args.model or DEFAULT_MODEL,
-        config=GlassConfig(1.0 if args.dense else args.density, args.global_weight, args.signal, args.refresh),
+        config=GlassConfig(
+            1.0 if args.dense else args.density, args.global_weight, args.signal, args.refresh, args.allocation
+        ),
         verify={} if args.dense else verify_options(args),
         load={
             "tokenizer_config": tokenizer,

@@ -445,6 +445,14 @@ def test_other_machines_need_a_key(invoke, host, monkeypatch):
     assert started[0].api_key == "secret"
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "", "192.168.1.5", "mac.local"])
+def test_nor_are_they_let_in_without_a_key_by_other_ways(served, host):
+    for options in (None, ApiOptions(), ApiOptions(api_key="")):
+        with pytest.raises(glass_mlx.GlassError, match="API key"):
+            Server(served.engine, host, 0, options)
+    assert Server(served.engine, host, 0, ApiOptions(api_key="secret")).url
+
+
 @pytest.mark.parametrize("option", ["--max-queue", "--max-tokens", "--prompt-cache-size"])
 def test_bad_options(invoke, option):
     done = invoke(server.main, option, "0")
