@@ -72,8 +72,8 @@ def add_glass_options(parser: argparse.ArgumentParser, build: bool) -> None:
         type=refresh,
         default=GlassConfig.refresh,
         metavar="TOKENS",
-        help="read what was said again densely every so many tokens, and choose the neurons again; auto: after "
-        "more and more tokens; 0: never (default: %(default)s)",
+        help="read what was said again densely every so many tokens, and choose the neurons again; auto: every 16, "
+        "the neurons at some of them; 0: never (default: %(default)s)",
     )
     group.add_argument("--stats", metavar="FILE", help="global ranks (default: looked up)")
     group.add_argument("--stats-repo", metavar="REPO", help="Hub repository of global ranks, owner/name[@revision]")

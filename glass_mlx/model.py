@@ -288,7 +288,7 @@ class GlassModel(nn.Module):
         all that was said since the last one."""
         if session.until_refresh() == 0 and (unread := self._unread(session, cache)) is not None:
             inputs = mx.concatenate([unread, inputs], axis=1)
-            logits = self._read(session, inputs.shape[1], 0, inputs, cache, kwargs)
+            logits = self._read(session, inputs.shape[1], 0, inputs, cache, kwargs, session.chooses_now())
             session.said += length
             return logits[:, -length:]
         if session.config.density == 1:

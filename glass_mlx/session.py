@@ -15,7 +15,8 @@ from .importance import SIGNALS
 
 _SAVED = "glass_mlx session 2"
 _MAX_MARKS = 8
-_REFRESH_GAP = 32  # tokens; 3 refreshes in 256 tokens, 7 in 1,000
+# By "auto", what was said is read again every so many tokens; neurons are chosen after so many, 3 times, 9 times ...
+_READ_GAP, _FIRST_CHOICE = 16, 32
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,9 @@ class GlassConfig:
         global_weight: weight of the model's global ranks in [0, 1], or ``"auto"``: by the prompt's length.
         signal: ``"impact"`` (activation times output-weight norm) or ``"activation"``.
         refresh: how often what was said is read again densely, which repairs its keys and values in the cache, adds
-            it to the evidence and chooses the neurons again: every so many tokens; ``"auto"``: after 32, 96, 192,
-            320, ... tokens, each gap longer by 32; 0 for never.
+            it to the evidence and chooses the neurons again: every so many tokens; 0 for never; ``"auto"``: every 16
+            tokens, and as making compact weights costs more than reading, neurons are chosen after 32, 96, 288, ...
+            only.
     """
 
     density: float = 0.5
@@ -76,12 +78,17 @@ def bytes_of(compact: list[dict[str, nn.Module]]) -> int:
 
 def next_refresh(refresh: int | str, said: int) -> int:
     """After how many tokens said the next refresh is due, not before ``said``."""
+    gap = _READ_GAP if refresh == "auto" else refresh
+    return max(1, -(-said // gap)) * gap
+
+
+def next_choice(refresh: int | str, said: int) -> int:
+    """After how many tokens said a refresh chooses the neurons again, not before ``said``."""
     if refresh != "auto":
-        return max(1, -(-said // refresh)) * refresh
-    due = gap = _REFRESH_GAP
+        return next_refresh(refresh, said)
+    due = _FIRST_CHOICE
     while due < said:
-        gap += _REFRESH_GAP
-        due += gap
+        due *= 3
     return due
 
 
@@ -193,6 +200,10 @@ class Session:
         if self.config.refresh == 0 or self.config.density == 1:
             return None
         return next_refresh(self.config.refresh, self.said) - self.said
+
+    def chooses_now(self) -> bool:
+        """Whether a refresh that is due chooses the neurons again."""
+        return next_choice(self.config.refresh, self.said) == self.said
 
     def choose_again(self) -> None:
         """Choose the neurons anew when they are next needed."""

@@ -29,7 +29,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from .errors import GlassError
 from .model import GlassModel
 from .sampling import Chance
-from .session import next_refresh
+from .session import next_choice
 
 MAX_DRAFT = 8
 # tokens that are decoded densely, where drafting does not pay, before it is tried again: twice as many after each try
@@ -265,7 +265,7 @@ def verified_generate_step(
         first, logprobs = decoder.read_prompt(prompt, prefill_step_size, prompt_progress_callback or (lambda *_: None))
         token = first.item()
     yield token, logprobs[0], False
-    emitted, due = 1, next_refresh(session.config.refresh or "auto", 1)
+    emitted, due = 1, next_choice(session.config.refresh or "auto", 1)
     while emitted != max_tokens:
         left = max_tokens - emitted if max_tokens > 0 else _MAX_STRETCH
         k = min(pace.choose() if draft_tokens is None else draft_tokens, left - 1)
@@ -286,7 +286,7 @@ def verified_generate_step(
         session.said += kept + 1
         if session.said >= due:
             session.choose_again()
-            due = next_refresh(session.config.refresh or "auto", session.said + 1)
+            due = next_choice(session.config.refresh or "auto", session.said + 1)
         token = said[-1][0]
         for i, one in enumerate(said):
             emitted += 1

@@ -79,7 +79,7 @@ def refreshes(model: GlassModel, cache: list, tokens: int) -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize(("refresh", "expected"), [(0, []), (20, [20, 40, 60]), ("auto", [32])])
+@pytest.mark.parametrize(("refresh", "expected"), [(0, []), (20, [20, 40, 60]), ("auto", [16, 32, 48, 64])])
 def test_schedule(refresh, expected):
     model = GlassModel(tiny_model("llama"))
     cache = read(model, PROMPT, refresh=refresh)
@@ -88,13 +88,26 @@ def test_schedule(refresh, expected):
     assert refreshes(model, cache, 41) == [e for e in expected if e < 41]
 
 
-def test_gaps_grow():
-    session, due = Session(GlassConfig(refresh="auto")), []
+def test_neurons_are_chosen_at_some_refreshes():
+    session, read, chosen = Session(GlassConfig(refresh="auto")), [], []
     for _ in range(500):
         session.advance(1)
         if session.until_refresh() == 0:
-            due.append(session.said)
-    assert due == [32, 96, 192, 320, 480]
+            read.append(session.said)
+            chosen += [session.said] * session.chooses_now()
+    assert read == list(range(16, 501, 16)) and chosen == [32, 96, 288]
+
+
+def test_reading_alone_keeps_the_choice():
+    model = GlassModel(tiny_model("llama"))
+    cache = read(model, PROMPT)
+    session, choices = model.session(cache), []
+    for i in range(40):
+        say(model, cache, [SAID[i % len(SAID)]])
+        choices.append(session.kept)
+    assert all(kept is choices[0] for kept in choices[:32]) and choices[0] is not None
+    assert choices[32] is None and choices[33] is not choices[0]
+    assert session.prompt_tokens == len(PROMPT) + 33
 
 
 def test_at_density_1_nothing_is_to_repair():
