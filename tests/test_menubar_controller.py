@@ -293,6 +293,9 @@ def test_measure_ranks(without_ranks, monkeypatch):
     controller.build_ranks()
     until(lambda: controller.snapshot().ranks is None)
     assert controller.snapshot().engine.has_ranks
+    assert controller.snapshot().ranked == {"demo"}
+    controller.tick()
+    assert controller.snapshot().ranked == {"demo", controller.settings.model}
     assert seen == sorted(seen) and len(set(seen)) > 3
     assert controller.snapshot().notices == (f"{REPO} is downloaded.",)
     assert len(list(cache_dir().glob("*.safetensors"))) == 1

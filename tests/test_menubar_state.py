@@ -54,6 +54,7 @@ STATES = {
     "dead server": (dict(server=TROUBLED[1]), "server failed", "not running", "start_server", "server", "chat copy"),
     "crashed": (dict(alive=False), "crashed", "has stopped", "restart", "log quit server", "chat copy unload ranks"),
     "no ranks": (dict(engine=engine("ready", has_ranks=False)), "ready", "ready", None, "ranks", ""),
+    "ranked": (dict(engine=UNLOADED, ranked=frozenset({"demo"})), "unloaded", "asked", None, "chat", "unload ranks"),
     "measuring": (dict(ranks=Task("demo", 32, 64)), "measuring", "measuring ranks · 50%", None, "chat", "unload ranks"),
     "begun": (dict(ranks=Task("demo", 0, 64)), "measuring", "measuring ranks…", None, "chat", "unload ranks"),
     "stopping": (dict(ranks=Task("demo", 32, 64, True)), "measuring", "stopping", None, "chat", "cancel-ranks"),

@@ -60,6 +60,7 @@ class Controller:
         self._scanned = -RESCAN
         self._scanning = threading.Lock()
         self._speeds: dict[tuple[str, float], float] = {}
+        self._ranked = {DEFAULT_MODEL}  # its ranks come with the package; of others it is known when they are loaded
         self._usage: Usage | None = None
         self._download: Job | None = None
         self._ranks: Job | None = None
@@ -89,6 +90,7 @@ class Controller:
                 ranks=self._ranks.task if self._ranks else None,
                 speeds=speeds,
                 notices=tuple(self._notices),
+                ranked=frozenset(self._ranked),
                 login=login,
                 closing=self.closing,
             )
@@ -100,6 +102,8 @@ class Controller:
             if engine.usage is not None and engine.usage is not self._usage and engine.model is not None:
                 self._usage = engine.usage  # of the last answer, which may be of the last model
                 self._speeds[engine.model, engine.usage.density] = engine.usage.generation_tps
+            if engine.has_ranks and engine.model is not None:
+                self._ranked.add(engine.model)
             if self._modified() != self._seen and not self.closing:
                 self._reload()
             due = time.monotonic() - self._scanned >= RESCAN and not self.closing

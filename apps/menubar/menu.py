@@ -151,7 +151,7 @@ def _ranks(s: Snapshot) -> Iterator[Item]:
     if s.ranks is not None:
         yield Item("ranks", progress(s.ranks).capitalize(), enabled=False, section=3, share=s.ranks.share)
         yield Item("cancel ranks", "Cancel measuring", "cancel_ranks", enabled=can and not s.ranks.stopping, section=3)
-    elif _loaded(s) and s.engine.has_ranks:
+    elif s.engine.has_ranks if _loaded(s) else s.settings.model in s.ranked:
         yield Item("ranks", f"Ranks of {s.model}: measured", enabled=False, section=3)
     elif _loaded(s):
         yield Item("ranks", f"No ranks of {s.model}: measure them", "build_ranks", enabled=can, section=3)

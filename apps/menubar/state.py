@@ -57,6 +57,7 @@ class Snapshot:
         download, ranks: what is under way.
         speeds: the last tokens/s of the chosen model by density.
         notices: what went wrong or ended since the user last looked, in words.
+        ranked: models that are known to have ranks.
         login: whether the app starts at login; None where that cannot be had.
         closing: whether the app is quitting.
     """
@@ -70,6 +71,7 @@ class Snapshot:
     ranks: Task | None = None
     speeds: tuple[tuple[float, float], ...] = ()
     notices: tuple[str, ...] = ()
+    ranked: frozenset[str] = frozenset()
     login: bool | None = None
     closing: bool = False
 
