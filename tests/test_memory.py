@@ -137,7 +137,7 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize("which", ["demo", "saved"])
 def test_without_dense_weights_in_memory(which, request):
     path = DEMO_PATH if which == "demo" else request.getfixturevalue("saved")
-    usual, tokenizer = load(path, stats=False)
+    usual, tokenizer = load(path, stats=False, refresh=0)  # as there is none without the weights
     said, active = {}, {}
     for name, model in (("usual", usual), ("low", load(path, stats=False, low_memory=True)[0])):
         cache, said[name] = model.make_cache(), []
