@@ -15,7 +15,7 @@ import httpx
 import openai
 import pytest
 from conftest import ROOT
-from serving import CHAT, QUESTION, connect, raw, serving
+from serving import CHAT, QUESTION, answered, connect, raw, serving
 
 import glass_mlx
 from glass_mlx import api, server
@@ -24,8 +24,6 @@ from glass_mlx.engine import Engine
 from glass_mlx.reader import Reader
 from glass_mlx.server import Server
 from glass_mlx.ticket import Piece
-
-ANSWER = "What type of food are you in San Jose?"
 
 
 @pytest.fixture(scope="module")
@@ -57,32 +55,39 @@ def events(http: httpx.Client, path: str = CHAT, **body) -> list[dict]:
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
 
 
-def test_chat(client):
+@pytest.fixture(scope="module")
+def expected(demo) -> tuple[str, int, int]:
+    """The answer, and the numbers of prompt and generated tokens."""
+    return answered(*demo)
+
+
+def test_chat(client, expected):
     answer = client.chat.completions.create(model="demo", messages=QUESTION)
-    assert answer.choices[0].message.content == ANSWER
+    text, prompt, said = expected
+    assert answer.choices[0].message.content == text
     assert answer.choices[0].finish_reason == "stop"
     assert (answer.object, answer.model, answer.choices[0].message.role) == ("chat.completion", "demo", "assistant")
     usage = answer.usage
-    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (13, 11, 24)
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (prompt, said, prompt + said)
     assert usage.glass["density"] == 0.5 and usage.glass["kept_neurons"] == 3072
     assert usage.glass["cached_tokens"] == usage.prompt_tokens_details.cached_tokens
 
 
-def test_chat_stream(client):
+def test_chat_stream(client, expected):
     chunks = list(client.chat.completions.create(model="demo", messages=QUESTION, stream=True))
     assert chunks[0].choices[0].delta.role == "assistant"
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == ANSWER
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected[0]
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
     assert all(chunk.usage is None for chunk in chunks)
     assert len({chunk.id for chunk in chunks}) == 1
 
 
-def test_stream_usage(client):
+def test_stream_usage(client, expected):
     stream = client.chat.completions.create(
         model="demo", messages=QUESTION, stream=True, stream_options={"include_usage": True}
     )
     *chunks, last = list(stream)
-    assert last.choices == [] and last.usage.completion_tokens == 11
+    assert last.choices == [] and last.usage.completion_tokens == expected[2]
     assert last.usage.glass["generation_tps"] > 0
 
 
@@ -95,11 +100,13 @@ def test_a_verified_answer(client):
     assert not dense.usage.glass["verified"]
 
 
-def test_stop(client):
-    answer = client.chat.completions.create(model="demo", messages=QUESTION, stop=["food"])
-    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("What type of ", "stop")
-    stream = client.chat.completions.create(model="demo", messages=QUESTION, stop="food", stream=True)
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "What type of "
+def test_stop(client, expected):
+    word = expected[0].split()[3]
+    before = expected[0].partition(word)[0]
+    answer = client.chat.completions.create(model="demo", messages=QUESTION, stop=[word])
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (before, "stop")
+    stream = client.chat.completions.create(model="demo", messages=QUESTION, stop=word, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == before
 
 
 def test_length(client):
@@ -116,11 +123,11 @@ def test_seed(client):
     assert len({said(seed) for seed in range(5)}) > 1
 
 
-def test_logprobs(client):
+def test_logprobs(client, expected):
     options = {"model": "demo", "messages": QUESTION, "logprobs": True, "top_logprobs": 3}
     answer = client.chat.completions.create(**options)
     content = answer.choices[0].logprobs.content
-    assert "".join(token.token for token in content) == f" {ANSWER}"  # the template leaves the space to the model
+    assert "".join(token.token for token in content) == f" {expected[0]}"  # the template leaves the space to the model
     for token in content:
         assert len(token.top_logprobs) == 3 and bytes(token.bytes).decode() == token.token
         assert token.logprob == max(other.logprob for other in token.top_logprobs) <= 0
@@ -204,14 +211,14 @@ def test_errors_of_the_openai_client(client):
         client.chat.completions.create(model="demo", messages=QUESTION, logit_bias={"99999": 1})
 
 
-def test_events(http):
+def test_events(http, expected):
     """The second client: raw server-sent events."""
     got = events(http, messages=QUESTION, stream_options={"include_usage": True})
     deltas = [event["choices"][0]["delta"] for event in got[:-1]]
     assert deltas[0] == {"role": "assistant", "content": ""}
-    assert "".join(delta.get("content", "") for delta in deltas) == ANSWER
+    assert "".join(delta.get("content", "") for delta in deltas) == expected[0]
     assert got[-2]["choices"][0]["finish_reason"] == "stop"
-    assert got[-1]["choices"] == [] and got[-1]["usage"]["total_tokens"] == 24
+    assert got[-1]["choices"] == [] and got[-1]["usage"]["total_tokens"] == sum(expected[1:])
     text = events(http, "/v1/completions", prompt="The old house", max_tokens=4)
     assert len(text) == 4 and text[-1]["choices"][0]["finish_reason"] == "length"
 

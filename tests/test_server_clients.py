@@ -9,11 +9,10 @@ import subprocess
 import sys
 
 import pytest
-from serving import CHAT, QUESTION, serving
+from serving import CHAT, QUESTION, answered, serving
 
 from glass_mlx.api import ApiOptions
 
-ANSWER = "What type of food are you in San Jose?"
 KEY = "s3cret"
 
 
@@ -42,8 +41,8 @@ def llm(served, tmp_path):
 
 
 @pytest.mark.parametrize("way", [[], ["--no-stream"]])
-def test_llm(llm, way):
-    assert llm("-m", "glass", *way, QUESTION[0]["content"]) == ANSWER
+def test_llm(llm, demo, way):
+    assert llm("-m", "glass", *way, QUESTION[0]["content"]) == answered(*demo)[0].strip()
 
 
 def test_llm_goes_on_with_a_conversation(llm, served):
@@ -61,7 +60,7 @@ def test_llm_without_the_key(llm, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-def test_curl(served):
+def test_curl(served, demo):
     body = json.dumps({"messages": QUESTION, "stream": True, "stream_options": {"include_usage": True}})
     headers = ["-H", f"Authorization: Bearer {KEY}", "-H", "Content-Type: application/json"]
     command = ["curl", "-sSN", "--fail", "--noproxy", "*", served.url + CHAT, *headers, "-d", body]
@@ -69,5 +68,5 @@ def test_curl(served):
     assert done.returncode == 0, done.stderr
     *events, end = [line.removeprefix("data: ") for line in done.stdout.splitlines() if line]
     chunks = [json.loads(event) for event in events]
-    assert end == "[DONE]" and chunks[-1]["usage"]["completion_tokens"] == 11
-    assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks[:-1]) == ANSWER
+    said = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks[:-1])
+    assert end == "[DONE]" and (said, chunks[-1]["usage"]["completion_tokens"]) == answered(*demo)[::2]
