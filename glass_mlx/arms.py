@@ -76,13 +76,14 @@ class Evidence:
 Arm = Callable[[Evidence], list[mx.array]]
 
 
-def product(signal: str, global_weight: float | str) -> Arm:
+def product(signal: str, global_weight: float | str, allocation: str = "uniform") -> Arm:
     """The arm that decoding itself is: the choice of a session that read the prompt."""
 
     def choose(evidence: Evidence) -> list[mx.array]:
         model, chosen = evidence.model, []
         for b, prompt in enumerate(evidence.prompts):
-            cache = model.make_cache(density=evidence.density, global_weight=global_weight, signal=signal)
+            choice = {"global_weight": global_weight, "signal": signal, "allocation": allocation}
+            cache = model.make_cache(density=evidence.density, **choice)
             model.session(cache).record(mx.concatenate([e[b] for e in evidence.local[signal]]), len(prompt))
             chosen.append(list(model.kept_neurons(cache).values()))
         return [mx.stack(rows) for rows in zip(*chosen)]
@@ -120,7 +121,10 @@ def magnitude(block: Block) -> mx.array:
 
 # By the names of the reports. Those of GLOBAL need global ranks.
 GLOBAL = ("static", "glass-a", "glass-i")
-ARMS = ("dense", "random", "magnitude", "static", "griffin", "glass-a", "glass-i", "glass", "oracle")
+ARMS = (
+    *("dense", "random", "magnitude", "static", "griffin", "glass-a", "glass-i", "glass-uniform", "glass"),
+    "oracle",
+)
 
 
 def standard_arms(weights: list[float]) -> dict[str, Arm]:
@@ -139,4 +143,5 @@ def standard_arms(weights: list[float]) -> dict[str, Arm]:
     for name, signal in (("glass-a", "activation"), ("glass-i", "impact")):
         for weight in weights:
             arms[name if len(weights) == 1 else f"{name} {weight:g}"] = product(signal, weight)
-    return {**arms, "glass": product("impact", "auto"), "oracle": by_oracle}
+    arms["glass-uniform"] = product("impact", "auto")
+    return {**arms, "glass": product("impact", "auto", "measured"), "oracle": by_oracle}

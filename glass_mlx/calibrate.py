@@ -1,8 +1,9 @@
 """Measure a model's global ranks.
 
-The model speaks by itself: sequences sampled from its null prompt, the BOS token alone (or an empty user turn, or a
-given text), read back in one dense pass that records the evidence of every neuron. The sequences are split into two
-halves; how well the halves' ranks agree says when enough has been read.
+The model speaks by itself: sequences sampled from its null prompt, the BOS token alone, and if it is an assistant from
+an empty user turn (or a given text), read back in one dense pass that records the evidence of every neuron. The
+sequences are split into two halves; how well the halves' ranks agree says when enough has been read. What kind of
+text a sequence is of, its *domain*, is kept apart: a prompt is like the one or the other (see ``prior``).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from .importance import SIGNALS, energy, output_norms
 from .model import GlassModel
 from .ranking import rank
 from .ranks import FORMAT_VERSION, GlobalRanks, describe, fingerprint, write_atomically
+from .sensitivity import SAMPLE_LENGTH, SAMPLE_ROWS, sensitivity
 
 # Hidden values to hold at once while recording; 2**25 are 128 MB in float32.
 _MAX_HIDDEN = 2**25
@@ -42,15 +44,19 @@ class Source:
     """Where the tokens come from.
 
     Attributes:
-        method: what to call it in the metadata.
+        domains: what to call the kinds of text in the metadata; batches are of each in turn.
         batch: a function from a batch's number to its token sequences, each beginning with what starts a text
             (BOS, say); an empty list ends the source. The same number gives the same sequences.
         settings: what else the metadata should say.
     """
 
-    method: str
+    domains: tuple[str, ...]
     batch: Callable[[int], list[list[int]]]
     settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def method(self) -> str:
+        return " and ".join(self.domains)
 
 
 def null_prompt(
@@ -60,19 +66,24 @@ def null_prompt(
     length: int = 256,
     temperature: float = 1.0,
     seed: int = 0,
-    chat: bool = False,
+    chat: bool | None = None,
 ) -> Source:
-    """Sequences that the dense model samples from its BOS token or, with ``chat``, in answer to an empty message."""
-    if chat:
-        if not tokenizer.has_chat_template:
-            raise GlassError("This model has no chat template: leave --chat away.")
-        empty = [{"role": "user", "content": ""}]
+    """Sequences that the dense model samples from its BOS token, or in answer to an empty message.
+
+    Args:
+        chat (bool, optional): only the answers; or False for none of them. Default: both in turn, where the model has a
+            chat template that takes an empty message.
+
+    Raises:
+        GlassError: answers were asked for, and the model gives none.
+    """
+    starts = {} if chat else {"null prompt": start_tokens(tokenizer)}
+    if chat is not False:
         try:
-            start = list(tokenizer.apply_chat_template(empty, add_generation_prompt=True))
-        except TemplateError as e:
-            raise GlassError(f"The chat template does not take an empty message ({e}): leave --chat away.") from e
-    else:
-        start = start_tokens(tokenizer)
+            starts["chat null prompt"] = empty_message(tokenizer)
+        except GlassError:
+            if chat:
+                raise
     sampler = make_sampler(temp=temperature)
     batchable = all(hasattr(c, "merge") for c in make_prompt_cache(model.dense))
 
@@ -80,6 +91,7 @@ def null_prompt(
         # The caller's random state is a key; seeding with that key's number puts it back.
         high, low = mx.random.state[0].tolist()
         mx.random.seed(int(np.random.SeedSequence((seed, number)).generate_state(1)[0]))
+        start = list(starts.values())[number % len(starts)]
         prompts = [start] * sequences
         try:
             if batchable:
@@ -92,7 +104,21 @@ def null_prompt(
             mx.random.seed((high << 32) | low)
 
     settings = {"sequences": sequences, "length": length, "temperature": temperature, "seed": seed}
-    return Source("chat null prompt" if chat else "null prompt", batch, settings)
+    return Source(tuple(starts), batch, settings)
+
+
+def empty_message(tokenizer: Any) -> list[int]:
+    """What an assistant is given to answer where the user said nothing.
+
+    Raises:
+        GlassError: the model has no chat template, or one that does not take this.
+    """
+    if not tokenizer.has_chat_template:
+        raise GlassError("This model has no chat template: leave --chat away.")
+    try:
+        return list(tokenizer.apply_chat_template([{"role": "user", "content": ""}], add_generation_prompt=True))
+    except TemplateError as e:
+        raise GlassError(f"The chat template does not take an empty message ({e}): leave --chat away.") from e
 
 
 def given_sequences(
@@ -101,7 +127,7 @@ def given_sequences(
     """Token sequences that are at hand, of a text or a data set."""
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:32]
     return Source(
-        method,
+        (method,),
         lambda number: rows[number * sequences : (number + 1) * sequences],
         {"sequences": sequences, "digest": digest, **(settings or {})},
     )
@@ -151,6 +177,7 @@ def calibrate(
     name: str | None = None,
     partial: Path | None = None,
     progress: Callable[[int, dict[str, float]], None] = lambda tokens, stability: None,
+    weighing: Callable[[int, int], None] = lambda done, blocks: None,
 ) -> GlobalRanks:
     """Measure a model's global ranks.
 
@@ -164,6 +191,7 @@ def calibrate(
         partial (Path, optional): a file that keeps what has been read. An interrupted run with the same arguments
             goes on from it with the same result as one in one go. Remove it when the ranks are written.
         progress: called after every batch with the tokens read and :func:`stability`.
+        weighing: called with the number of blocks whose sensitivity was measured, and that of all to be measured.
 
     Returns:
         GlobalRanks: both signals, all blocks.
@@ -174,17 +202,21 @@ def calibrate(
     norms = [output_norms(block.module[block.output]) for block in model.blocks]
     mx.eval(norms)
     identity = json.dumps([fingerprint(model), source.method, source.settings])
-    sums = _Halves.load(partial, identity) or _Halves.empty(model)
+    sums = _Halves.load(partial, identity) or _Halves.empty(model, len(source.domains))
     agreement = stability(sums)
-    while sums.total < tokens and not (stable_at is not None and sums.batches and agreement["overlap"] >= stable_at):
+    while sums.batches < len(source.domains) or (
+        sums.total < tokens and not (stable_at is not None and agreement["overlap"] >= stable_at)
+    ):
         rows = [row for row in source.batch(sums.batches) if row]
         if not rows:
             break
+        domain = sums.batches % len(source.domains)
+        sums.samples[domain] = sums.samples[domain] or [row[:SAMPLE_LENGTH] for row in rows[:SAMPLE_ROWS]]
         read = sums.sequences
         for half in (0, 1):
             mine = rows[(read + half) % 2 :: 2]
             if mine:
-                _record(model, mine, norms, sums, half)
+                _record(model, mine, norms, sums, half, domain)
         sums.batches += 1
         agreement = stability(sums)
         sums.history.append([sums.total, *(round(agreement[key], 4) for key in ("overlap", "correlation"))])
@@ -193,17 +225,25 @@ def calibrate(
             sums.save(partial, identity)
     if sums.total == 0:
         raise GlassError("There is nothing to measure: the source gave no tokens.")
-    energies = {
-        signal: [e / np.maximum(e.sum(), np.finfo(np.float32).tiny) for e in sums.by_block(signal)]
-        for signal in SIGNALS
-    }
-    energies = {s: [mx.array(e.astype(np.float32)) for e in es] for s, es in energies.items()}
+    energies = {signal: _shares(sums.by_block(signal)) for signal in SIGNALS}
+    read = [d for d in range(len(source.domains)) if sums.tokens_of(d)]
+    domains = {s: [_shares(sums.by_block(s, domain=d)) for d in read] for s in SIGNALS}
+    domains = {s: [mx.stack(rows) for rows in zip(*found)] for s, found in domains.items()}
+    weights = np.zeros(len(model.blocks))
+    for i, d in enumerate(read):
+        before = i * len(model.blocks)
+        own = [rows[i] for rows in domains["impact"]]
+        weights += sensitivity(
+            model, sums.samples[d], own, lambda n, before=before: weighing(before + n, len(read) * len(model.blocks))
+        )
     what = describe(model)
     if name:
         what["model"] = name
     return GlobalRanks(
         ranks={s: [rank(e) for e in energies[s]] for s in SIGNALS},
         energies=energies,
+        domains=domains,
+        sensitivity=(weights / len(read)).tolist(),
         metadata={
             "format_version": FORMAT_VERSION,
             **what,
@@ -211,6 +251,8 @@ def calibrate(
             "sizes": json.dumps([block.size for block in model.blocks]),
             "blocks": json.dumps([block.path for block in model.blocks]),
             "method": source.method,
+            "domains": json.dumps([source.domains[d] for d in read]),
+            "domain_tokens": json.dumps([sums.tokens_of(d) for d in read]),
             **{key: str(value) for key, value in source.settings.items()},
             "sequences": str(sums.sequences),
             "tokens": str(sums.total),
@@ -221,6 +263,12 @@ def calibrate(
             "mlx_lm": mlx_lm.__version__,
         },
     )
+
+
+def _shares(energies: list[np.ndarray]) -> list[mx.array]:
+    """Energies [F] of each block, with a sum of 1."""
+    tiny = np.finfo(np.float32).tiny
+    return [mx.array((e / np.maximum(e.sum(), tiny)).astype(np.float32)) for e in energies]
 
 
 def stability(sums: _Halves) -> dict[str, float]:
@@ -249,33 +297,40 @@ def compare(a: np.ndarray, b: np.ndarray, share: float = 0.5) -> dict[str, float
 
 @dataclass
 class _Halves:
-    """Energies summed so far: sums [signals, halves, sum of F] float64, what was read, and how stable it was after
-    each batch: (tokens, overlap, correlation)."""
+    """Energies summed so far: sums [signals, halves, domains, sum of F] float64, what was read (tokens by half and
+    domain), rows of each domain to measure the sensitivity on, and how stable it was after each batch: (tokens,
+    overlap, correlation)."""
 
     sizes: list[int]
     sums: np.ndarray
-    tokens: list[int]
+    tokens: list[list[int]]
+    samples: list[list[list[int]]]
     sequences: int = 0
     batches: int = 0
     history: list[list[float]] = field(default_factory=list)
 
     @classmethod
-    def empty(cls, model: GlassModel) -> _Halves:
+    def empty(cls, model: GlassModel, domains: int) -> _Halves:
         sizes = [block.size for block in model.blocks]
-        return cls(sizes, np.zeros((len(SIGNALS), 2, sum(sizes))), [0, 0])
+        sums = np.zeros((len(SIGNALS), 2, domains, sum(sizes)))
+        return cls(sizes, sums, [[0] * domains, [0] * domains], [[] for _ in range(domains)])
 
     @property
     def total(self) -> int:
-        return sum(self.tokens)
+        return sum(map(sum, self.tokens))
 
-    def by_block(self, signal: str, half: int | None = None) -> list[np.ndarray]:
-        """Energies [F] of each block, of one half or both."""
-        sums = self.sums[SIGNALS.index(signal)]
-        values = sums.sum(axis=0) if half is None else sums[half]
+    def tokens_of(self, domain: int) -> int:
+        return sum(tokens[domain] for tokens in self.tokens)
+
+    def by_block(self, signal: str, half: int | None = None, domain: int | None = None) -> list[np.ndarray]:
+        """Energies [F] of each block, of one half or both, and of one domain or all."""
+        halves = slice(None) if half is None else slice(half, half + 1)
+        domains = slice(None) if domain is None else slice(domain, domain + 1)
+        values = self.sums[SIGNALS.index(signal), halves, domains].sum(axis=(0, 1))
         return np.split(values, np.cumsum(self.sizes)[:-1])
 
     def save(self, path: Path, identity: str) -> None:
-        state = {"identity": identity, "sizes": self.sizes, "tokens": self.tokens}
+        state = {"identity": identity, "sizes": self.sizes, "tokens": self.tokens, "samples": self.samples}
         state |= {"sequences": self.sequences, "batches": self.batches, "history": self.history}
         data = save({"sums": self.sums}, metadata={"state": json.dumps(state)})
         write_atomically(path, lambda temporary: temporary.write_bytes(data))
@@ -290,15 +345,16 @@ class _Halves:
                 state = json.loads(f.metadata()["state"])
                 sums = f.get_tensor("sums")
             kept = cls(sums=sums, **state) if state.pop("identity") == identity else None
-            if kept and sums.shape == (len(SIGNALS), 2, sum(kept.sizes)) and kept.total > 0:
-                return kept
-            return None
-        except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError):
+            fits = kept and sums.shape == (len(SIGNALS), 2, len(kept.tokens[0]), sum(kept.sizes))
+            return kept if fits and kept.total > 0 else None
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError, IndexError, AttributeError):
             return None
 
 
-def _record(model: GlassModel, rows: list[list[int]], norms: list[mx.array], sums: _Halves, half: int) -> None:
-    """Read rows with the dense model and add their evidence to one half."""
+def _record(
+    model: GlassModel, rows: list[list[int]], norms: list[mx.array], sums: _Halves, half: int, domain: int
+) -> None:
+    """Read rows with the dense model and add their evidence to one half and domain."""
     width = max(len(row) for row in rows)
     at_once = max(1, _MAX_HIDDEN // (width * max(sums.sizes)))
     for i in range(0, len(rows), at_once):
@@ -320,8 +376,8 @@ def _record(model: GlassModel, rows: list[list[int]], norms: list[mx.array], sum
             model.dense(tokens, cache=make_prompt_cache(model.dense))
         mx.eval(energies)
         for s, signal in enumerate(SIGNALS):
-            sums.sums[s, half] += np.concatenate([np.array(e) for e in energies[signal]])
-        sums.tokens[half] += sum(len(row) for row in part)
+            sums.sums[s, half, domain] += np.concatenate([np.array(e) for e in energies[signal]])
+        sums.tokens[half][domain] += sum(len(row) for row in part)
         sums.sequences += len(part)
         mx.clear_cache()
 

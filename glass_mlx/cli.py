@@ -14,7 +14,7 @@ from mlx_lm import sample_utils
 from . import sampling
 from .errors import GlassError
 from .importance import SIGNALS
-from .session import GlassConfig
+from .session import ALLOCATIONS, GlassConfig
 
 
 def density(text: str) -> float:
@@ -64,7 +64,13 @@ def add_glass_options(parser: argparse.ArgumentParser, build: bool) -> None:
         type=global_weight,
         default=GlassConfig.global_weight,
         metavar="WEIGHT",
-        help="weight of the model's global ranks against the prompt's, 0 to 1 (default: auto)",
+        help="rank fusion with this weight of the model's global ranks, 0 to 1 (default: auto, by what is expected)",
+    )
+    group.add_argument(
+        "--allocation",
+        choices=ALLOCATIONS,
+        default=GlassConfig.allocation,
+        help="give layers their neurons by how sensitive the model is to each, or all the same share",
     )
     group.add_argument("--signal", choices=SIGNALS, default=GlassConfig.signal, help="what neurons are ranked by")
     group.add_argument(

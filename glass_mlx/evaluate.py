@@ -35,6 +35,7 @@ from .cli import add_verbose, density, global_weight, run
 from .continuation import readability, self_nll, speak
 from .errors import GlassError
 from .fidelity import Scores, measure
+from .generate import render
 from .loading import DEFAULT_MODEL, load
 from .lookup import find_ranks
 from .model import GlassModel
@@ -42,7 +43,7 @@ from .plot import plot_fidelity
 from .ranks import GlobalRanks, write_atomically
 from .summary import interval, summarise, table, windows
 
-PROMPTS = Path(__file__).parent / "prompts.txt"
+PROMPTS = Path(__file__).parent / "prompts.jsonl"
 
 # Prompts whose continuations are sampled together.
 _BATCH = 32
@@ -143,7 +144,11 @@ def cut(
 
 
 def read_prompts(source: str, tokenizer: Any, count: int | None) -> list[list[int]]:
-    """Tokens of the prompts of a file, one a line, or for ``null`` of the BOS token alone, 32 times."""
+    """Tokens of the prompts of a file, or for ``null`` of the BOS token alone, 32 times.
+
+    A ``.jsonl`` file holds ``{"text": ...}`` or ``{"messages": [...]}`` in each line, another file one text a line.
+    Models without a chat template are given what the messages say.
+    """
     if source == "null":
         return [start_tokens(tokenizer)] * (count or 32)
     try:
@@ -152,7 +157,21 @@ def read_prompts(source: str, tokenizer: Any, count: int | None) -> list[list[in
         raise GlassError(f"Cannot read prompts from {source}: {e}") from e
     if not lines:
         raise GlassError(f"{source} has no prompts.")
-    return [tokenizer.encode(line) for line in lines[:count]]
+    if not source.endswith(".jsonl"):
+        return [tokenizer.encode(line) for line in lines[:count]]
+    return [_prompt(line, f"{source}:{number}", tokenizer) for number, line in enumerate(lines[:count], 1)]
+
+
+def _prompt(line: str, place: str, tokenizer: Any) -> list[int]:
+    try:
+        item = json.loads(line)
+        messages = item.get("messages")
+        text = item["text"] if messages is None else "\n\n".join([*(m["content"] for m in messages), ""])
+        if messages is None or not tokenizer.has_chat_template:
+            return list(tokenizer.encode(text))
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise GlassError(f'{place} has no "text" and no "messages".') from e
+    return list(render(tokenizer, messages, add_generation_prompt=True))
 
 
 def choose_arms(names: list[str] | None, weights: list[float | str], global_ranks: bool) -> dict[str, Arm]:
@@ -204,7 +223,10 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--stats", metavar="FILE", help="global ranks (default: looked up)")
     parser.add_argument(
-        "--prompts", default=str(PROMPTS), metavar="FILE", help="one prompt a line, or null: the BOS token alone"
+        "--prompts",
+        default=str(PROMPTS),
+        metavar="FILE",
+        help="a text a line, or .jsonl with text or messages; or null: BOS alone",
     )
     parser.add_argument("--count", type=_positive, help="only so many prompts (default: all of the file; null: 32)")
     parser.add_argument(

@@ -186,7 +186,7 @@ def _describe(model: nn.Module, session: Any) -> dict[str, Any]:
     config = session.config
     return {
         "density": config.density,
-        "kept_neurons": sum(model.kept_counts(config.density)),
+        "kept_neurons": sum(model.kept_counts(config.density, config.allocation)),
         "total_neurons": sum(sizes),
         "global_weight": model.global_weight(session),
         "signal": config.signal,
@@ -251,6 +251,7 @@ def _generate(args: argparse.Namespace, template: dict[str, Any]) -> None:
         density=args.density,
         global_weight=args.global_weight,
         signal=args.signal,
+        allocation=args.allocation,
         refresh=args.refresh,
         stats=False if args.dense and not args.stats else args.stats,
         stats_repo=args.stats_repo,

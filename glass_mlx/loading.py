@@ -116,6 +116,7 @@ def load(
     global_weight: float | str = GlassConfig.global_weight,
     signal: str = GlassConfig.signal,
     refresh: int | str = GlassConfig.refresh,
+    allocation: str = GlassConfig.allocation,
     stats: str | Path | bool | None = None,
     stats_repo: str | None = None,
     build: bool = False,
@@ -127,9 +128,7 @@ def load(
     Args:
         path_or_hf_repo (str): a directory, a Hub repository, an alias (``ALIASES``) or ``demo``.
         density (float): share of the FFN neurons to decode with, in (0, 1]. Default: ``0.5``.
-        global_weight (float or "auto"): weight of the global ranks against the prompt's, in [0, 1].
-        signal (str): ``"impact"`` or ``"activation"``.
-        refresh (int or "auto"): how often what was said is read again densely; see :class:`glass_mlx.GlassConfig`.
+        global_weight, signal, refresh, allocation: how neurons are chosen; see :class:`glass_mlx.GlassConfig`.
         stats (str or bool, optional): a global-ranks file; ``None`` looks for the model's own in ``stats/``, the
             user's cache and ``stats_repo``; ``False`` goes without.
         stats_repo (str, optional): a Hub repository of ranks, ``owner/name`` or ``owner/name@revision``. Default:
@@ -146,7 +145,7 @@ def load(
         GlassError: the model cannot be found, loaded or sparsified, or an argument is out of range.
         StatsError: the ranks file is damaged or belongs to another model.
     """
-    config = GlassConfig(density, global_weight, signal, refresh)
+    config = GlassConfig(density, global_weight, signal, refresh, allocation)
     path = resolve_model(path_or_hf_repo, revision)
     dense, tokenizer, model_config = load_dense(
         path,
@@ -176,8 +175,7 @@ def wrap(
 
     Args:
         model (nn.Module): the loaded model.
-        config (GlassConfig, optional): the choice of neurons; or give its fields ``density``,
-            ``global_weight``, ``signal`` and ``refresh`` as keywords.
+        config (GlassConfig, optional): the choice of neurons; or give its fields as keywords.
         stats: as in :func:`load`; or ranks already read.
         path (str, optional): the model's directory, kept as ``GlassModel.path``.
 
@@ -194,7 +192,7 @@ def wrap(
 def _use(model: GlassModel, ranks: GlobalRanks | None, expected: bool) -> None:
     """Give a model its ranks; say so where it should have some and has none."""
     if ranks is not None:
-        model.set_global_ranks(ranks.ranks, ranks.energies)
+        ranks.use_in(model)
     elif expected and model.config.global_weight != 0 and model.config.density < 1:
         logger.warning(
             "no global ranks for this model: the prompt alone chooses the neurons. "

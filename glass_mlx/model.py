@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
+from .allocation import allocate, uniform
 from .errors import GlassError
 from .ffn import Block, Tap, find_blocks, swapped
 from .importance import energy, output_norms
 from .memory import SessionMemory, WeightFiles, default_limit
-from .ranking import auto_global_weight, fit, fuse, kept_count, rank, select, trust
+from .prior import Prior
+from .ranking import fuse, preference, rank
 from .session import GlassConfig, Session, bytes_of
 from .slicing import UNIT
 
@@ -33,8 +37,9 @@ class _Plan:
     blocks: list[Block]
     left_dense: dict[str, str]
     global_ranks: dict[str, list[mx.array]] | None = None
-    # for each signal and block, the globally better half and the share of the energy that it holds
-    best: dict[str, list[tuple[mx.array, float]]] | None = None
+    priors: dict[str, Prior] = field(default_factory=dict)
+    sensitivity: list[float] | None = None
+    counts: dict[tuple, list[int]] = field(default_factory=dict)  # by density and allocation
     norms: list[mx.array] = field(default_factory=list)
     path: Path | None = None
     memory: SessionMemory | None = None
@@ -92,7 +97,8 @@ class GlassModel(nn.Module):
             raise GlassError("low_memory needs the model's directory, to read its weights again.")
         if low_memory and self.config.refresh == "auto":
             self.config = self.config.updated(refresh=0)  # each would read all weights from the disk
-        self._plan = _Plan(blocks, left_dense, global_ranks, path=path)
+        self._plan = _Plan(blocks, left_dense, path=path)
+        self.set_global_ranks(global_ranks)
         limit = default_limit(dense) if max_session_memory is None else max_session_memory
         self._plan.memory = SessionMemory(limit)
         self._plan.files = WeightFiles(path, blocks) if low_memory else None
@@ -129,13 +135,24 @@ class GlassModel(nn.Module):
         return self._plan.global_ranks
 
     def set_global_ranks(
-        self, ranks: dict[str, list[mx.array]] | None, energies: dict[str, list[mx.array]] | None = None
+        self,
+        ranks: dict[str, list[mx.array]] | None,
+        domains: dict[str, list[mx.array]] | None = None,
+        sensitivity: list[float] | None = None,
     ) -> None:
-        """Use these for the choices to come: for each signal, ranks and energies [F] for each block. Without energies
-        it is not known how well the ranks fit a prompt, and they are trusted."""
-        self._plan.global_ranks, self._plan.best = ranks, None
-        if ranks is not None and energies is not None:
-            self._plan.best = {s: [_best_half(r, e) for r, e in zip(ranks[s], energies[s])] for s in ranks}
+        """Use these for the choices to come.
+
+        Args:
+            ranks (dict, optional): for each signal the global ranks [F] of every block, in the order of ``blocks``;
+                None to go without.
+            domains (dict, optional): for each signal the energies [K, F] of every block on each kind of text that the
+                ranks come from. Default: made from the ranks, a neuron of twice the rank having half the energy.
+            sensitivity (list, optional): of every block (``sensitivity.sensitivity``). Default: all alike.
+        """
+        plan = self._plan
+        plan.global_ranks, plan.sensitivity, plan.counts = ranks, sensitivity, {}
+        domains = domains or {signal: [_shares(r) for r in rs] for signal, rs in (ranks or {}).items()}
+        plan.priors = {signal: Prior(rows) for signal, rows in domains.items()}
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -150,7 +167,7 @@ class GlassModel(nn.Module):
 
         Args:
             max_kv_size (int, optional): as in mlx-lm's ``make_prompt_cache``.
-            config: ``density``, ``global_weight`` or ``signal``, where this conversation differs.
+            config: fields of ``GlassConfig``, where this conversation differs.
         """
         return [
             *make_prompt_cache(self.dense, max_kv_size),
@@ -187,11 +204,21 @@ class GlassModel(nn.Module):
         session = self.session(cache)
         return {b.path: kept for b, kept in zip(self.blocks, self._kept(session))}
 
-    def kept_counts(self, density: float) -> list[int]:
-        """How many neurons a density keeps in each block: density * F rounded to what the block can be cut into."""
-        if density == 1:
-            return [block.size for block in self.blocks]
-        return [kept_count(density, block.size, block.group) for block in self.blocks]
+    def kept_counts(self, density: float, allocation: str | None = None) -> list[int]:
+        """How many neurons a density keeps in each block: density * F rounded to what the block can be cut into, or
+        with the allocation ``"measured"``, where sensitivities are known, as many of all (``allocation``).
+        Default: the allocation of the model's configuration."""
+        key = (density, allocation or self.config.allocation)
+        counts = self._plan.counts
+        if key not in counts:
+            sizes, groups = [b.size for b in self.blocks], [b.group for b in self.blocks]
+            sensitivity = self._plan.sensitivity if key[1] == "measured" else None
+            if sensitivity is None:
+                counts[key] = uniform(density, sizes, groups)
+            else:
+                energies = [np.array(e) for e in self._by_block(self._plan.priors["impact"].expected(None))]
+                counts[key] = allocate(density, energies, sensitivity, groups)
+        return counts[key]
 
     def __call__(
         self,
@@ -335,26 +362,38 @@ class GlassModel(nn.Module):
         return session.kept
 
     def _choose(self, session: Session) -> list[mx.array]:
-        """Rank the session's evidence, fuse it with the global ranks and select, on the device."""
+        """Score the neurons by the session's evidence and what is known of the model, and select, on the device."""
         config = session.config
         if config.density == 1:
             return [mx.arange(block.size, dtype=mx.int32) for block in self.blocks]
-        global_ranks = self.global_ranks and self.global_ranks[config.signal]
-        if session.energy is None and not global_ranks:
-            raise GlassError("No neurons are chosen yet: read a prompt first, or load global ranks.")
-        weight = self._global_weight(session)
-        local = None if session.energy is None else self._by_block(session.energy)
+        counts = self.kept_counts(config.density, config.allocation)
+        scores = self._scores(session)
         kept: list[mx.array] = [None] * len(self.blocks)
-        for (size, group), members in self._alike().items():  # blocks of one shape at once
-            if isinstance(weight, float) and weight == 1:
-                scores = mx.stack([global_ranks[i] for i in members])
-            else:
-                scores = rank(mx.stack([local[i] for i in members]))
-                if isinstance(weight, mx.array) or weight > 0:
-                    scores = fuse(scores, mx.stack([global_ranks[i] for i in members]), weight)
-            for i, chosen in zip(members, select(scores, kept_count(config.density, size, group), group)):
-                kept[i] = chosen
+        for (_, group), members in self._alike().items():  # blocks of one shape at once
+            order = preference(scores(members), group)
+            for i, best in zip(members, order):
+                kept[i] = mx.sort(best[: counts[i]])
         return kept
+
+    def _scores(self, session: Session) -> Callable[[list[int]], mx.array]:
+        """What gives the scores [blocks, F] of blocks of one shape by their indices: integers, smaller is better."""
+        prior = self._plan.priors.get(session.config.signal)
+        if prior is None and session.energy is None:
+            raise GlassError("No neurons are chosen yet: read a prompt first, or load global ranks.")
+        weight = self._weight(session)
+        if weight == "auto":
+            expected = self._by_block(prior.expected(session.energy))
+            return lambda members: rank(mx.stack([expected[i] for i in members]))
+        ranks = self.global_ranks and self.global_ranks[session.config.signal]
+        if weight == 1:
+            return lambda members: mx.stack([ranks[i] for i in members])
+        local = self._by_block(session.energy)
+
+        def fused(members: list[int]) -> mx.array:
+            own = rank(mx.stack([local[i] for i in members]))
+            return own if weight == 0 else fuse(own, mx.stack([ranks[i] for i in members]), weight)
+
+        return fused
 
     def _alike(self) -> dict[tuple[int, int], list[int]]:
         """Indices of the blocks by their number of neurons and the groups these are kept in."""
@@ -363,27 +402,27 @@ class GlassModel(nn.Module):
             alike.setdefault((block.size, block.group), []).append(i)
         return alike
 
-    def global_weight(self, session: Session) -> float:
-        """The weight that the global ranks get in a session's choice: its configuration's, unless there are no ranks
-        (0), or nothing local but a single token (1, if the configured weight is not 0). ``"auto"`` goes by
-        the number of prompt tokens and by how well the ranks fit them."""
-        weight = self._global_weight(session)
-        return weight.item() if isinstance(weight, mx.array) else weight
-
-    def _global_weight(self, session: Session) -> float | mx.array:
-        """The same without waiting for the device."""
-        config = session.config
-        if not self.global_ranks:
+    def _weight(self, session: Session) -> float | str:
+        """The configured global weight, as far as there is something to weigh."""
+        weight = session.config.global_weight
+        if not self._plan.priors:
             return 0.0
-        if session.energy is None or (session.prompt_tokens <= 1 and config.global_weight != 0):
-            return 1.0
-        if config.global_weight != "auto":
-            return float(config.global_weight)
-        weight = auto_global_weight(session.prompt_tokens)
-        if self._plan.best is None:
+        if weight == "auto":
             return weight
-        best = self._plan.best[config.signal]
-        return weight * trust([fit(e, *half) for e, half in zip(self._by_block(session.energy), best)])
+        alone = session.energy is None or (session.prompt_tokens <= 1 and weight > 0)
+        return 1.0 if alone else float(weight)
+
+    def global_weight(self, session: Session) -> float:
+        """How much what is known of the model counts in a session's choice against the prompt, in [0, 1]: the
+        configured weight, or with ``"auto"`` its share of the tokens that the expectation rests on. 0 without global
+        ranks; 1 where nothing local is known, or only a single token that is to be weighed against them."""
+        weight = self._weight(session)
+        if weight != "auto":
+            return weight
+        if session.energy is None:
+            return 1.0
+        tokens = self._plan.priors[session.config.signal].tokens(session.energy).item()
+        return tokens / (tokens + session.prompt_tokens)
 
     def _by_block(self, energy: mx.array) -> list[mx.array]:
         """A session's evidence [sum of F], block by block."""
@@ -411,7 +450,7 @@ class GlassModel(nn.Module):
         return restored
 
     def _can_keep(self, session: Session) -> bool:
-        counts = self.kept_counts(session.config.density)
+        counts = self.kept_counts(session.config.density, session.config.allocation)
         if [kept.shape for kept in session.kept] != [(k,) for k in counts]:
             return False
         return all(block.group == 1 or _in_units(kept, block.group) for block, kept in zip(self.blocks, session.kept))
@@ -426,9 +465,10 @@ def _in_units(kept: mx.array, group: int) -> bool:
     return mx.all(groups == groups[:, :1]).item()
 
 
-def _best_half(ranks: mx.array, energies: mx.array) -> tuple[mx.array, float]:
-    best = select(ranks, kept_count(0.5, ranks.shape[0]))
-    return best, (mx.sum(energies[best]) / mx.sum(energies)).item()
+def _shares(ranks: mx.array) -> mx.array:
+    """Energies [1, F] that would rank like this."""
+    shares = 1 / ranks.astype(mx.float32)
+    return (shares / mx.sum(shares))[None]
 
 
 def _why_none(dense: nn.Module, left_dense: dict[str, str]) -> str:

@@ -50,31 +50,39 @@ def fuse(local_rank: mx.array, global_rank: mx.array, global_weight: float | mx.
     return local_rank.astype(mx.int64) * (_WEIGHT_STEPS - w) + global_rank.astype(mx.int64) * w
 
 
-def select(scores: mx.array, k: int, group: int = 1) -> mx.array:
-    """The k neurons with the smallest scores, ties by index; or the best units of ``UNIT`` neurons.
+def preference(scores: mx.array, group: int = 1) -> mx.array:
+    """Neurons in the order in which they are kept: the first k of it, for any k, are the best k.
 
     Where a quantised projection lets neurons be kept only in units of one group (see ``slicing``), the neurons of
-    each group are put in units by their order in it, the best together, and the units with the smallest sum of
-    scores are kept.
+    each group are put in units of ``UNIT`` by their order in it, the best together, and the units are ordered by the
+    sum of their scores.
 
     Args:
-        scores (mx.array): [..., F] integers (ranks or fused ranks).
-        k (int): how many to keep, 1..F; a multiple of ``UNIT`` if there are groups.
-        group (int): size of a group, a multiple of ``UNIT``; 1 chooses each neuron for itself.
+        scores (mx.array): [..., F] integers (ranks or fused ranks), smaller is better; ties by index.
+        group (int): size of a group, a multiple of ``UNIT``; 1 orders each neuron for itself.
 
     Returns:
-        mx.array: neuron indices [..., k] int32, ascending. So those of a unit follow one another, but where several
-        units of a group are kept, their neurons mix.
+        mx.array: neuron indices [..., F] int32.
     """
     if group == 1:
-        return mx.sort(_smallest(scores)[..., :k], axis=-1)
+        return _smallest(scores)
     shape = scores.shape[:-1]
     in_groups = scores.reshape(*shape, -1, group)
     order = _smallest(in_groups)
     units = mx.take_along_axis(in_groups, order, axis=-1).reshape(*shape, -1, UNIT)
     members = (order + mx.arange(0, scores.shape[-1], group, dtype=mx.int32)[:, None]).reshape(units.shape)
-    best = _smallest(mx.sum(units.astype(mx.int64), axis=-1))[..., : k // UNIT]
-    return mx.sort(mx.take_along_axis(members, best[..., None], axis=-2).reshape(*shape, k), axis=-1)
+    best = _smallest(mx.sum(units.astype(mx.int64), axis=-1))
+    return mx.take_along_axis(members, best[..., None], axis=-2).reshape(scores.shape)
+
+
+def select(scores: mx.array, k: int, group: int = 1) -> mx.array:
+    """The k best neurons (``preference``), where there are groups a multiple of ``UNIT``.
+
+    Returns:
+        mx.array: neuron indices [..., k] int32, ascending. So those of a unit follow one another, but where several
+        units of a group are kept, their neurons mix.
+    """
+    return mx.sort(preference(scores, group)[..., :k], axis=-1)
 
 
 def kept_count(density: float, n: int, group: int = 1) -> int:
@@ -82,38 +90,6 @@ def kept_count(density: float, n: int, group: int = 1) -> int:
     to the nearest multiple of ``UNIT``, at least that."""
     step = 1 if group == 1 else UNIT
     return max(step, step * round(density * n / step))
-
-
-def auto_global_weight(local_tokens: int) -> float:
-    """How much the global ranks count after ``local_tokens`` prompt tokens, where they fit the prompt: the fewer of
-    them, the more: 0.8 at 4 tokens, 0.65 from 9 on; with at most one token, the ranks decide alone.
-    """
-    if local_tokens <= 1:
-        return 1.0
-    return max(0.65, 16 / (16 + local_tokens))
-
-
-def fit(local_energy: mx.array, best: mx.array, own_share: float) -> mx.array:
-    """How well a block's global ranks fit a prompt: the share of the prompt's energy that the globally better half of
-    the neurons holds, over the share that it holds of the energy that the ranks were measured on.
-
-    It is 1 on average for a prompt that is like what the model says by itself, however short, and lower for another.
-
-    Args:
-        local_energy (mx.array): the prompt's energy, [F] float32.
-        best (mx.array): the globally better half, indices [F / 2].
-        own_share (float): the share of the global energy that it holds.
-
-    Returns:
-        mx.array: a scalar, float32.
-    """
-    total = mx.maximum(mx.sum(local_energy), 1e-30)
-    return mx.sum(local_energy[best]) / (total * own_share)
-
-
-def trust(fits: list[mx.array]) -> mx.array:
-    """The factor on the global weight by the blocks' mean fit: none below 0.85, all from 0.95 on."""
-    return mx.clip((mx.mean(mx.stack(fits)) - 0.85) / 0.1, 0, 1)
 
 
 def _smallest(scores: mx.array) -> mx.array:

@@ -1,8 +1,10 @@
 """Global ranks: how important each neuron is to what the model itself likes to say. Their file format.
 
 A file holds, for FFN block i and both signals, ``layers.{i}.{signal}.rank`` ([F] uint16 or uint32, 1 = most important)
-and ``layers.{i}.{signal}.energy`` ([F] float32, mean share of a token's energy, sums to 1), and says in its metadata
-what it belongs to and how it was made. It is data only: a safetensors file, checked before anything is allocated.
+and ``layers.{i}.{signal}.energy`` ([F] float32, mean share of a token's energy, sums to 1); where it was measured on
+several kinds of text, ``layers.{i}.{signal}.domains`` ([K, F] float32), the energies on each of them. Its metadata says
+what it belongs to, how it was made, and how sensitive the model is to each block. It is data only: a safetensors file,
+checked before anything is allocated.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ from safetensors.numpy import save
 
 from .errors import GlassError, StatsError
 from .importance import SIGNALS
+from .ranking import rank
 
 if TYPE_CHECKING:
     from .model import GlassModel
@@ -45,19 +48,38 @@ class GlobalRanks:
     Attributes:
         ranks: for each signal, the ranks [F] (int64) of every FFN block.
         energies: for each signal, the energies [F] (float32) of every FFN block.
+        domains: for each signal, the energies [K, F] (float32) of every FFN block on each kind of text; with one kind,
+            ``energies``.
+        sensitivity: of every block (``sensitivity.sensitivity``), or None where it was not measured.
         metadata: strings: format_version; model, original, revision, model_type, quantization and fingerprint
             (what it belongs to); sizes (F of each block) and blocks (their paths), as JSON; method, tokens,
-            sequences, length, temperature, seed, stability and tool versions (how it was made).
+            domains and domain_tokens, sequences, length, temperature, seed, stability and tool versions (how it was
+            made).
     """
 
     ranks: dict[str, list[mx.array]]
     energies: dict[str, list[mx.array]]
     metadata: dict[str, str]
+    domains: dict[str, list[mx.array]] = field(default_factory=dict)
+    sensitivity: list[float] | None = None
+
+    def __post_init__(self):
+        self.domains = self.domains or {s: [e[None] for e in es] for s, es in self.energies.items()}
 
     @property
     def sizes(self) -> list[int]:
         """F of each FFN block."""
         return json.loads(self.metadata["sizes"])
+
+    @property
+    def domain_names(self) -> list[str]:
+        """What each kind of text is called."""
+        return _domain_names(self.metadata)
+
+    @property
+    def domain_tokens(self) -> list[int]:
+        """How many tokens were read of each."""
+        return _domain_tokens(self.metadata)
 
     @classmethod
     def read(cls, path: str | Path) -> GlobalRanks:
@@ -85,27 +107,33 @@ class GlobalRanks:
         if not isinstance(sizes, list) or not all(type(n) is int and 0 < n < 2**20 for n in sizes):
             raise ValueError("sizes is no list of neuron counts")
         names = set(f.keys())
+        kinds = _domain_names(metadata)
+        if len(_domain_tokens(metadata)) != len(kinds):
+            raise ValueError("domains and domain_tokens differ in length")
         ranks: dict[str, list[mx.array]] = {}
         energies: dict[str, list[mx.array]] = {}
+        domains: dict[str, list[mx.array]] = {}
         for signal in SIGNALS:
-            ranks[signal], energies[signal] = [], []
+            ranks[signal], energies[signal], domains[signal] = [], [], []
             for i, size in enumerate(sizes):
                 prefix = f"layers.{i}.{signal}"
-                for kind, dtypes in (("rank", ("U16", "U32")), ("energy", ("F32",))):
+                expected = [("rank", ("U16", "U32"), [size]), ("energy", ("F32",), [size])]
+                if len(kinds) > 1:
+                    expected.append(("domains", ("F32",), [len(kinds), size]))
+                for kind, dtypes, shape in expected:
                     if f"{prefix}.{kind}" not in names:
                         raise ValueError(f"{prefix}.{kind} is missing")
                     entry = f.get_slice(f"{prefix}.{kind}")
-                    if entry.get_shape() != [size] or entry.get_dtype() not in dtypes:
+                    if entry.get_shape() != shape or entry.get_dtype() not in dtypes:
                         raise ValueError(f"{prefix}.{kind} has a wrong shape or dtype")
                 order = f.get_tensor(f"{prefix}.rank").astype(np.int64)
                 if not np.array_equal(np.sort(order), np.arange(1, size + 1)):
                     raise ValueError(f"{prefix}.rank is no ranking of {size} neurons")
-                values = f.get_tensor(f"{prefix}.energy")
-                if not (np.isfinite(values).all() and (values >= 0).all()):
-                    raise ValueError(f"{prefix}.energy has values that are no energies")
                 ranks[signal].append(mx.array(order))
-                energies[signal].append(mx.array(values))
-        return cls(ranks, energies, metadata)
+                energies[signal].append(_energies(f, f"{prefix}.energy"))
+                several = _energies(f, f"{prefix}.domains") if len(kinds) > 1 else energies[signal][-1][None]
+                domains[signal].append(several)
+        return cls(ranks, energies, metadata, domains, _sensitivity(metadata, len(sizes)))
 
     def write(self, path: str | Path) -> None:
         """Write a file: complete, or not at all."""
@@ -115,7 +143,16 @@ class GlobalRanks:
                 small = np.uint16 if r.shape[0] < 2**16 else np.uint32
                 tensors[f"layers.{i}.{signal}.rank"] = np.array(r).astype(small)
                 tensors[f"layers.{i}.{signal}.energy"] = np.array(e)
-        write_atomically(path, lambda temporary: temporary.write_bytes(save(tensors, metadata=self.metadata)))
+                if len(_domain_names(self.metadata)) > 1:
+                    tensors[f"layers.{i}.{signal}.domains"] = np.array(self.domains[signal][i])
+        metadata = dict(self.metadata)
+        if self.sensitivity is not None:
+            metadata["sensitivity"] = json.dumps([float(f"{value:.4g}") for value in self.sensitivity])
+        write_atomically(path, lambda temporary: temporary.write_bytes(save(tensors, metadata=metadata)))
+
+    def use_in(self, model: GlassModel) -> None:
+        """Let a model choose its neurons by these."""
+        model.set_global_ranks(self.ranks, self.domains, self.sensitivity)
 
     def check(self, model: GlassModel) -> GlobalRanks:
         """Return self if the ranks are this model's, or those of the model that it is a quantised copy of.
@@ -143,6 +180,73 @@ class GlobalRanks:
             f"The ranks are for {made_for}, whose weights differ from this model's, and nothing says that one is "
             "a conversion of the other."
         )
+
+
+def _domain_names(metadata: dict[str, str]) -> list[str]:
+    """The kinds of text; a file of before there were several says none."""
+    names = json.loads(metadata.get("domains", "null")) or [metadata.get("method", "")]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) > 64:
+        raise ValueError("domains is no list of names")
+    return names
+
+
+def _domain_tokens(metadata: dict[str, str]) -> list[int]:
+    read = json.loads(metadata.get("domain_tokens", "null")) or [json.loads(metadata.get("tokens", "1"))]
+    if not isinstance(read, list) or not all(type(n) is int and n > 0 for n in read):
+        raise ValueError("domain_tokens is no list of numbers")
+    return read
+
+
+def _sensitivity(metadata: dict[str, str], blocks: int) -> list[float] | None:
+    values = json.loads(metadata.pop("sensitivity", "null"))
+    if values is None:
+        return None
+    numbers = isinstance(values, list) and all(type(v) in (int, float) and 0 <= v < 1e9 for v in values)
+    if not numbers or len(values) != blocks:
+        raise ValueError("sensitivity is no list of one number for each layer")
+    return [float(v) for v in values]
+
+
+def _energies(f: Any, name: str) -> mx.array:
+    values = f.get_tensor(name)
+    if not (np.isfinite(values).all() and (values >= 0).all()):
+        raise ValueError(f"{name} has values that are no energies")
+    return mx.array(values)
+
+
+def merge(parts: list[GlobalRanks]) -> GlobalRanks:
+    """The ranks of several files of one model as one, with the kinds of text of all of them, and energies over all
+    their tokens. What was measured of the model itself comes from the first that has it.
+
+    Raises:
+        StatsError: they are not of one model.
+    """
+    first = parts[0]
+    for other in parts[1:]:
+        if [other.metadata.get(k) for k in ("fingerprint", "sizes")] != [
+            first.metadata.get(k) for k in ("fingerprint", "sizes")
+        ]:
+            raise StatsError("The files are of different models.")
+    tokens = [sum(part.domain_tokens) for part in parts]
+    energies: dict[str, list[mx.array]] = {}
+    domains: dict[str, list[mx.array]] = {}
+    for signal in SIGNALS:
+        rows = zip(*(part.energies[signal] for part in parts))
+        energies[signal] = [sum(e * (n / sum(tokens)) for e, n in zip(row, tokens)) for row in rows]
+        domains[signal] = [mx.concatenate(row) for row in zip(*(part.domains[signal] for part in parts))]
+    names = [name for part in parts for name in part.domain_names]
+    metadata = {
+        **first.metadata,
+        "method": " and ".join(names),
+        "domains": json.dumps(names),
+        "domain_tokens": json.dumps([n for part in parts for n in part.domain_tokens]),
+        "tokens": str(sum(tokens)),
+    }
+    for key in ("stability", "stability_history", "sequences", "digest", "file"):  # each part's own
+        metadata.pop(key, None)
+    known = [part.sensitivity for part in parts if part.sensitivity is not None]
+    ranks = {signal: [rank(e) for e in energies[signal]] for signal in SIGNALS}
+    return GlobalRanks(ranks, energies, metadata, domains, known[0] if known else None)
 
 
 def _printable(text: str) -> str:

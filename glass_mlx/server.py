@@ -281,7 +281,9 @@ def engine_options(args: argparse.Namespace) -> EngineOptions:
     tokenizer = {"chat_template": args.chat_template} if args.chat_template else {}
     return EngineOptions(
         model=args.model or DEFAULT_MODEL,
-        config=GlassConfig(1.0 if args.dense else args.density, args.global_weight, args.signal, args.refresh),
+        config=GlassConfig(
+            1.0 if args.dense else args.density, args.global_weight, args.signal, args.refresh, args.allocation
+        ),
         verify={} if args.dense else verify_options(args),
         load={
             "tokenizer_config": tokenizer,

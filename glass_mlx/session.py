@@ -13,9 +13,10 @@ from mlx_lm.models.cache import ArraysCache
 from .errors import GlassError
 from .importance import SIGNALS
 
+ALLOCATIONS = ("measured", "uniform")
 _SAVED = "glass_mlx session 2"
 _MAX_MARKS = 8
-# By "auto", what was said is read again every so many tokens; neurons are chosen after so many, 3 times, 9 times ...
+# By "auto", what was said is read again every so many tokens, and neurons are chosen after so many, 3, 9, ... times that.
 _READ_GAP, _FIRST_CHOICE = 16, 32
 
 
@@ -25,18 +26,22 @@ class GlassConfig:
 
     Attributes:
         density: share of the FFN neurons to keep, in (0, 1]; 1 decodes with the model's own weights.
-        global_weight: weight of the model's global ranks in [0, 1], or ``"auto"``: by the prompt's length.
+        global_weight: ``"auto"``: by what is expected after the prompt (``prior``); or the weight of the model's global
+            ranks against the prompt's in rank fusion, in [0, 1]: GLASS's own form.
         signal: ``"impact"`` (activation times output-weight norm) or ``"activation"``.
         refresh: how often what was said is read again densely, which repairs its keys and values in the cache, adds
             it to the evidence and chooses the neurons again: every so many tokens; 0 for never; ``"auto"``: every 16
             tokens, and as making compact weights costs more than reading, neurons are chosen after 32, 96, 288, ...
             only.
+        allocation: ``"measured"``: blocks get their neurons by how sensitive the model is to each
+            (``allocation``), where the ranks file says it; ``"uniform"``: the same share of every block.
     """
 
     density: float = 0.5
     global_weight: float | str = "auto"
     signal: str = "impact"
     refresh: int | str = "auto"
+    allocation: str = "measured"
 
     def __post_init__(self):
         if not _is_number(self.density) or not 0 < self.density <= 1:
@@ -49,6 +54,8 @@ class GlassConfig:
         r = self.refresh
         if r != "auto" and (not isinstance(r, int) or isinstance(r, bool) or r < 0):
             raise GlassError(f'refresh must be "auto", 0 or a number of tokens, not {r!r}.')
+        if self.allocation not in ALLOCATIONS:
+            raise GlassError(f"allocation must be one of {', '.join(ALLOCATIONS)}, not {self.allocation!r}.")
 
     def updated(self, **changes: Any) -> GlassConfig:
         """A copy with the given fields changed; None leaves a field as it is."""

@@ -1,7 +1,7 @@
 """Global ranks from the command line.
 
 python -m glass_mlx.stats build --model demo             measure a model's ranks
-python -m glass_mlx.stats list | show F | verify F --model M | diff A B | plot F --out F.png
+python -m glass_mlx.stats list | show F | verify F --model M | diff A B | merge A B --out C | plot F --out F.png
 python -m glass_mlx.stats upload F --repo owner/name     share them
 """
 
@@ -28,7 +28,7 @@ from .importance import SIGNALS
 from .loading import ALIASES, DEFAULT_MODEL, load
 from .lookup import STATS_DIR, cache_dir, cached_file
 from .model import GlassModel
-from .ranks import GlobalRanks, write_index
+from .ranks import GlobalRanks, merge, write_index
 
 DEFAULT_TOKENS = 65536
 DEFAULT_STABLE_AT = 0.95
@@ -59,8 +59,11 @@ def build_ranks(
             goal = "" if stable_at is None else f" of {stable_at:.0%}"
             bar.set_postfix_str(f"stable {agreement['overlap']:.1%}{goal}")
 
+        def weighing(done: int, blocks: int) -> None:
+            bar.set_postfix_str(f"sensitivity of block {done} of {blocks}")
+
         partial = out.with_name(f"{out.name}.partial")
-        ranks = calibrate(model, source, tokens, stable_at, name, partial, progress)
+        ranks = calibrate(model, source, tokens, stable_at, name, partial, progress, weighing)
     ranks.write(out)
     partial.unlink(missing_ok=True)
     return out
@@ -93,7 +96,12 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     build.add_argument("--temp", type=float, default=1.0, help="sampling temperature")
     build.add_argument("--seed", type=int, default=0, help="PRNG seed")
     given = build.add_mutually_exclusive_group()
-    given.add_argument("--chat", action="store_true", help="let the model answer an empty message, not BOS alone")
+    given.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="only let the model answer an empty message, or never (default: that and BOS alone in turn, where it "
+        "has a chat template)",
+    )
     given.add_argument("--text", type=Path, metavar="FILE", help="read this text instead of the model's own")
     given.add_argument("--dataset", type=Path, metavar="FILE", help='read JSON lines with "text" or "messages"')
     build.add_argument("--trust-remote-code", action="store_true")
@@ -109,6 +117,9 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     diff.add_argument("files", nargs=2, metavar="file")
     diff.add_argument("--density", type=density, default=0.5, help="share of the neurons to compare")
     diff.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    merge = add("merge", _merge, "put files of one model together: each is a kind of text that prompts may be like")
+    merge.add_argument("files", nargs="+", metavar="file", help="a file, or the name of a listed model")
+    merge.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
     plot = add("plot", _plot, "draw how concentrated importance is, per layer")
     plot.add_argument("file", help="a file, or the name of a listed model")
     plot.add_argument("--out", type=Path, required=True, help="the PNG to write")
@@ -226,6 +237,12 @@ def _show(args: argparse.Namespace) -> None:
         print(f"  {key:16} {value if len(value) < 160 else value[:157] + '...'}")
 
 
+def _merge(args: argparse.Namespace) -> None:
+    merged = merge([GlobalRanks.read(_find(name)) for name in args.files])
+    merged.write(args.out)
+    print(f"{args.out}: {', '.join(merged.domain_names)}")
+
+
 def _verify(args: argparse.Namespace) -> None:
     path = _find(args.file)
     ranks = GlobalRanks.read(path)
@@ -280,14 +297,13 @@ def _local_overlaps(
 ) -> np.ndarray:
     """Overlap of the best ``share`` of each layer's neurons by a prompt with those by the global ranks,
     [prompts, layers]."""
-    from .evaluate import PROMPTS
+    from .evaluate import PROMPTS, read_prompts
 
-    prompts = [prompt] if prompt else PROMPTS.read_text(encoding="utf-8").splitlines()
+    prompts = [tokenizer.encode(prompt)] if prompt else read_prompts(str(PROMPTS), tokenizer, None)
     signal, rows = model.config.signal, []
-    for text in prompts:
+    for tokens in prompts:
         cache = model.make_cache()
-        tokens = mx.array(tokenizer.encode(text))[None]
-        mx.eval(model(tokens, cache=cache))
+        mx.eval(model(mx.array(tokens)[None], cache=cache))
         energy = np.array(model.session(cache).energy)
         local = np.split(energy, np.cumsum(ranks.sizes)[:-1])
         rows.append([compare(l, np.array(g), share)["overlap"] for l, g in zip(local, ranks.energies[signal])])

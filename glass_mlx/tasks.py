@@ -24,7 +24,7 @@ def standard_configs(densities: list[float]) -> dict[str, dict[float, GlassConfi
     """The dense model, and at each density GRIFFIN and GLASS."""
     return {
         "dense": {1.0: GlassConfig(1.0)},
-        "griffin": {d: GlassConfig(d, 0.0, "activation") for d in densities},
+        "griffin": {d: GlassConfig(d, 0.0, "activation", 0, "uniform") for d in densities},
         "glass": {d: GlassConfig(d) for d in densities},
     }
 

@@ -134,7 +134,7 @@ def ways(
         kinds (list[str]): of ``KINDS``.
     """
     glass = {"global_weight": weight, "refresh": 0}
-    griffin = {"global_weight": 0.0, "signal": "activation", "refresh": 0}
+    griffin = {"global_weight": 0.0, "signal": "activation", "refresh": 0, "allocation": "uniform"}
     refreshed = {**glass, "refresh": "auto"}
     made: dict[str, dict[float, Way]] = {"dense": {1.0: Way()}}
     named = {"griffin": {"griffin": (griffin,)}, "glass": {"glass": (glass,)}}

@@ -44,8 +44,11 @@ def energies(model, signal: str, rows: list[list[int]]) -> list[np.ndarray]:
 
 
 def same(a: GlobalRanks, b: GlobalRanks) -> bool:
-    pairs = [(x, y) for s in SIGNALS for x, y in zip(a.ranks[s] + a.energies[s], b.ranks[s] + b.energies[s])]
-    return a.metadata == b.metadata and all(mx.array_equal(x, y) for x, y in pairs)
+    pairs = [
+        (x, y) for k in ("ranks", "energies", "domains") for s in SIGNALS for x, y in zip(vars(a)[k][s], vars(b)[k][s])
+    ]
+    equal = a.metadata == b.metadata and all(mx.array_equal(x, y) for x, y in pairs)
+    return equal and np.allclose(a.sensitivity, b.sensitivity, rtol=1e-3)
 
 
 @pytest.fixture
@@ -128,7 +131,13 @@ def test_seed(tiny):
 def test_metadata(tiny):
     metadata = calibrate(tiny[0], small(*tiny, seed=3), 60, None, name="mine").metadata
     expected = {"format_version": "1", "model": "mine", "model_type": "llama", "fingerprint": fingerprint(tiny[0])}
-    expected |= {"sizes": "[96, 96]", "method": "null prompt", "length": "8", "temperature": "1.0", "seed": "3"}
+    expected |= {
+        "sizes": "[96, 96]",
+        "method": "null prompt and chat null prompt",
+        "length": "8",
+        "temperature": "1.0",
+        "seed": "3",
+    }
     expected |= {"glass_mlx": glass_mlx.__version__, "mlx": mx.__version__, "mlx_lm": mlx_lm.__version__}
     assert expected.items() <= metadata.items()
     assert json.loads(metadata["blocks"]) == [block.path for block in tiny[0].blocks]
@@ -167,7 +176,7 @@ def test_resume(tiny, rows, tmp_path, own, at):
     assert same(calibrate(tiny[0], again, 130, None, partial=partial), whole)
     assert asked[0] == at
     assert same(
-        calibrate(tiny[0], Source(source.method, lambda n: [], source.settings), 130, None, None, partial), whole
+        calibrate(tiny[0], Source(source.domains, lambda n: [], source.settings), 130, None, None, partial), whole
     )
 
 
@@ -213,19 +222,19 @@ def _state(path, change):
     data = path.read_bytes()
     n = 8 + int.from_bytes(data[:8], "little")
     text = json.dumps(change(json.loads(json.loads(data[8:n])["__metadata__"]["state"])))
-    save_file({"sums": np.zeros((2, 2, 192))}, path, metadata={"state": text})
+    save_file({"sums": np.zeros((2, 2, 1, 192))}, path, metadata={"state": text})
 
 
 DAMAGE = {
     "empty": lambda path: path.write_bytes(b""),
     "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "garbage": lambda path: path.write_bytes(b"\x07" * 999),
-    "no metadata": lambda path: save_file({"sums": np.zeros((2, 2, 192))}, path),
+    "no metadata": lambda path: save_file({"sums": np.zeros((2, 2, 1, 192))}, path),
     "no sums": lambda path: save_file({"x": np.zeros(3)}, path, metadata={"state": "{}"}),
     "no JSON": lambda path: save_file({"sums": np.zeros(3)}, path, metadata={"state": "{"}),
     "number": lambda path: _state(path, lambda state: 3),
     "list": lambda path: _state(path, lambda state: []),
-    "no tokens": lambda path: _state(path, lambda state: state | {"tokens": [0, 0]}),
+    "no tokens": lambda path: _state(path, lambda state: state | {"tokens": [[0], [0]]}),
     "text for tokens": lambda path: _state(path, lambda state: state | {"tokens": "12"}),
     "other sizes": lambda path: _state(path, lambda state: state | {"sizes": [96, 95]}),
     "more": lambda path: _state(path, lambda state: state | {"more": 1}),
@@ -276,9 +285,10 @@ def caches(request, monkeypatch):
 def test_null_prompt(tiny, caches):
     source = small(*tiny)
     first, second = source.batch(0), source.batch(1)
-    assert source.method == "null prompt" and source.batch(0) == first != second
-    for row in first + second:
-        assert row[0] == 1 and 2 not in row and len(row) <= 9
+    assert source.domains == ("null prompt", "chat null prompt") and source.batch(0) == first != second
+    start = tiny[1].apply_chat_template([{"role": "user", "content": ""}], add_generation_prompt=True)
+    for row, begin in [(row, [1]) for row in first] + [(row, start) for row in second]:
+        assert row[: len(begin)] == begin and 2 not in row and len(row) <= len(begin) + 8
     assert len({tuple(row) for row in first + second}) == 8
 
 
@@ -301,6 +311,29 @@ def test_random_state_stays(tiny, caches):
     mx.random.seed(7)
     small(*tiny).batch(0)
     assert mx.random.uniform(shape=(3,)).tolist() == expected
+
+
+def test_without_a_chat_template_bos_alone(tiny, model_copy):
+    (model_copy / "chat_template.jinja").unlink()
+    assert small(tiny[0], glass_mlx.load(model_copy, stats=False)[1]).domains == ("null prompt",)
+    assert small(*tiny, chat=False).domains == ("null prompt",)
+
+
+def test_domains_are_kept_apart(tiny, rows):
+    """Every other batch is of the other domain; what is read of each gives its energies, in whatever order."""
+    source = Source(("a", "b"), lambda n: rows[n : n + 1])
+    ranks = calibrate(tiny[0], source, stable_at=None)
+    assert json.loads(ranks.metadata["domains"]) == ["a", "b"]
+    assert json.loads(ranks.metadata["domain_tokens"]) == [sum(map(len, rows[d::2])) for d in (0, 1)]
+    for signal in SIGNALS:
+        for d in (0, 1):
+            for got, expected in zip(ranks.domains[signal], energies(tiny[0], signal, rows[d::2]), strict=True):
+                np.testing.assert_allclose(got[d], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_every_domain_is_read_once_at_least(tiny, rows):
+    ranks = calibrate(tiny[0], Source(("a", "b", "c"), lambda n: rows[n : n + 1]), tokens=1, stable_at=0.01)
+    assert json.loads(ranks.metadata["domains"]) == ["a", "b", "c"]
 
 
 def test_chat(tiny, caches):

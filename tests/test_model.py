@@ -223,8 +223,7 @@ def test_choice_by_hand(which, signal, global_weight, request):
     if which == "trained":
         model, tokenizer = model
         prompt = tokenizer.encode("The old house stood at the end of the lane,")[:12]
-    weight = max(0.65, 16 / (16 + len(prompt))) if global_weight == "auto" else global_weight
-    weight = Fraction(round(weight * 10**6), 10**6)
+    weight = None if global_weight == "auto" else Fraction(round(global_weight * 10**6), 10**6)
     cache = model.make_cache(density=density, global_weight=global_weight, signal=signal)
     say(model, prompt, cache, 1)
     kept = model.kept_neurons(cache)
@@ -232,9 +231,15 @@ def test_choice_by_hand(which, signal, global_weight, request):
     with watched(model) as seen:
         run(model.dense, make_prompt_cache(model.dense), prompt[:-1], prompt[-1:])
     energies = energies_by_hand(model, seen, signal)
-    for block, energy, ranks in zip(model.blocks, energies, model.global_ranks[signal]):
+    # made from the ranks, a neuron of twice the rank having half the energy
+    worlds = [1 / np.array(ranks) / (1 / np.array(ranks)).sum() for ranks in model.global_ranks[signal]]
+    halves = [np.array(ranks) <= block.size // 2 for block, ranks in zip(model.blocks, model.global_ranks[signal])]
+    fits = [e[half].sum() / e.sum() / world[half].sum() for e, half, world in zip(energies, halves, worlds)]
+    pseudo_tokens = 4 + 252 * min(max((np.mean(fits) - 0.85) / 0.1, 0), 1) ** 2
+    for world, block, energy, ranks in zip(worlds, model.blocks, energies, model.global_ranks[signal]):
         assert energy.sum() == pytest.approx(len(prompt))
-        expected = choose(ranks_of(energy), ranks.tolist(), weight, round(density * block.size))
+        local = ranks_of(energy if weight is not None else energy + pseudo_tokens * world)
+        expected = choose(local, ranks.tolist(), weight or Fraction(0), round(density * block.size))
         assert kept[block.path].dtype == mx.int32 and kept[block.path].tolist() == expected
 
 
@@ -260,10 +265,10 @@ def kept_lists(model: GlassModel, cache: list) -> list[list[int]]:
 
 @pytest.mark.parametrize(
     ("prompt", "weight", "by_the_model"),
-    [(1, "auto", True), (1, 0.3, True), (1, 0, False), (0, "auto", True), (0, 0, True), (2, "auto", False)],
+    [(1, "auto", False), (1, 0.3, True), (1, 0, False), (0, "auto", True), (0, 0, True), (2, "auto", False)],
 )
 def test_short_prompts(llama, prompt, weight, by_the_model):
-    """With nothing local but one token the global ranks decide, unless they are not to."""
+    """With nothing local but one token, fixed weights leave the choice to the global ranks, unless they are not to."""
     cache = llama.make_cache(global_weight=weight)
     if prompt:
         llama.session(cache).begin_prompt(prompt)
@@ -554,22 +559,27 @@ def test_compact_weights_go_with_their_conversation(llama):
         assert mx.get_active_memory() <= before + 1024
 
 
-def test_auto_trusts_the_global_ranks_where_they_fit_the_prompt(demo):
-    """Ranks measured on prose count for a prompt of prose, and not for one of another kind."""
+def test_auto_expects_what_the_model_says_after_prompts_like_it(demo):
+    """The demo's domains are prose and answers; each prompt is taken for one of its own kind."""
     model, tokenizer = demo
-    weights = {}
-    for text in (
-        "The old house at the end of the lane had stood empty for many",
-        "<|user|> I want to find a restaurant in San Jose.<|assistant|>",
+    prior = model._plan.priors["impact"]
+    for text, domain in (
+        ("The old house at the end of the lane had stood empty for many", 0),
+        ("<|user|> I want to find a restaurant in San Jose.<|assistant|>", 1),
     ):
-        cache = model.make_cache(global_weight="auto")
+        cache = model.make_cache()
         mx.eval(model(mx.array(tokenizer.encode(text))[None], cache=cache))
-        weights[text[0]] = model.global_weight(model.session(cache))
-        local = model.make_cache(global_weight=0)
-        mx.eval(model(mx.array(tokenizer.encode(text))[None], cache=local))
-        same = all(
-            mx.array_equal(a, b)
-            for a, b in zip(model.kept_neurons(cache).values(), model.kept_neurons(local).values(), strict=True)
-        )
-        assert same == (weights[text[0]] == 0)
-    assert weights["T"] > 0.5 and weights["<"] == 0
+        assert prior.weights(model.session(cache).energy).tolist()[domain] > 0.95
+
+
+def test_measured_allocation(llama):
+    """Blocks the model is more sensitive to keep more neurons, of the same number in all."""
+    model = GlassModel(llama.dense)
+    model.set_global_ranks(made_up_ranks(model), sensitivity=[1.0, 3.0])
+    counts = model.kept_counts(0.5)
+    assert counts[1] > counts[0] and sum(counts) == sum(model.kept_counts(0.5, "uniform"))
+    assert len(set(model.kept_counts(0.5, "uniform"))) == 1
+    for allocation in ("measured", "uniform"):
+        cache = model.make_cache(allocation=allocation)
+        say(model, PROMPT, cache, 4)
+        assert [len(k) for k in model.kept_neurons(cache).values()] == model.kept_counts(0.5, allocation)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glass_mlx.ranking import auto_global_weight, fit, fuse, kept_count, rank, select, trust
+from glass_mlx.ranking import fuse, kept_count, preference, rank, select
 from glass_mlx.slicing import UNIT
 
 props = settings(deadline=None, max_examples=100)
@@ -145,27 +145,14 @@ def test_blocks_are_chosen_for_together_as_one_by_one(group):
     assert mx.array_equal(select(together, 96, group), mx.stack([select(scores, 96, group) for scores in alone]))
 
 
-def test_auto_global_weight():
-    weights = [auto_global_weight(n) for n in range(200)]
-    assert weights == sorted(weights, reverse=True)
-    assert weights[:2] == [1, 1] and weights[4] == 0.8 and weights[8] > 0.65
-    assert set(weights[9:]) == {0.65}
-
-
-def test_ranks_fit_what_they_were_measured_on_and_not_the_opposite():
-    energy = np.random.default_rng(0).random(64).astype(np.float32) ** 4
-    best = np.argsort(-energy)[:32]
-    share = energy[best].sum() / energy.sum()
-    assert fit(mx.array(3 * energy), mx.array(best), float(share)).item() == pytest.approx(1, rel=1e-5)
-    other = 1 / (energy + 1e-3)
-    expected = other[best].sum() / other.sum() / share
-    assert fit(mx.array(other), mx.array(best), float(share)).item() == pytest.approx(expected, rel=1e-4)
-    assert fit(mx.zeros((64,)), mx.array(best), float(share)).item() == 0
-
-
-@pytest.mark.parametrize(("fits", "expected"), [([1.2, 0.7], 1), ([0.9, 0.9], 0.5), ([0.5, 1.0], 0), ([2.0], 1)])
-def test_trust(fits, expected):
-    assert trust([mx.array(f) for f in fits]).item() == pytest.approx(expected, abs=1e-5)
+@pytest.mark.parametrize("group", [1, 64, 128])
+def test_preference_holds_every_selection(group):
+    """Its first k are what is selected, for any k, and all of it is every neuron once."""
+    scores = rank(mx.array(np.random.default_rng(2).random((2, 256)).astype(np.float32)))
+    order = preference(scores, group)
+    assert np.array_equal(np.sort(order, axis=1), [range(256)] * 2)
+    for k in range(UNIT, 257, UNIT):
+        assert mx.array_equal(mx.sort(order[:, :k], axis=-1), select(scores, k, group))
 
 
 @given(st.floats(0, 1))

@@ -19,9 +19,10 @@ from safetensors.numpy import load_file, save_file
 
 import glass_mlx
 from glass_mlx import GlassError, StatsError, wrap
+from glass_mlx.calibrate import calibrate, given_sequences
 from glass_mlx.importance import SIGNALS
 from glass_mlx.lookup import STATS_DIR
-from glass_mlx.ranks import GlobalRanks, describe, fingerprint, index_entry, write_index
+from glass_mlx.ranks import GlobalRanks, describe, fingerprint, index_entry, merge, write_index
 
 INDEX_SCHEMA = {
     "format_version": "1",
@@ -436,9 +437,32 @@ def test_shipped_index():
         assert entry == index_entry(entry["file"], GlobalRanks.read(STATS_DIR / entry["file"]).metadata)
         for name, tensor in load_file(STATS_DIR / entry["file"]).items():
             assert tensor.dtype in ((np.uint16, np.uint32) if name.endswith("rank") else (np.float32,))
-            assert name.endswith("rank") or tensor.sum(dtype=float) == pytest.approx(1, abs=1e-5)
+            assert name.endswith("rank") or tensor.sum(axis=-1, dtype=float) == pytest.approx(1, abs=1e-5)
 
 
 def test_shipped_ranks_of_the_demo(demo):
     assert GlobalRanks.read(STATS_DIR / "demo.safetensors").check(demo[0]).metadata["model"] == "demo"
     assert demo[0].global_ranks is not None
+
+
+def test_merge(tiny, tmp_path):
+    """Every kind of text of every part, and the energies of all tokens together."""
+    a, b = (calibrate(tiny[0], given_sequences(name, rows), stable_at=None) for name, rows in PARTS.items())
+    merged, path = merge([a, b]), tmp_path / "merged.safetensors"
+    merged.write(path)
+    again = GlobalRanks.read(path).check(tiny[0])
+    assert again.domain_names == ["a", "b"] and again.domain_tokens == [7, 3] and again.sensitivity is not None
+    whole = calibrate(tiny[0], given_sequences("c", [*PARTS["a"], *PARTS["b"]]), stable_at=None)
+    for signal in SIGNALS:
+        for got, expected in zip(again.energies[signal], whole.energies[signal], strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-7)
+        for got, parts in zip(again.domains[signal], zip(a.energies[signal], b.energies[signal]), strict=True):
+            assert mx.array_equal(got, mx.stack(parts))
+    again.use_in(tiny[0])
+    assert merge([a]).domain_names == ["a"]
+    a.metadata["fingerprint"] = "other"
+    with pytest.raises(StatsError, match="different models"):
+        merge([a, b])
+
+
+PARTS = {"a": [[1, 5, 7, 9], [1, 3, 4]], "b": [[1, 100, 200]]}

@@ -76,7 +76,8 @@ def test_build(build, tiny, tiny_dir):
     file = build("--all")
     ranks = GlobalRanks.read(file).check(tiny[0])
     assert [p.name for p in file.parent.iterdir()] == [file.name]
-    expected = {"model": "tiny", "method": "null prompt", "length": "8", "temperature": "1.0", "seed": "0"}
+    method = "null prompt and chat null prompt"
+    expected = {"model": "tiny", "method": method, "length": "8", "temperature": "1.0", "seed": "0"}
     assert expected.items() <= ranks.metadata.items() and 60 <= int(ranks.metadata["tokens"]) < 96
     assert glass_mlx.load(tiny_dir, stats=file)[0].global_ranks is not None
     assert same(GlobalRanks.read(build("--all")), ranks)
@@ -90,21 +91,24 @@ def test_build_to_the_cache(command, tiny, tiny_dir):
     assert glass_mlx.load(tiny_dir)[0].global_ranks is not None
 
 
-@pytest.mark.parametrize("options, batches", [(("--stable-at", "0.01"), 1), (("--stable-at", "0.01", "--all"), 2)])
+@pytest.mark.parametrize(
+    "options, batches", [(("--stable-at", "0.01", "--no-chat"), 1), (("--stable-at", "0.01", "--all"), 2)]
+)
 def test_build_stops_when_stable(build, options, batches):
     assert len(json.loads(GlobalRanks.read(build(*options)).metadata["stability_history"])) == batches
 
 
 @pytest.mark.parametrize(
-    "option, method", [("--text", "text"), ("--dataset", "dataset"), ("--chat", "chat null prompt")]
+    "option, method",
+    [("--text", "text"), ("--dataset", "dataset"), ("--chat", "chat null prompt"), ("--no-chat", "null prompt")],
 )
 def test_sources(build, tmp_path, option, method):
     file = tmp_path / "given.txt"
     lines = ["The old house stood at the end of the street."] * 9
     file.write_text("\n".join(lines if method == "text" else ["", *(json.dumps({"text": t}) for t in lines), ""]))
-    metadata = GlobalRanks.read(build(option, *(() if option == "--chat" else (file,)))).metadata
+    metadata = GlobalRanks.read(build(option, *((file,) if option == f"--{method}" else ()))).metadata
     assert metadata["method"] == method and metadata["length"] == "8"
-    assert option == "--chat" or (metadata["file"] == "given.txt" and len(metadata["digest"]) == 32)
+    assert "chat" in option or (metadata["file"] == "given.txt" and len(metadata["digest"]) == 32)
 
 
 def test_interrupted_build(command, build, tiny_dir, tmp_path, interrupted):

@@ -104,7 +104,7 @@ def build_ranks(job: Job) -> Callable[[Any, Any], None]:
             return rows
 
         ranks = GlobalRanks.read(stats.build_ranks(model, tokenizer, source=replace(source, batch=batch)))
-        model.set_global_ranks(ranks.ranks, ranks.energies)
+        ranks.use_in(model)
 
     job.total = stats.DEFAULT_TOKENS
     return work
