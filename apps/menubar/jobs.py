@@ -100,7 +100,7 @@ def build_ranks(job: Job) -> Callable[[Any, Any], None]:
             rows = source.batch(number)
             job.check()
             # of an interrupted run the earlier batches are read already, and were about as long as this one
-            job.done = min(job.total, (number + 1) * sum(map(len, rows)))
+            job.done = max(job.done, min(job.total, (number + 1) * sum(map(len, rows))))
             return rows
 
         ranks = GlobalRanks.read(stats.build_ranks(model, tokenizer, source=replace(source, batch=batch)))
