@@ -16,7 +16,7 @@ from .importance import SIGNALS
 ALLOCATIONS = ("measured", "uniform")
 _SAVED = "glass_mlx session 2"
 _MAX_MARKS = 8
-# By "auto", what was said is read again every so many tokens, and neurons are chosen after so many, 3, 9, ... times that.
+# By "auto", what was said is read again every so many tokens; neurons are chosen after so many, 3, 9, ... times that.
 _READ_GAP, _FIRST_CHOICE = 16, 32
 
 

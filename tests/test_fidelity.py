@@ -22,10 +22,11 @@ SAID = [[12, 700, 41, 5, 99, 3000], [8, 8, 1500, 23, 610, 4], [444, 10, 32, 2, 1
 
 # What decoding can do by itself.
 CONFIGS = {
-    "griffin": GlassConfig(0.4, 0.0, "activation"),
-    "static": GlassConfig(0.4, 1.0),
-    "glass-a": GlassConfig(0.4, 0.5, "activation"),
-    "glass-i": GlassConfig(0.4, 0.5),
+    "griffin": GlassConfig(0.4, 0.0, "activation", allocation="uniform"),
+    "static": GlassConfig(0.4, 1.0, allocation="uniform"),
+    "glass-a": GlassConfig(0.4, 0.5, "activation", allocation="uniform"),
+    "glass-i": GlassConfig(0.4, 0.5, allocation="uniform"),
+    "glass-uniform": GlassConfig(0.4, allocation="uniform"),
     "glass": GlassConfig(0.4),
 }
 
@@ -151,9 +152,9 @@ def test_arms_keep_what_the_density_says(exact):
     model, _ = exact
     for density in (0.3, 1.0):
         evidence = evidence_of(model, density)
-        for arm in standard_arms([0.2, 0.8]).values():
-            kept = arm(evidence)
-            assert [k.shape for k in kept] == [(2, k) for k in model.kept_counts(density)]
+        for name, arm in standard_arms([0.2, 0.8]).items():
+            allocation = "measured" if name == "glass" else "uniform"
+            assert [k.shape for k in arm(evidence)] == [(2, k) for k in model.kept_counts(density, allocation)]
     by_layer = evidence_of(model, 0.5).keep([rank(mx.arange(b.size)) for b in model.blocks], [0.25, 0.75] * 3)
     assert [k.shape[1] for k in by_layer] == [256, 768] * 3
 
@@ -189,7 +190,7 @@ def test_speaking_equals_generating(exact):
     model, tokenizer = exact
     evidence, _ = record(model, Text(PROMPTS, SAID))
     evidence.density = 0.5
-    masks = [as_mask(k, block.size) for k, block in zip(product("impact", "auto")(evidence), model.blocks)]
+    masks = [as_mask(k, block.size) for k, block in zip(standard_arms([])["glass"](evidence), model.blocks)]
     for given, config in ((None, GlassConfig(1.0)), (masks, GlassConfig(0.5))):
         said = speak(model, PROMPTS, 12, 0, given)
         for prompt, row in zip(PROMPTS, said):
