@@ -226,10 +226,10 @@ def plot_tradeoff(result: dict[str, Any], out: Path) -> None:
     panels = [(key, label) for key, label in _FIDELITIES if key in next(iter(ways.values()))["1"]] or [("", "")]
     figure = _figure(6.5 * len(panels))
     for axes, (key, label) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels):
-        for name, rows in ways.items():
+        for i, (name, rows) in enumerate(ways.items()):
             shown = {d: row for d, row in rows.items() if not key or key in row}
             if shown:
-                _draw_way(axes, name, shown, key)
+                _draw_way(axes, name, shown, key, f"C{i}")
         axes.axvline(1, color="grey", linewidth=0.8, linestyle=":")
         axes.set(xlabel="speed-up over mlx-lm", ylabel=label or "density")
         axes.legend(fontsize="small")
@@ -246,11 +246,11 @@ _FIDELITIES = (
 )
 
 
-def _draw_way(axes: Any, name: str, rows: dict[str, Any], key: str) -> None:
+def _draw_way(axes: Any, name: str, rows: dict[str, Any], key: str, color: str) -> None:
     speed = np.array([row["speedup"] for row in rows.values()])
     y = np.array([row[key] if key else float(d) for d, row in rows.items()])
     spread = np.abs(np.array([row["range"]["speedup"] for row in rows.values()]).T - speed)
-    bars = axes.errorbar(speed, y, xerr=spread, fmt="o-", markersize=4, elinewidth=0.6, label=name)
+    axes.errorbar(speed, y, xerr=spread, fmt="o-", markersize=4, elinewidth=0.6, label=name, color=color)
     for d, x, height in zip(rows, speed, y):
         if d != "1":
-            axes.annotate(d, (x, height), (3, 3), textcoords="offset points", fontsize=7, color=bars[0].get_color())
+            axes.annotate(d, (x, height), (3, 3), textcoords="offset points", fontsize=7, color=color)
