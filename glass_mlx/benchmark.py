@@ -28,7 +28,7 @@ from mlx_lm.generate import generate_step, generation_stream, wired_limit
 from mlx_lm.models.cache import make_prompt_cache
 from tqdm import tqdm
 
-from .cli import add_verbose, density, global_weight, refresh, run
+from .cli import add_verbose, density, global_weight, list_of, refresh, run
 from .importance import SIGNALS
 from .loading import DEFAULT_MODEL, load
 from .memory import model_bytes
@@ -203,10 +203,6 @@ def _summary(rows: list[dict], prompt_tokens: int) -> dict[str, Any]:
     return {**medians, "range": {key: [min(values), max(values)] for key, values in columns.items()}}
 
 
-def _densities(text: str) -> list[float]:
-    return [density(part) for part in text.split(",")]
-
-
 def setup_arg_parser() -> argparse.ArgumentParser:
     """mlx-lm's options for benchmark, and GLASS's."""
     parser = argparse.ArgumentParser(prog="glass_mlx.benchmark", description="Speed of GLASS against plain mlx-lm.")
@@ -215,7 +211,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     what.add_argument("--shape", choices=SHAPES, help="random weights of this model's shape, without a download")
     parser.add_argument("--layers", type=int, help="with --shape: so many layers, for small machines")
     parser.add_argument("--bits", type=int, choices=BITS, default=4, help="with --shape: of a weight (default: 4)")
-    parser.add_argument("--density", type=_densities, default=[0.3, 0.5, 0.7], metavar="X[,X...]")
+    parser.add_argument("--density", type=list_of(density), default=[0.3, 0.5, 0.7], metavar="X[,X...]")
     parser.add_argument("--global-weight", type=global_weight, default=GlassConfig.global_weight, metavar="WEIGHT")
     parser.add_argument("--signal", choices=SIGNALS, default=GlassConfig.signal)
     parser.add_argument("--refresh", type=refresh, default=GlassConfig.refresh, metavar="TOKENS")

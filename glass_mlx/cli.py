@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from mlx_lm import sample_utils
 
@@ -31,6 +32,11 @@ def global_weight(text: str) -> float | str:
         return GlassConfig(global_weight=text if text == "auto" else float(text)).global_weight
     except (GlassError, ValueError) as e:
         raise argparse.ArgumentTypeError(f'{text!r} is neither "auto" nor in 0 to 1') from e
+
+
+def list_of(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """What parses several values with commas between them."""
+    return lambda text: [parse(part) for part in text.split(",")]
 
 
 def refresh(text: str) -> int | str:

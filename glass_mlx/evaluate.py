@@ -31,7 +31,7 @@ from . import recall, tasks
 from .arms import ARMS, GLOBAL, Arm, standard_arms
 from .benchmark import backend
 from .calibrate import start_tokens
-from .cli import add_verbose, density, global_weight, run
+from .cli import add_verbose, density, global_weight, list_of, run
 from .continuation import readability, self_nll, speak
 from .errors import GlassError
 from .fidelity import Scores, measure
@@ -191,10 +191,6 @@ def choose_arms(names: list[str] | None, weights: list[float | str], global_rank
     return {name: arm for name, arm in arms.items() if name not in missing}
 
 
-def _list(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    return lambda text: [parse(part) for part in text.split(",")]
-
-
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
@@ -212,11 +208,13 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         prog="glass_mlx.evaluate", description="Fidelity of sparse decoding to the dense model."
     )
     parser.add_argument("--model", default=DEFAULT_MODEL, help="directory, Hub repository or alias")
-    parser.add_argument("--density", type=_list(density), default=[0.5], metavar="X[,X...]")
-    parser.add_argument("--arms", type=_list(_arm), metavar="ARM[,ARM...]", help=f"of {', '.join(ARMS)} (default: all)")
+    parser.add_argument("--density", type=list_of(density), default=[0.5], metavar="X[,X...]")
+    parser.add_argument(
+        "--arms", type=list_of(_arm), metavar="ARM[,ARM...]", help=f"of {', '.join(ARMS)} (default: all)"
+    )
     parser.add_argument(
         "--global-weight",
-        type=_list(global_weight),
+        type=list_of(global_weight),
         default=[0.5],
         metavar="W[,W...]",
         help="of glass-a and glass-i (default: 0.5); glass is auto",
@@ -231,7 +229,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--count", type=_positive, help="only so many prompts (default: all of the file; null: 32)")
     parser.add_argument(
         "--prompt-tokens",
-        type=_list(_positive),
+        type=list_of(_positive),
         default=[None],
         metavar="N[,N...]",
         help="cut prompts to this length; the dense model goes on with shorter ones",
@@ -256,7 +254,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     kind.add_argument("--recall", action="store_true", help="does an answer repeat the city, time or name it was told?")
     kind.add_argument(
         "--tasks",
-        type=_list(str),
+        type=list_of(str),
         metavar="TASK[,TASK...]",
         help="generation tasks of lm-evaluation-harness (pip install 'glass_mlx[eval]')",
     )

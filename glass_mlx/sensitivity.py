@@ -12,6 +12,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from .ffn import Tap, swapped
+from .fidelity import divergence
 from .importance import output_norms
 from .model import GlassModel
 from .ranking import kept_count, rank, select
@@ -40,12 +41,10 @@ def sensitivity(
         list[float]: nats by share, not negative; 0 where nothing was lost.
     """
     tokens, real = _sample(model, rows)
-    blocks = model.blocks
     dense = model.dense(tokens).astype(mx.float32)
-    dense = dense - mx.logsumexp(dense, axis=-1, keepdims=True)
     mx.eval(dense)
     found = []
-    for block, energy in zip(blocks, energies):
+    for block, energy in zip(model.blocks, energies):
         kept = select(rank(energy), kept_count(0.5, block.size, block.group), block.group)
         mask = mx.zeros((block.size,)).at[kept].add(1)
         scale = mx.square(output_norms(block.module[block.output]))
@@ -59,8 +58,7 @@ def sensitivity(
 
         with swapped([block], [{block.output: Tap(block.module[block.output], observe)}]):
             sparse = model.dense(tokens).astype(mx.float32)
-        sparse = sparse - mx.logsumexp(sparse, axis=-1, keepdims=True)
-        kl = mx.sum(mx.sum(mx.exp(dense) * (dense - sparse), axis=-1) * real) / mx.sum(real)
+        kl = mx.sum(divergence(dense, sparse) * real) / mx.sum(real)
         share = mx.mean(mx.stack(lost))
         mx.eval(kl, share)
         found.append(max(0.0, kl.item()) / share.item() if share.item() > 0 else 0.0)

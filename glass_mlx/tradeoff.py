@@ -40,7 +40,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from tqdm import tqdm
 
 from .benchmark import backend, machine
-from .cli import add_verbose, density, global_weight, refresh, run
+from .cli import add_verbose, density, global_weight, list_of, refresh, run
 from .continuation import speak
 from .evaluate import PROMPTS, cut, read_prompts
 from .fidelity import Text, divergence
@@ -341,10 +341,6 @@ def table(result: dict[str, Any]) -> str:
 _SPEEDS = (("tps", ".1f"), ("speedup", ".2f"))
 
 
-def _list(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    return lambda text: [parse(part) for part in text.split(",")]
-
-
 def _share(text: str) -> float:
     if not 0 < float(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1")
@@ -368,15 +364,15 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--bits", type=int, choices=BITS, default=4, help="with --shape: of a weight (default: 4)")
     parser.add_argument(
         "--acceptance",
-        type=_list(_share),
+        type=list_of(_share),
         default=[0.7],
         metavar="A[,A...]",
         help="with --shape: simulated share of drafted tokens that are accepted (default: 0.7)",
     )
-    parser.add_argument("--density", type=_list(density), default=[0.3, 0.5, 0.7], metavar="X[,X...]")
+    parser.add_argument("--density", type=list_of(density), default=[0.3, 0.5, 0.7], metavar="X[,X...]")
     parser.add_argument(
         "--verify-threshold",
-        type=_list(_share),
+        type=list_of(_share),
         default=[0.1, 0.3],
         metavar="P[,P...]",
         help="of lenient decoding (default: 0.1,0.3)",
@@ -385,10 +381,14 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         "--draft-tokens", type=int, metavar="K", help="draft always so many tokens (default: as many as pay)"
     )
     parser.add_argument(
-        "--refresh", type=_list(refresh), default=["auto"], metavar="TOKENS[,TOKENS...]", help="(default: auto)"
+        "--refresh", type=list_of(refresh), default=["auto"], metavar="TOKENS[,TOKENS...]", help="(default: auto)"
     )
     parser.add_argument(
-        "--ways", type=_list(_kind), default=KINDS, metavar="WAY[,WAY...]", help=f"of {', '.join(KINDS)} (default: all)"
+        "--ways",
+        type=list_of(_kind),
+        default=KINDS,
+        metavar="WAY[,WAY...]",
+        help=f"of {', '.join(KINDS)} (default: all)",
     )
     parser.add_argument("--global-weight", type=global_weight, default=GlassConfig.global_weight, metavar="WEIGHT")
     parser.add_argument("--stats", metavar="FILE", help="global ranks (default: looked up)")
