@@ -59,7 +59,7 @@ def slice_columns(linear: nn.Module, columns: mx.array) -> nn.Module:
         nn.Module: takes [..., k]: the same kind of layer with weight [D, k], or a ``Spread``.
     """
     if not isinstance(linear, nn.QuantizedLinear):
-        return _copy(linear, {"weight": mx.take(linear.weight, columns, axis=1)})
+        return _copy(linear, {"weight": _take_columns(linear.weight, columns)})
     if unit_group(linear) == 1:
         return Spread(linear, columns)
     groups = columns[::UNIT] // linear.group_size
@@ -67,8 +67,8 @@ def slice_columns(linear: nn.Module, columns: mx.array) -> nn.Module:
         linear,
         {
             "weight": take_codes(linear.weight, columns, linear.bits),
-            "scales": mx.take(linear.scales, groups, axis=1),
-            "biases": mx.take(linear.biases, groups, axis=1),
+            "scales": _take_columns(linear.scales, groups),
+            "biases": _take_columns(linear.biases, groups),
         },
     )
     compact.group_size = UNIT
@@ -119,20 +119,24 @@ def take_codes(weight: mx.array, columns: mx.array, bits: int) -> mx.array:
     Returns:
         mx.array: [D, k * bits / 32] uint32.
     """
-    words = mx.contiguous(weight.T)  # one column's codes of all rows lie side by side: taking them copies whole rows
     bit = columns.astype(mx.int32) * bits
-    word, shift = bit // 32, (bit % 32).astype(mx.uint32)[:, None]
+    word, shift = bit // 32, (bit % 32).astype(mx.uint32)
     cycle = 32 // math.gcd(32, bits)  # as many codes as fill whole words
     codes = []
     for i in range(cycle):  # the i-th code of every cycle
-        code = mx.take(words, word[i::cycle], axis=0)
+        code = _take_columns(weight, word[i::cycle])
         if 32 % bits == 0:
             codes.append(_within(code, shift[i::cycle]))
         else:  # some codes go on in the next word; the last of a row has no next one, and does not
-            following = mx.take(words, mx.minimum(word[i::cycle] + 1, words.shape[0] - 1), axis=0)
+            following = _take_columns(weight, mx.minimum(word[i::cycle] + 1, weight.shape[1] - 1))
             codes.append(_across(code, following, shift[i::cycle]))
-    packed = mx.stack(_pack(codes, bits), axis=1)  # [cycles, words in a cycle, D]
-    return mx.contiguous(packed.reshape(-1, weight.shape[0]).T)
+    packed = mx.stack(_pack(codes, bits), axis=2)  # [D, cycles, words in a cycle]
+    return packed.reshape(weight.shape[0], -1)
+
+
+def _take_columns(array: mx.array, columns: mx.array) -> mx.array:
+    """``mx.take`` along the last axis of [D, F], which MLX's CPU backend does six times slower than this."""
+    return mx.take_along_axis(array, mx.broadcast_to(columns, (array.shape[0], columns.shape[0])), axis=1)
 
 
 @mx.compile
