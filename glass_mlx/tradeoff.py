@@ -2,6 +2,7 @@
 
     python -m glass_mlx.tradeoff --model demo --density 0.3,0.5,0.7 --plot tradeoff.png
     python -m glass_mlx.tradeoff --ways glass,refresh --refresh 10,30,auto --tokens 1024
+    python -m glass_mlx.tradeoff --ways glass,refresh --global-weight 0.5 --allocation uniform  # rank fusion
     python -m glass_mlx.tradeoff --shape mistral-7b --layers 2 --bits 4 --acceptance 0.7,0.9
 
 Every way of decoding answers the same prompts, in turn with the dense model and in one process. *Speed* is in tokens a
@@ -49,7 +50,7 @@ from .model import GlassModel
 from .plot import plot_tradeoff
 from .ranks import write_atomically
 from .sampling import Chance, make_sampler
-from .session import GlassConfig
+from .session import ALLOCATIONS, GlassConfig
 from .shapes import BITS, SHAPES, random_model
 from .summary import windows
 from .verify import Pace, verified_generate_step
@@ -122,6 +123,7 @@ def ways(
     k: int | None = None,
     refreshes: tuple[int | str, ...] | list[int | str] = ("auto",),
     kinds: tuple[str, ...] | list[str] = KINDS,
+    allocation: str = GlassConfig.allocation,
 ) -> dict[str, dict[float, Way]]:
     """Ways of decoding by name and density, the dense model first.
 
@@ -132,8 +134,9 @@ def ways(
         k (int, optional): draft always so many tokens.
         refreshes (list): as ``GlassConfig.refresh``.
         kinds (list[str]): of ``KINDS``.
+        allocation (str): of all but GRIFFIN, as ``GlassConfig.allocation``.
     """
-    glass = {"global_weight": weight, "refresh": 0}
+    glass = {"global_weight": weight, "refresh": 0, "allocation": allocation}
     griffin = {"global_weight": 0.0, "signal": "activation", "refresh": 0, "allocation": "uniform"}
     refreshed = {**glass, "refresh": "auto"}
     made: dict[str, dict[float, Way]] = {"dense": {1.0: Way()}}
@@ -391,6 +394,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         help=f"of {', '.join(KINDS)} (default: all)",
     )
     parser.add_argument("--global-weight", type=global_weight, default=GlassConfig.global_weight, metavar="WEIGHT")
+    parser.add_argument("--allocation", choices=ALLOCATIONS, default=GlassConfig.allocation)
     parser.add_argument("--stats", metavar="FILE", help="global ranks (default: looked up)")
     parser.add_argument("--prompts", default=str(PROMPTS), metavar="FILE", help="one prompt a line")
     parser.add_argument("--count", type=int, default=8, help="so many prompts, from all over the file (default: 8)")
@@ -438,7 +442,8 @@ def _compare(args: argparse.Namespace) -> None:
         prompts = read_prompts(args.prompts, tokenizer, None)
         prompts = [prompts[i * len(prompts) // args.count] for i in range(min(args.count, len(prompts)))]
         prompts = cut(model, prompts, args.prompt_tokens, args.temp, args.seed)
-        made = ways(args.density, args.verify_threshold, args.global_weight, args.draft_tokens, args.refresh, args.ways)
+        w = (args.global_weight, args.draft_tokens, args.refresh, args.ways, args.allocation)
+        made = ways(args.density, args.verify_threshold, *w)
     found = measure(model, prompts, made, args.tokens, args.temp, args.seed, fidelity=not args.shape)
     result = {
         "model": name,

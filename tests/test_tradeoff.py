@@ -49,6 +49,12 @@ def test_only_some_ways_and_more_refreshes(model):
     assert made["glass + refresh 8"][0.3].config["refresh"] == 8
 
 
+def test_rank_fusion_can_be_one_of_the_ways():
+    made = ways([0.3], [], 0.5, allocation="uniform")
+    for name, way in ((n, by_density[0.3]) for n, by_density in made.items() if n not in ("dense", "griffin")):
+        assert (way.config["global_weight"], way.config["allocation"]) == (0.5, "uniform"), name
+
+
 def test_speeds_and_counts(found):
     for rows in found.values():
         for row in rows.values():
