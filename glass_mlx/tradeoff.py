@@ -442,8 +442,15 @@ def _compare(args: argparse.Namespace) -> None:
         prompts = read_prompts(args.prompts, tokenizer, None)
         prompts = [prompts[i * len(prompts) // args.count] for i in range(min(args.count, len(prompts)))]
         prompts = cut(model, prompts, args.prompt_tokens, args.temp, args.seed)
-        w = (args.global_weight, args.draft_tokens, args.refresh, args.ways, args.allocation)
-        made = ways(args.density, args.verify_threshold, *w)
+        made = ways(
+            args.density,
+            args.verify_threshold,
+            weight=args.global_weight,
+            k=args.draft_tokens,
+            refreshes=args.refresh,
+            kinds=args.ways,
+            allocation=args.allocation,
+        )
     found = measure(model, prompts, made, args.tokens, args.temp, args.seed, fidelity=not args.shape)
     result = {
         "model": name,
