@@ -418,14 +418,14 @@ def test_settings(visit):
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("System prompt").fill("Answer like a pirate.")
     page.get_by_label("Temperature").fill("0.5")
-    page.get_by_label("Longest answer").fill("5")
+    page.get_by_label("Longest answer").fill("2")  # none is that short by itself, now and then one of 5 is
     page.keyboard.press("Escape")
     expect(page.locator(".system")).to_have_text("System prompt: Answer like a pirate.")
     visit.ask("I need a hotel in London.")
     (asked,) = visit.asked
     assert asked["messages"][0] == {"role": "system", "content": "Answer like a pirate."}
-    assert (asked["temperature"], asked["max_tokens"]) == (0.5, 5)
-    expect(visit.last.locator(".figures")).to_have_text(re.compile("5 tokens · cut at the longest length"))
+    assert (asked["temperature"], asked["max_tokens"]) == (0.5, 2)
+    expect(visit.last.locator(".figures")).to_have_text(re.compile("2 tokens · cut at the longest length"))
     page.get_by_role("button", name="Settings").click()
     page.get_by_role("button", name="Delete all conversations").click()
     page.get_by_role("button", name="Yes, delete all of them").click()
