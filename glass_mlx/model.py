@@ -422,7 +422,7 @@ class GlassModel(nn.Module):
         if session.energy is None:
             return 1.0
         tokens = self._plan.priors[session.config.signal].tokens(session.energy).item()
-        return tokens / (tokens + session.prompt_tokens)
+        return tokens / (tokens + mx.sum(session.energy).item() / len(self.blocks))
 
     def _by_block(self, energy: mx.array) -> list[mx.array]:
         """A session's evidence [sum of F], block by block."""

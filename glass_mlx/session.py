@@ -16,8 +16,11 @@ from .importance import SIGNALS
 ALLOCATIONS = ("measured", "uniform")
 _SAVED = "glass_mlx session 2"
 _MAX_MARKS = 8
-# By "auto", what was said is read again every so many tokens; neurons are chosen after so many, 3, 9, ... times that.
-_READ_GAP, _FIRST_CHOICE = 16, 32
+# By "auto", what was said is read again every so many tokens; the neurons are chosen after the second number of tokens,
+# after three times as many, and from then on every so many as the third.
+_READ_GAP, _FIRST_CHOICE, _CHOICE_GAP = 16, 32, 128
+# Evidence counts half after so many tokens said: an answer leaves behind what it began with.
+_HALF_LIFE = 128
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,8 @@ class GlassConfig:
         signal: ``"impact"`` (activation times output-weight norm) or ``"activation"``.
         refresh: how often what was said is read again densely, which repairs its keys and values in the cache, adds
             it to the evidence and chooses the neurons again: every so many tokens; 0 for never; ``"auto"``: every 16
-            tokens, and as making compact weights costs more than reading, neurons are chosen after 32, 96, 288, ...
-            only.
+            tokens, and as making compact weights costs more than reading, neurons are chosen only after 32, 96, 224,
+            352, ...
         allocation: ``"measured"``: blocks get their neurons by how sensitive the model is to each
             (``allocation``), where the ranks file says it; ``"uniform"``: the same share of every block.
     """
@@ -95,7 +98,7 @@ def next_choice(refresh: int | str, said: int) -> int:
         return next_refresh(refresh, said)
     due = _FIRST_CHOICE
     while due < said:
-        due *= 3
+        due = min(3 * due, due + _CHOICE_GAP)
     return due
 
 
@@ -116,7 +119,8 @@ class Session:
         config (GlassConfig): how this conversation chooses its neurons.
         offset (int): tokens in the prompt cache.
         prompt_tokens (int): tokens whose evidence was recorded.
-        energy (mx.array | None): evidence of all blocks, concatenated, [sum of F] float32.
+        energy (mx.array | None): evidence of all blocks, concatenated, [sum of F] float32: a sum of 1 in each block for
+            each recorded token, or what is left of it.
         kept (list[mx.array] | None): kept neurons of each block, [k] int32, ascending.
         compact (list[dict[str, nn.Module]] | None): compact projections of each block.
         said (int): tokens decoded since the last prompt.
@@ -161,14 +165,16 @@ class Session:
 
     def record(self, energy: mx.array, length: int, prompt: int | None = None, choose: bool = True) -> None:
         """Add the evidence of a dense call: energy [sum of F] float32 over ``length`` tokens, the last ``prompt``
-        (default: all) of which are of a prompt, and the others said before. The neurons are chosen again unless
-        not ``choose``."""
-        self.energy = energy if self.energy is None else self.energy + energy
-        self.marks.append(Mark(self.offset, self.offset + length, length, self.energy))
+        (default: all) of which are of a prompt, and the others said before. By what is said, earlier evidence
+        fades. The neurons are chosen again unless not ``choose``."""
+        prompt = length if prompt is None else prompt
+        if self.energy is not None:
+            energy = 0.5 ** ((length - prompt) / _HALF_LIFE) * self.energy + energy
+        self.energy = energy
+        self.marks.append(Mark(self.offset, self.offset + length, length, energy))
         if len(self.marks) > _MAX_MARKS:
             a, b = self.marks[:2]
             self.marks[:2] = [Mark(a.start, b.end, a.tokens + b.tokens, b.energy)]
-        prompt = length if prompt is None else prompt
         if prompt > 0:
             self.said = 0
             if self.prompt_left > 0:

@@ -159,6 +159,31 @@ def test_a_new_prompt_makes_a_new_choice():
     assert session.kept is session.compact is None
 
 
+# Evidence
+
+
+def test_evidence_fades_by_what_is_said():
+    session = filled((4,))
+    session.advance(128)
+    session.record(evidence(1), 128, prompt=0)
+    assert mx.array_equal(session.energy, evidence(0) / 2 + evidence(1))
+    session.record(evidence(2), 64 + 5, prompt=5)  # the end of the answer, and a next prompt
+    faded = (evidence(0) / 2 + evidence(1)) / 2**0.5
+    np.testing.assert_allclose(session.energy, faded + evidence(2), rtol=1e-6)
+    session.record(evidence(0), 500)  # the rest of the prompt
+    np.testing.assert_allclose(session.energy, faded + evidence(2) + evidence(0), rtol=1e-6)
+
+
+def test_taking_an_answer_back_brings_faded_evidence_back():
+    session = filled((4,))
+    session.record(evidence(1), 64, prompt=0)
+    session.retract(32)
+    half = (evidence(0) + evidence(0) / 2**0.5 + evidence(1)) / 2
+    np.testing.assert_allclose(session.energy, half, rtol=1e-6)
+    session.trim(32)
+    assert mx.array_equal(session.energy, evidence(0)) and session.prompt_tokens == session.offset == 4
+
+
 # Marks and trimming
 
 

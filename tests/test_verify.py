@@ -170,7 +170,8 @@ def test_evidence_is_recorded_and_the_choice_is_made_again():
             choices.append(session.kept)
     assert 3 <= len(choices) <= 6
     assert session.prompt_tokens >= len(PROMPT) + 30
-    assert session.energy.sum().item() == pytest.approx(len(model.blocks) * session.prompt_tokens, rel=0.02)
+    recorded = session.energy.sum().item() / len(model.blocks)  # in tokens, some of them faded
+    assert 0.8 * session.prompt_tokens < recorded < session.prompt_tokens
 
 
 def test_a_lenient_threshold_keeps_more(demo):
