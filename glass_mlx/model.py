@@ -421,8 +421,8 @@ class GlassModel(nn.Module):
             return weight
         if session.energy is None:
             return 1.0
-        tokens = self._plan.priors[session.config.signal].tokens(session.energy).item()
-        return tokens / (tokens + mx.sum(session.energy).item() / len(self.blocks))
+        tokens = self._plan.priors[session.config.signal].tokens(session.energy)
+        return (tokens / (tokens + mx.sum(session.energy) / len(self.blocks))).item()
 
     def _by_block(self, energy: mx.array) -> list[mx.array]:
         """A session's evidence [sum of F], block by block."""
