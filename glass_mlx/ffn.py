@@ -172,6 +172,10 @@ def check(block: Block) -> tuple[str, str]:
 
     Returns:
         tuple[str, str]: the layout of a fused projection, and the reason for a failure ("" if it passed).
+
+    Raises:
+        RuntimeError, ValueError: MLX's backend cannot compute it. That says nothing of the block: it is no reason to
+            leave it dense.
     """
     layouts = (HALVES, INTERLEAVED) if block.fused else ("",)
     reason = ""
@@ -179,11 +183,28 @@ def check(block: Block) -> tuple[str, str]:
         candidate = Block(block.path, block.module, block.inputs, block.output, block.size, layout)
         try:
             reason = _try(candidate)
-        except Exception as e:  # a family's own code fails on the probe: say so and leave it dense
-            reason = f"cannot be run on its own ({type(e).__name__}: {str(e).splitlines()[0][:80]})"
+        except _Refused as e:
+            reason = str(e)
+        except (RuntimeError, ValueError) as e:
+            e.add_note(f"raised by MLX on {mx.default_device()} in the check of {block.path}")
+            raise
         if not reason:
             return layout, ""
     return "", reason
+
+
+class _Refused(Exception):
+    """A family's own code does not take the probe."""
+
+
+def _run(module: nn.Module, x: mx.array, how: str) -> mx.array:
+    """What a block makes of the probe. Only its Python code may refuse; what MLX raises on evaluation passes."""
+    try:
+        y = module(x)
+    except Exception as e:
+        raise _Refused(f"cannot be run {how} ({type(e).__name__}: {(str(e).splitlines() or [''])[0][:80]})") from e
+    mx.eval(y)
+    return y
 
 
 def _walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -247,18 +268,18 @@ def _compare(block: Block) -> str:
     x = mx.random.normal((1, 4, _dims(module[block.inputs[0]])[0]), key=mx.random.key(0)).astype(dtype)
     hidden = []
     with swapped([block], [{block.output: Tap(projection, hidden.append)}]):
-        dense = module(x)
+        dense = _run(module, x, "on its own")
     if len(hidden) != 1 or hidden[0].shape[-1] != n:
         return "its output projection does not see the neurons once"
     scores = rank(mx.sum(mx.abs(hidden[0].astype(mx.float32)), axis=(0, 1)))
     half = select(scores, kept_count(0.5, n, block.group), block.group)
     mask = mx.zeros((n,), dtype).at[half].add(1)
     with swapped([block], [{block.output: Tap(projection, lambda h: h * mask)}]):
-        masked = module(x)
+        masked = _run(module, x, "with hidden values set to zero")
     with swapped([block], [block.compact(half)]):
-        sliced = module(x)
+        sliced = _run(module, x, "on half of its neurons")
     with swapped([block], [block.compact(_shuffled(scores, block.group))]):
-        permuted = module(x)
+        permuted = _run(module, x, "with its neurons in another order")
     if not _close(permuted, dense):
         return "its output depends on the order of its neurons"
     if not _close(sliced, masked):

@@ -27,8 +27,9 @@ def rank(importance: mx.array) -> mx.array:
     # The bits of non-negative floats order like the floats; index in the low half makes keys unique.
     bits = importance.astype(mx.float32).view(mx.uint32).astype(mx.int64)
     order = mx.argsort(-bits * (1 << 20) + mx.arange(n, dtype=mx.int64), axis=-1)
-    places = mx.broadcast_to(mx.arange(1, n + 1, dtype=mx.int64), order.shape)
-    return mx.put_along_axis(mx.zeros(order.shape, mx.int64), order, places, axis=-1)
+    # Metal scatters no 8-byte dtype; ranks are below 2**31.
+    places = mx.broadcast_to(mx.arange(1, n + 1, dtype=mx.int32), order.shape)
+    return mx.put_along_axis(mx.zeros(order.shape, mx.int32), order, places, axis=-1).astype(mx.int64)
 
 
 def fuse(local_rank: mx.array, global_rank: mx.array, global_weight: float | mx.array) -> mx.array:

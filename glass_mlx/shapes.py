@@ -24,6 +24,19 @@ _QWEN3 = {
     "max_position_embeddings": 40960,
 }
 
+_GEMMA3 = {
+    "model_type": "gemma3_text",
+    "rms_norm_eps": 1e-6,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 1024,
+    "sliding_window_pattern": 6,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+    "vocab_size": 262208,
+    "max_position_embeddings": 131072,
+}
+
 
 def _shape(base: dict, hidden: int, intermediate: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
     sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
@@ -41,12 +54,22 @@ SHAPES = {
     "qwen3-4b": _shape(_QWEN3, 2560, 9728, 36, 32, tie_word_embeddings=True),
     "qwen3-8b": _shape(_QWEN3, 4096, 12288, 36, 32),
     "qwen3-14b": _shape(_QWEN3, 5120, 17408, 40, 40),
+    "gemma-3-4b": _shape(_GEMMA3, 2560, 10240, 34, 8, num_key_value_heads=4),
 }
 
 
 def activation_dtype() -> mx.Dtype:
     """bfloat16 on a GPU; float32 on a CPU, where MLX's 16-bit products are slower than their bytes."""
     return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.bfloat16
+
+
+def build(shape: str, layers: int | None = None) -> nn.Module:
+    """An mlx-lm model of a true shape, of which nothing is evaluated yet; arguments as for ``random_model``."""
+    config = SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers})
+    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
+    dense = module.Model(module.ModelArgs.from_dict(config))
+    dense.sanitize({})  # some families tie their head to the embedding only here
+    return dense
 
 
 def random_model(shape: str, layers: int | None = None, bits: int = 4, seed: int = 0) -> GlassModel:
@@ -61,11 +84,7 @@ def random_model(shape: str, layers: int | None = None, bits: int = 4, seed: int
     Returns:
         GlassModel: evaluated.
     """
-    config = dict(SHAPES[shape])
-    if layers is not None:
-        config["num_hidden_layers"] = layers
-    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
-    dense = module.Model(module.ModelArgs.from_dict(config))  # nothing of it is evaluated
+    dense = build(shape, layers)
     dense.set_dtype({16: mx.bfloat16, 32: mx.float32}.get(bits) or activation_dtype())
     if bits < 16:
         nn.quantize(dense, group_size=64, bits=bits)

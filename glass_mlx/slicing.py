@@ -90,12 +90,14 @@ class Spread(nn.Module):
         super().__init__()
         size = projection.scales.shape[-1] * projection.group_size
         self.projection = projection
-        self.place = mx.full((size,), -1, dtype=mx.int32)  # of each input among those given
+        self.place = mx.zeros((size,), mx.int32)  # of each input among those given, any for the others
         self.place[columns] = mx.arange(columns.shape[0], dtype=mx.int32)
+        self.given = mx.zeros((size,), mx.bool_)
+        self.given[columns] = mx.array(True)
 
     def __call__(self, h: mx.array) -> mx.array:
-        given = mx.take(h, mx.maximum(self.place, 0), axis=-1)
-        return self.projection(mx.where(self.place < 0, mx.zeros((), h.dtype), given))
+        spread = mx.take(h, self.place, axis=-1)
+        return self.projection(mx.where(self.given, spread, mx.array(0, h.dtype)))
 
     def __getattr__(self, name: str):  # some families read the projection's weight (its dtype, say)
         try:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"  # before anything reads them
 
+import metal
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -27,6 +28,23 @@ from glass_mlx.loading import DEMO_PATH
 from glass_mlx.ranks import GlobalRanks
 
 ROOT = Path(glass_mlx.__file__).parents[1]
+
+# MLX's compiler: on a CPU a first run waits for C++'s, and the rules of Metal cannot be read off compiled graphs.
+mx.disable_compile()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--no-metal-rules", action="store_true", help="let pass what MLX's Metal backend refuses")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def metal_rules(request):
+    """Whatever Metal refuses fails (``metal.py``)."""
+    if request.config.getoption("--no-metal-rules"):
+        yield
+    else:
+        with metal.enforce():
+            yield
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ import json
 import logging
 import sys
 
-import mlx.core as mx
 import pytest
 
 from glass_mlx import families
@@ -14,12 +13,10 @@ from glass_mlx import families
 
 @pytest.fixture(autouse=True)
 def _as_before():
-    """The command turns off MLX's compiler and warnings; the next test finds them on again."""
+    """The command turns off warnings; the next test finds them on again."""
     logger = logging.getLogger("glass_mlx")
     level = logger.level
-    mx.disable_compile()
     yield
-    mx.enable_compile()
     logger.setLevel(level)
 
 

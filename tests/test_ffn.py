@@ -15,14 +15,6 @@ from glass_mlx.tiny import tiny_model
 SIZE = 64
 
 
-@pytest.fixture(autouse=True)
-def _no_compiler():
-    """Without it, a first run on a CPU waits for the C++ compiler."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
-
-
 class Mlp(nn.Module):
     """A feed-forward block; what others do to its hidden vectors is in ``act``."""
 
@@ -51,6 +43,13 @@ class Positional(Mlp):
 class Failing(Mlp):
     def act(self, h):
         raise ValueError("needs a mask\nand more")
+
+
+class HalfBlind(Mlp):
+    """Does not run on fewer neurons than it was made for."""
+
+    def act(self, h):
+        return h.reshape(*h.shape[:-1], SIZE // 4, 4).reshape(*h.shape[:-1], SIZE)
 
 
 class Unused(Mlp):
@@ -130,6 +129,7 @@ def test_rows_of_fused_projections(layout, rows):
         (Normalised, "not independent"),
         (Positional, "order of its neurons"),
         (Failing, "cannot be run on its own (ValueError: needs a mask)"),
+        (HalfBlind, "cannot be run on half of its neurons (ValueError: "),
         (Unused, "does not see the neurons once"),
         (Twice, "does not see the neurons once"),
     ],
@@ -142,6 +142,20 @@ def test_check(kind, reason, dtype):
     layout, found = check(block(module))
     assert layout == "" and (reason in found if reason else found == "")
     assert dict(module) == own
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError])
+def test_an_error_of_the_backend_is_no_reason_to_stay_dense(error, monkeypatch):
+    def unsupported(*args, **kwargs):
+        raise error("[ScatterAxis::eval_gpu] Does not support int64")
+
+    model = tiny_model("llama")
+    own = dict(model.layers[0].mlp)
+    monkeypatch.setattr(mx, "put_along_axis", unsupported)
+    with pytest.raises(error, match="Does not support int64") as caught:
+        GlassModel(model)
+    assert "model.layers.0.mlp" in caught.value.__notes__[0]
+    assert dict(model.layers[0].mlp) == own
 
 
 def test_an_adapter_is_named():

@@ -31,27 +31,17 @@ STEPS = [8, 97, 9]
 def build_all() -> dict[str, GlassModel]:
     """Every family that GlassModel accepts, built once: a few milliseconds each."""
     models = {}
-    mx.disable_compile()
     for name in model_types():
         try:
             models[name] = GlassModel(tiny_model(name))
         except (Unbuildable, GlassError):
             continue
-    mx.enable_compile()
     return models
 
 
 MODELS = build_all()
 # mlx-lm's own block-sparse attention sees other keys when a prompt comes in chunks.
 CHUNKABLE = MODELS.keys() - {"phi3small"}
-
-
-@pytest.fixture(autouse=True)
-def _no_compiler():
-    """Without it, a first run on a CPU waits for the C++ compiler."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 def made_up_ranks(model: GlassModel) -> dict[str, list[mx.array]]:

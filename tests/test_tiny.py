@@ -15,14 +15,6 @@ from glass_mlx import tiny
 PROMPT = mx.array([[3, 14, 15, 9, 26]])
 
 
-@pytest.fixture(autouse=True)
-def _no_compiler():
-    """Without it, a first run on a CPU waits for the C++ compiler."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
-
-
 def _decode(model: nn.Module) -> list[mx.array]:
     """Logits of a prompt and of one token after it."""
     cache = make_prompt_cache(model)
