@@ -94,14 +94,14 @@ def status(out: str) -> dict[str, str]:
 
 def test_what_the_backend_cannot_do(invoke, quick, monkeypatch):
     """The backend's own words are shown; what does not need it is still checked."""
-    quick("mlx-lm", "slices", "ranks", "selection")
+    quick("mlx-lm", "slices", "ranks", "wrap", "selection")
 
     def refuse(*_, **__):
         raise RuntimeError("[ScatterAxis::eval_gpu] Does not support int64\nmore")
 
     monkeypatch.setattr(mx, "put_along_axis", refuse)
     done = invoke(doctor.main)
-    failed = {"ranks": "FAILED", "selection": "FAILED"}
+    failed = {"ranks": "FAILED", "wrap": "FAILED", "selection": "FAILED"}
     assert done.code == 1
     assert status(done.out) == {"formats": "ok", "mlx-lm": "ok", "slices": "ok", **failed, "speed": "ok"}
     line = next(line for line in done.out.splitlines() if line.startswith("ranks"))
