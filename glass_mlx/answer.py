@@ -72,7 +72,7 @@ class Answerer:
         entry.session.configure(**vars(config))
         reading = _Reading(self, ticket, entry, prompt, bounds)
         try:
-            return reading.run(config, progress)
+            return reading.run(progress)
         finally:
             if reading.sound:
                 self.conversations.put(entry)
@@ -155,7 +155,7 @@ class _Reading:
         self.started = time.perf_counter()
         self.sound = False
 
-    def run(self, config: GlassConfig, progress: Callable[[float], None]) -> Piece:
+    def run(self, progress: Callable[[float], None]) -> Piece:
         request = self.ticket.request
         # Set right before its generation, and no other request runs until that ends: a seed's answer is its own.
         # Without one, 64 new bits, else the answers after a seeded request would be the same every time.
@@ -183,7 +183,7 @@ class _Reading:
                 stream.close()
         except _Stop:
             finish, piece = "cancelled", Piece()
-        self._settle(config)
+        self._settle()
         usage = self._usage(response, first - self.started) if response is not None else Usage(len(self.prompt))
         if finish != "cancelled":
             rest = reader.finish()
@@ -254,28 +254,13 @@ class _Reading:
             **of.kv,
         )
 
-    def _settle(self, config: GlassConfig) -> None:
+    def _settle(self) -> None:
         """Note what the cache holds now."""
         entry, read = self.entry, min(self.entry.session.offset, len(self.prompt))
         if self.cached == (entry.bounds[-1] if entry.bounds else 0):  # dense so far
             entry.bounds += [b for b in self.bounds if self.cached < b <= read]
         entry.tokens = [*self.prompt, *self.generated][: entry.session.offset]
-        self._mark_sparse(config)
         self.sound = len(entry.tokens) == entry.session.offset
-
-    def _mark_sparse(self, config: GlassConfig) -> None:
-        """Mark the stretches of the cache that the sparse model wrote and nothing has repaired since."""
-        entry, end = self.entry, len(self.entry.tokens)
-        if self.unread and end > self.cached:
-            again = self.cached - self.unread
-            entry.sparse = [(a, min(b, again)) for a, b in entry.sparse if a < again]
-        start = len(self.prompt)
-        if self.verified or config.density == 1:
-            start = end
-        elif entry.session.until_refresh() is not None and _can_go_back(entry):
-            start = end - _unread(entry)
-        if start < end:
-            entry.sparse.append((start, end))
 
     def _token(self, response: GenerationResponse) -> Token:
         request = self.ticket.request
@@ -310,11 +295,8 @@ class _Reading:
 
 def _unread(entry: Entry) -> int:
     """How many of a cache's last tokens wait to be read again densely."""
-    return sum(tokens.shape[1] for tokens in entry.session.unread) if _can_go_back(entry) else 0
-
-
-def _can_go_back(entry: Entry) -> bool:
-    return can_trim_prompt_cache(entry.cache[:-1])
+    can_go_back = can_trim_prompt_cache(entry.cache[:-1])
+    return sum(tokens.shape[1] for tokens in entry.session.unread) if can_go_back else 0
 
 
 def _render(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> list[int]:

@@ -41,7 +41,6 @@ def evaluate(
     arms: dict[str, Arm],
     densities: list[float],
     questions: list[dict[str, Any]],
-    global_energies: dict[str, list[mx.array]] | None = None,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """The share of questions that each arm answers right.
 
@@ -61,7 +60,7 @@ def evaluate(
         dense = batch.answer()
         right["dense"][1.0] += batch.marks(dense)
         evidence, _ = record(model, Text(batch.prompts, dense))
-        evidence.global_energies, evidence.first = global_energies, first
+        evidence.first = first
         for evidence.density in densities:
             for name, arm in arms.items():
                 masks = [as_mask(kept, block.size) for kept, block in zip(arm(evidence), model.blocks)]

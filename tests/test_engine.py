@@ -162,33 +162,13 @@ def test_next_turn_pays_only_for_new_tokens(demo_engine, refresh):
     assert demo_engine.status().conversations == 1
 
 
-def test_what_was_written_sparsely_is_marked(demo_engine):
-    for density, marked in ((0.5, True), (1.0, False)):
-        pieces = list(demo_engine.submit(ask("Hello there", density=density, client=str(density))))
-        entry = demo_engine._answerer.conversations._entries[-1]
-        start = pieces[-1].usage.prompt_tokens
-        assert entry.sparse == ([(start, len(entry.tokens))] if marked else [])
-
-
-def test_what_a_refresh_repairs_is_not_marked(demo_engine):
-    options = {"refresh": 8, "max_tokens": 20, "logit_bias": {2: -100.0}}
-    pieces = list(demo_engine.submit(ask("Hello there", client="r", **options)))
-    store = demo_engine._answerer.conversations
-    ((start, end),) = store._entries[-1].sparse
-    assert end == len(store._entries[-1].tokens) and 0 < end - start <= 8
-    said = {"role": "assistant", "content": "".join(p.text for p in pieces)}
-    turn = [{"role": "user", "content": "Hello there"}, said, {"role": "user", "content": "Go on."}]
-    list(demo_engine.submit(Request(messages=turn, client="r", density=1.0, max_tokens=3)))
-    assert store._entries[-1].sparse == []
-
-
 def test_verified_answers_are_the_dense_models(demo_engine):
     options = {"max_tokens": 24, "temperature": 0.0, "client": "v"}
     dense = text(demo_engine.submit(ask("I need a hotel.", density=1.0, **options)))
     *_, end = pieces = list(demo_engine.submit(ask("I need a hotel.", verify=True, **options)))
     assert "".join(p.text for p in pieces) == dense
     assert end.usage.verified and 0 < end.usage.density < 1
-    assert demo_engine._answerer.conversations._entries[-1].sparse == []
+    assert not demo_engine._answerer.conversations._entries[-1].session.unread
     for request in (ask("Hi", density=1.0, verify=True), ask("Hi", verify=False)):
         assert not last(demo_engine.submit(request)).usage.verified
 
