@@ -92,9 +92,7 @@ class Answerer:
         """How the dense model checks this answer: arguments of ``stream_generate``."""
         checks = dict(self.verify)
         if request.verify is not None:
-            checks |= {"verify": request.verify, "verify_threshold": None}
-        if request.verify_threshold is not None:
-            checks |= {"verify_threshold": request.verify_threshold}
+            checks |= {"verify": request.verify}
         return checks
 
     def _encode(self, request: Request) -> tuple[list[int], int]:
@@ -148,8 +146,7 @@ class _Reading:
         self.cached = len(entry.tokens)
         self.unread = _unread(entry)  # they are in the cache, but are read again before the prompt
         self.checks = of.checks(ticket.request)
-        wanted = self.checks.get("verify") or self.checks.get("verify_threshold")
-        self.verified = bool(wanted) and entry.session.config.density < 1
+        self.verified = bool(self.checks.get("verify")) and entry.session.config.density < 1
         self.generated: list[int] = []
         self.drafted = 0
         self.started = time.perf_counter()

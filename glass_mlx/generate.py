@@ -59,9 +59,7 @@ def stream_generate(
     signal: str | None = None,
     refresh: int | str | None = None,
     verify: bool = False,
-    verify_threshold: float | None = None,
     draft_tokens: int | None = None,
-    draft_density: float | None = None,
     prompt_cache: list[Any] | None = None,
     max_kv_size: int | None = None,
     **kwargs: Any,
@@ -82,11 +80,7 @@ def stream_generate(
         density, global_weight, signal, refresh: where this and later answers of the conversation differ from the
             model's configuration.
         verify (bool): draft sparsely and check with the dense model, whose answer it then is; see ``verify.py``.
-        verify_threshold (float, optional): with it, also keep drafted tokens that the dense model gives at least this
-            probability; implies ``verify``.
         draft_tokens (int, optional): draft always so many before they are checked. Default: as many as pay.
-        draft_density (float, optional): density to draft at. Default: the fastest that the model's answers have shown
-            so far, see ``verify.draft_density``.
         prompt_cache (list, optional): from ``model.make_cache()``; updated in place.
         max_kv_size (int, optional): for a new cache, as in mlx-lm.
         kwargs: the remaining options of mlx-lm's ``generate_step``.
@@ -106,7 +100,6 @@ def stream_generate(
             "With a draft model, start a new conversation at the model's own density: "
             "give neither prompt_cache nor density, global_weight, signal or refresh."
         )
-    verify = verify or verify_threshold is not None
     if verify and (draft_model is not None or not isinstance(model, GlassModel)):
         raise GlassError("To verify needs a GlassModel, and no draft model: it drafts by itself.")
     session = None
@@ -128,8 +121,7 @@ def stream_generate(
             raise GlassError("Verified decoding does not take input embeddings.")
         if not isinstance(tokenizer, TokenizerWrapper):
             tokenizer = TokenizerWrapper(tokenizer)
-        how = {"threshold": verify_threshold, "draft_tokens": draft_tokens, "density": draft_density}
-        responses = stream_verified(model, tokenizer, prompt, max_tokens, **how, **kwargs)
+        responses = stream_verified(model, tokenizer, prompt, max_tokens, draft_tokens=draft_tokens, **kwargs)
     else:
         responses = stream_dense(model, tokenizer, prompt, max_tokens, draft_model, **kwargs)
     for response in responses:
