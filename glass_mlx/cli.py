@@ -85,7 +85,7 @@ def add_glass_options(parser: argparse.ArgumentParser, build: bool) -> None:
         default=GlassConfig.refresh,
         metavar="TOKENS",
         help="read what was said again densely every so many tokens, and choose the neurons again; auto: every 16, "
-        "the neurons at some of them; 0: never (default: %(default)s)",
+        "the neurons at some of them; 0: only with the next prompt (default: %(default)s)",
     )
     group.add_argument("--stats", metavar="FILE", help="global ranks (default: looked up)")
     group.add_argument("--stats-repo", metavar="REPO", help="Hub repository of global ranks, owner/name[@revision]")

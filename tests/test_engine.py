@@ -144,10 +144,10 @@ def test_without_a_seed_answers_differ(demo_engine):
     assert len(said) > 1
 
 
-@pytest.mark.parametrize("refresh", [0, "auto"])
-def test_next_turn_pays_only_for_new_tokens(demo_engine, refresh):
-    """And, refreshed, for repairing what was said."""
-    said = demo_engine.submit(Request(messages=[USER], refresh=refresh))
+@pytest.mark.parametrize("density", [0.5, 1.0])
+def test_next_turn_pays_only_for_new_tokens(demo_engine, density):
+    """And for repairing what was said sparsely."""
+    said = demo_engine.submit(Request(messages=[USER], density=density))
     pieces = list(said)
     first = pieces[-1].usage
     turn = [
@@ -155,10 +155,10 @@ def test_next_turn_pays_only_for_new_tokens(demo_engine, refresh):
         {"role": "assistant", "content": "".join(p.text for p in pieces)},
         {"role": "user", "content": "Cheap."},
     ]
-    usage = last(demo_engine.submit(Request(messages=turn, max_tokens=5, refresh=refresh))).usage
-    known = first.prompt_tokens + (first.completion_tokens if refresh == 0 else 0)
+    usage = last(demo_engine.submit(Request(messages=turn, max_tokens=5, density=density))).usage
+    known = first.prompt_tokens + (first.completion_tokens if density == 1 else 0)
     assert known - 1 <= usage.cached_tokens <= known
-    assert usage.prompt_tokens - usage.cached_tokens < 10 + (first.completion_tokens if refresh else 0)
+    assert usage.prompt_tokens - usage.cached_tokens < 10 + (first.completion_tokens if density < 1 else 0)
     assert demo_engine.status().conversations == 1
 
 
