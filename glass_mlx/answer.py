@@ -83,6 +83,7 @@ class Answerer:
                 density=request.density,
                 global_weight=request.global_weight,
                 signal=request.signal,
+                allocation=request.allocation,
                 refresh=request.refresh,
             )
         except GlassError as e:

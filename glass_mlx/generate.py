@@ -57,6 +57,7 @@ def stream_generate(
     density: float | None = None,
     global_weight: float | str | None = None,
     signal: str | None = None,
+    allocation: str | None = None,
     refresh: int | str | None = None,
     verify: bool = False,
     draft_tokens: int | None = None,
@@ -77,8 +78,8 @@ def stream_generate(
         max_tokens (int): at most so many tokens; -1 for no limit.
         draft_model (nn.Module, optional): for mlx-lm's speculative decoding, which verifies several tokens at
             once, and those run dense: the result is the dense model's.
-        density, global_weight, signal, refresh: where this and later answers of the conversation differ from the
-            model's configuration.
+        density, global_weight, signal, allocation, refresh: where this and later answers of the conversation differ
+            from the model's configuration (:class:`glass_mlx.GlassConfig`).
         verify (bool): draft sparsely and check with the dense model, whose answer it then is; see ``verify.py``.
         draft_tokens (int, optional): draft always so many before they are checked. Default: as many as pay.
         prompt_cache (list, optional): from ``model.make_cache()``; updated in place.
@@ -91,14 +92,15 @@ def stream_generate(
     Raises:
         GlassError: an argument is out of range, or the prompt is empty.
     """
-    choice = {"density": density, "global_weight": global_weight, "signal": signal, "refresh": refresh}
+    choice = {"density": density, "global_weight": global_weight, "signal": signal}
+    choice |= {"allocation": allocation, "refresh": refresh}
     prompt = _encode(tokenizer, prompt)
     if prompt.size == 0 and kwargs.get("input_embeddings") is None:
         raise GlassError("The prompt is empty: it has no tokens.")
     if draft_model is not None and any(v is not None for v in (prompt_cache, *choice.values())):
         raise GlassError(
             "With a draft model, start a new conversation at the model's own density: "
-            "give neither prompt_cache nor density, global_weight, signal or refresh."
+            f"give neither prompt_cache nor {', '.join(choice)}."
         )
     if verify and (draft_model is not None or not isinstance(model, GlassModel)):
         raise GlassError("To verify needs a GlassModel, and no draft model: it drafts by itself.")

@@ -146,8 +146,8 @@ class Session:
         return sum(mark.tokens for mark in self.marks)
 
     def configure(self, **changes: Any) -> None:
-        """Change density, global_weight or signal from the next decoded token on. A change of signal
-        discards the recorded evidence, which is of the other signal."""
+        """Change fields of the configuration from the next decoded token on. A change of signal discards the recorded
+        evidence, which is of the other signal."""
         config = self.config.updated(**changes)
         if config.signal != self.config.signal:
             self.energy, self.marks = None, []

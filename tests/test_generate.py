@@ -160,6 +160,9 @@ def test_choice_per_call(demo):
     assert response.density == 0.25
     [response] = stream_generate(model, tokenizer, [500], 1, prompt_cache=cache)
     assert response.density == 0.25  # it stays the conversation's
+    list(stream_generate(model, tokenizer, [500], 2, prompt_cache=cache, allocation="uniform"))
+    kept = [k.size for k in model.kept_neurons(cache).values()]
+    assert kept == model.kept_counts(0.25, "uniform") != model.kept_counts(0.25, "measured")
     assert model.config == GlassConfig()
     with pytest.raises(GlassError, match="density"):
         generate(model, tokenizer, PROMPT, density=0)
@@ -183,7 +186,8 @@ def test_draft_model(exact, tiny, draft, drafts, n):
 
 
 @pytest.mark.parametrize(
-    "option", [{"density": 0.5}, {"global_weight": 0.0}, {"signal": "impact"}, {"prompt_cache": []}]
+    "option",
+    [{"density": 0.5}, {"global_weight": 0.0}, {"signal": "impact"}, {"allocation": "uniform"}, {"prompt_cache": []}],
 )
 def test_draft_model_takes_no_choice(demo, option):
     with pytest.raises(GlassError, match="draft"):
