@@ -16,7 +16,7 @@ from mlx_lm.sample_utils import make_logits_processors
 from . import sampling
 from .conversations import Conversations, Entry, read_bounds
 from .errors import GlassError
-from .generate import GenerationResponse, render, stream_generate
+from .generate import GenerationResponse, encode, render, stream_generate
 from .model import GlassModel
 from .reader import Reader
 from .session import GlassConfig
@@ -106,10 +106,7 @@ class Answerer:
             prompt = _render(tokenizer, request.messages, add_generation_prompt=True, **options)
             shared = self._shared(request.messages, prompt, options)
         elif isinstance(request.prompt, str):
-            bos = tokenizer.bos_token
-            prompt = tokenizer.encode(
-                request.prompt, add_special_tokens=bos is None or not request.prompt.startswith(bos)
-            )
+            prompt = encode(tokenizer, request.prompt)
         else:
             prompt = list(request.prompt or ())
         size = len(tokenizer)

@@ -82,9 +82,9 @@ def measure(
         everything = [mx.ones(e.shape, mx.bool_) for e in evidence.local["impact"]]
         parts["dense"][1.0].append(_score(text, dense, dense, everything, everything))
         for evidence.density in densities:
-            best = _masks(model, by_oracle(evidence))
+            best = as_masks(model, by_oracle(evidence))
             for name, arm in arms.items():
-                masks = _masks(model, arm(evidence))
+                masks = as_masks(model, arm(evidence))
                 sparse = text.predicting(forced(model, text, masks))
                 parts[name][evidence.density].append(_score(text, dense, sparse, masks, best))
         progress(len(text.prompts))
@@ -166,9 +166,10 @@ def forced(model: GlassModel, text: Text, masks: list[mx.array]) -> mx.array:
     return _run(model, text, observe)
 
 
-def as_mask(kept: mx.array, size: int) -> mx.array:
-    """Kept neurons [B, k] as a mask [B, size], bool."""
-    return mx.put_along_axis(mx.zeros((kept.shape[0], size), mx.bool_), kept, mx.array(True), axis=-1)
+def as_masks(model: GlassModel, kept: list[mx.array]) -> list[mx.array]:
+    """Each block's kept neurons [B, k] as a mask [B, F], bool."""
+    empty = [mx.zeros((k.shape[0], block.size), mx.bool_) for k, block in zip(kept, model.blocks)]
+    return [mx.put_along_axis(mask, k, mx.array(True), axis=-1) for mask, k in zip(empty, kept)]
 
 
 def _run(model: GlassModel, text: Text, observe: Callable[[int, mx.array], mx.array]) -> mx.array:
@@ -180,10 +181,6 @@ def _run(model: GlassModel, text: Text, observe: Callable[[int, mx.array], mx.ar
     taps = [{b.output: Tap(b.module[b.output], tap(i))} for i, b in enumerate(model.blocks)]
     with swapped(model.blocks, taps):
         return model.dense(text.tokens)
-
-
-def _masks(model: GlassModel, kept: list[mx.array]) -> list[mx.array]:
-    return [as_mask(k, block.size) for k, block in zip(kept, model.blocks)]
 
 
 def _score(text: Text, dense: mx.array, sparse: mx.array, masks: list[mx.array], best: list[mx.array]) -> Scores:

@@ -94,7 +94,9 @@ def stream_generate(
     """
     choice = {"density": density, "global_weight": global_weight, "signal": signal}
     choice |= {"allocation": allocation, "refresh": refresh}
-    prompt = _encode(tokenizer, prompt)
+    if isinstance(prompt, str):
+        prompt = encode(tokenizer, prompt)
+    prompt = prompt if isinstance(prompt, mx.array) else mx.array(prompt, dtype=mx.int32)
     if prompt.size == 0 and kwargs.get("input_embeddings") is None:
         raise GlassError("The prompt is empty: it has no tokens.")
     if draft_model is not None and any(v is not None for v in (prompt_cache, *choice.values())):
@@ -152,14 +154,10 @@ def generate(
     return text
 
 
-def _encode(tokenizer: Any, prompt: str | mx.array | list[int]) -> mx.array:
+def encode(tokenizer: Any, prompt: str) -> list[int]:
     """Tokens of a prompt by mlx-lm's rule: BOS is added unless the text begins with it."""
-    if isinstance(prompt, str):
-        if not isinstance(tokenizer, TokenizerWrapper):
-            tokenizer = TokenizerWrapper(tokenizer)
-        bos = tokenizer.bos_token
-        prompt = tokenizer.encode(prompt, add_special_tokens=bos is None or not prompt.startswith(bos))
-    return prompt if isinstance(prompt, mx.array) else mx.array(prompt, dtype=mx.int32)
+    bos = tokenizer.bos_token
+    return tokenizer.encode(prompt, add_special_tokens=bos is None or not prompt.startswith(bos))
 
 
 def render(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> Any:

@@ -82,7 +82,7 @@ class GlassModel(nn.Module):
             max_session_memory (int, optional): bytes for the compact weights of all sessions; those of idle ones
                 are dropped, and made again when needed. Default: ``memory.default_limit``.
             low_memory (bool): let go of the dense FFN weights while decoding, and read them from the model's files
-                again for the next prompt. A configured refresh ``"auto"`` is never then.
+                again for the next prompt. A configured refresh ``"auto"`` is 0 then.
 
         Raises:
             GlassError: the model has no FFN block that can be sparsified.

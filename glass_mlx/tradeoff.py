@@ -294,13 +294,12 @@ def _summary(row: dict[str, list], way: Way) -> dict[str, Any]:
         pace = way.pace
         result["acceptance"] = pace.kept / pace.checked if pace.checked else None
         result["tokens_per_pass"] = (pace.kept + pace.passes) / pace.passes if pace.passes else None
-    if row["kl"]:
+    if row["strays"]:
         kl = np.stack(row["kl"])  # [prompts, T]
         ends = windows(kl.shape[1])
         result["kl"], result["kl_error"] = _mean(kl.mean(axis=1))
         result["kl_last_third"] = float(kl[:, -(kl.shape[1] // 3) :].mean())
         result["kl_by_position"] = [float(kl[:, a:b].mean()) for a, b in zip([0, *ends], ends)]
-    if row["strays"]:
         result["strays"], result["strays_error"] = _mean(np.array(row["strays"]))
         result["own_ppl"] = math.exp(statistics.fmean(row["nll"]))
     return result

@@ -12,7 +12,7 @@ import glass_mlx
 from glass_mlx import GlassConfig, fidelity, stream_generate
 from glass_mlx.arms import Evidence, by_chance, by_magnitude, by_oracle, magnitude, product, standard_arms
 from glass_mlx.continuation import readability, self_nll, speak
-from glass_mlx.fidelity import Text, as_mask, divergence, forced, measure, record
+from glass_mlx.fidelity import Text, as_masks, divergence, forced, measure, record
 from glass_mlx.importance import SIGNALS
 from glass_mlx.tiny import tiny_model
 
@@ -46,7 +46,7 @@ def assert_equals_decoding(model, arm, config: GlassConfig) -> None:
     evidence, _ = record(model, text)
     evidence.density = config.density
     kept = arm(evidence)
-    masks = [as_mask(k, block.size) for k, block in zip(kept, model.blocks)]
+    masks = as_masks(model, kept)
     logits = text.predicting(forced(model, text, masks))
     for b, (prompt, said) in enumerate(zip(PROMPTS, SAID)):
         expected, neurons = decoded(model, prompt, said, config)
@@ -77,7 +77,7 @@ def test_other_families(family):
     evidence, _ = record(model, text)
     evidence.density = 0.5
     kept = product("activation", 0.0)(evidence)
-    masks = [as_mask(k, block.size) for k, block in zip(kept, model.blocks)]
+    masks = as_masks(model, kept)
     logits = text.predicting(forced(model, text, masks))
     for b in range(2):
         expected, _ = decoded(model, prompts[b], said[b], GlassConfig(0.5, 0.0, "activation"))
@@ -184,7 +184,7 @@ def test_speaking_equals_generating(exact):
     model, tokenizer = exact
     evidence, _ = record(model, Text(PROMPTS, SAID))
     evidence.density = 0.5
-    masks = [as_mask(k, block.size) for k, block in zip(standard_arms([])["glass"](evidence), model.blocks)]
+    masks = as_masks(model, standard_arms([])["glass"](evidence))
     for given, config in ((None, GlassConfig(1.0)), (masks, GlassConfig(0.5))):
         said = speak(model, PROMPTS, 12, 0, given)
         for prompt, row in zip(PROMPTS, said):
