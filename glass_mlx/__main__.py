@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-COMMANDS = ("chat", "generate", "server", "stats", "evaluate", "benchmark", "families", "doctor")
+COMMANDS = ("chat", "generate", "server", "stats", "evaluate", "benchmark", "tradeoff", "families", "doctor")
 
 
 def main() -> None:

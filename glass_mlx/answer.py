@@ -16,7 +16,7 @@ from mlx_lm.sample_utils import make_logits_processors
 from . import sampling
 from .conversations import Conversations, Entry, read_bounds
 from .errors import GlassError
-from .generate import GenerationResponse, render, stream_generate
+from .generate import GenerationResponse, encode, render, stream_generate
 from .model import GlassModel
 from .reader import Reader
 from .session import GlassConfig
@@ -72,7 +72,7 @@ class Answerer:
         entry.session.configure(**vars(config))
         reading = _Reading(self, ticket, entry, prompt, bounds)
         try:
-            return reading.run(config, progress)
+            return reading.run(progress)
         finally:
             if reading.sound:
                 self.conversations.put(entry)
@@ -83,6 +83,7 @@ class Answerer:
                 density=request.density,
                 global_weight=request.global_weight,
                 signal=request.signal,
+                allocation=request.allocation,
                 refresh=request.refresh,
             )
         except GlassError as e:
@@ -92,9 +93,7 @@ class Answerer:
         """How the dense model checks this answer: arguments of ``stream_generate``."""
         checks = dict(self.verify)
         if request.verify is not None:
-            checks |= {"verify": request.verify, "verify_threshold": None}
-        if request.verify_threshold is not None:
-            checks |= {"verify_threshold": request.verify_threshold}
+            checks |= {"verify": request.verify}
         return checks
 
     def _encode(self, request: Request) -> tuple[list[int], int]:
@@ -107,10 +106,7 @@ class Answerer:
             prompt = _render(tokenizer, request.messages, add_generation_prompt=True, **options)
             shared = self._shared(request.messages, prompt, options)
         elif isinstance(request.prompt, str):
-            bos = tokenizer.bos_token
-            prompt = tokenizer.encode(
-                request.prompt, add_special_tokens=bos is None or not request.prompt.startswith(bos)
-            )
+            prompt = encode(tokenizer, request.prompt)
         else:
             prompt = list(request.prompt or ())
         size = len(tokenizer)
@@ -148,14 +144,13 @@ class _Reading:
         self.cached = len(entry.tokens)
         self.unread = _unread(entry)  # they are in the cache, but are read again before the prompt
         self.checks = of.checks(ticket.request)
-        wanted = self.checks.get("verify") or self.checks.get("verify_threshold")
-        self.verified = bool(wanted) and entry.session.config.density < 1
+        self.verified = bool(self.checks.get("verify")) and entry.session.config.density < 1
         self.generated: list[int] = []
         self.drafted = 0
         self.started = time.perf_counter()
         self.sound = False
 
-    def run(self, config: GlassConfig, progress: Callable[[float], None]) -> Piece:
+    def run(self, progress: Callable[[float], None]) -> Piece:
         request = self.ticket.request
         # Set right before its generation, and no other request runs until that ends: a seed's answer is its own.
         # Without one, 64 new bits, else the answers after a seeded request would be the same every time.
@@ -183,7 +178,7 @@ class _Reading:
                 stream.close()
         except _Stop:
             finish, piece = "cancelled", Piece()
-        self._settle(config)
+        self._settle()
         usage = self._usage(response, first - self.started) if response is not None else Usage(len(self.prompt))
         if finish != "cancelled":
             rest = reader.finish()
@@ -254,28 +249,13 @@ class _Reading:
             **of.kv,
         )
 
-    def _settle(self, config: GlassConfig) -> None:
+    def _settle(self) -> None:
         """Note what the cache holds now."""
         entry, read = self.entry, min(self.entry.session.offset, len(self.prompt))
         if self.cached == (entry.bounds[-1] if entry.bounds else 0):  # dense so far
             entry.bounds += [b for b in self.bounds if self.cached < b <= read]
         entry.tokens = [*self.prompt, *self.generated][: entry.session.offset]
-        self._mark_sparse(config)
         self.sound = len(entry.tokens) == entry.session.offset
-
-    def _mark_sparse(self, config: GlassConfig) -> None:
-        """Mark the stretches of the cache that the sparse model wrote and nothing has repaired since."""
-        entry, end = self.entry, len(self.entry.tokens)
-        if self.unread and end > self.cached:
-            again = self.cached - self.unread
-            entry.sparse = [(a, min(b, again)) for a, b in entry.sparse if a < again]
-        start = len(self.prompt)
-        if self.verified or config.density == 1:
-            start = end
-        elif entry.session.until_refresh() is not None and _can_go_back(entry):
-            start = end - _unread(entry)
-        if start < end:
-            entry.sparse.append((start, end))
 
     def _token(self, response: GenerationResponse) -> Token:
         request = self.ticket.request
@@ -310,11 +290,8 @@ class _Reading:
 
 def _unread(entry: Entry) -> int:
     """How many of a cache's last tokens wait to be read again densely."""
-    return sum(tokens.shape[1] for tokens in entry.session.unread) if _can_go_back(entry) else 0
-
-
-def _can_go_back(entry: Entry) -> bool:
-    return can_trim_prompt_cache(entry.cache[:-1])
+    can_go_back = can_trim_prompt_cache(entry.cache[:-1])
+    return sum(tokens.shape[1] for tokens in entry.session.unread) if can_go_back else 0
 
 
 def _render(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> list[int]:

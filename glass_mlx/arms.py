@@ -3,8 +3,8 @@
 An *arm* is a function from the evidence of a batch of prompts to the neurons that it keeps in each block. To try
 another one:
 
-    def by_the_last_token(evidence):
-        return evidence.keep([rank(h[:, -1].abs()) for h in evidence.hidden])
+    def by_activation(evidence):
+        return evidence.keep([rank(energy) for energy in evidence.local["activation"]])
 """
 
 from __future__ import annotations
@@ -31,9 +31,6 @@ class Evidence:
         local (dict): for each signal the prompts' energies, [B, F] float32.
         oracle (dict): for each signal the energies of what is said after the prompts, [B, F] float32. No method can
             know them.
-        hidden (list[mx.array]): hidden vectors of the prompts' tokens, [B, longest prompt, F], each prompt at the right
-            end and zeros before it; empty unless asked for.
-        global_energies (dict | None): for each signal the energies that the global ranks come from, [F] float32.
         first (int): number of the first prompt among all of them.
     """
 
@@ -42,37 +39,28 @@ class Evidence:
     prompts: list[list[int]]
     local: dict[str, list[mx.array]]
     oracle: dict[str, list[mx.array]]
-    hidden: list[mx.array]
-    global_energies: dict[str, list[mx.array]] | None = None
     first: int = 0
 
-    @property
-    def global_ranks(self) -> dict[str, list[mx.array]]:
-        """For each signal the global ranks, [F] integers."""
-        return self.model.global_ranks
-
-    def keep(self, scores: list[mx.array], densities: list[float] | None = None) -> list[mx.array]:
+    def keep(self, scores: list[mx.array]) -> list[mx.array]:
         """The neurons with the smallest scores (ranks or fused ranks).
 
         Args:
             scores (list[mx.array]): [B, F] integers, or [F] for all prompts alike.
-            densities (list[float], optional): of each block, where they differ.
 
         Returns:
             list[mx.array]: indices [B, k] int32, ascending.
         """
         blocks, kept = self.model.blocks, []
-        for block, score, density in zip(blocks, scores, densities or [self.density] * len(blocks)):
+        for block, score in zip(blocks, scores):
             score = mx.broadcast_to(score, (len(self.prompts), block.size))
-            if density == 1:
+            if self.density == 1:
                 kept.append(mx.broadcast_to(mx.arange(block.size, dtype=mx.int32), score.shape))
             else:
-                kept.append(select(score, kept_count(density, block.size, block.group), block.group))
+                kept.append(select(score, kept_count(self.density, block.size, block.group), block.group))
         return kept
 
 
-# Kept neurons of each block, indices [B, k]; or masks [B, F] (boolean, or float factors), where prompts keep
-# different numbers of them.
+# Kept neurons of each block, indices [B, k].
 Arm = Callable[[Evidence], list[mx.array]]
 
 

@@ -35,6 +35,9 @@ from .ranking import rank
 from .ranks import FORMAT_VERSION, GlobalRanks, describe, fingerprint, write_atomically
 from .sensitivity import SAMPLE_LENGTH, SAMPLE_ROWS, sensitivity
 
+# Tokens to read at most, and the overlap of two halves' better halves of the neurons that ends it before.
+DEFAULT_TOKENS, DEFAULT_STABLE_AT = 65536, 0.95
+
 # Hidden values to hold at once while recording; 2**25 are 128 MB in float32.
 _MAX_HIDDEN = 2**25
 
@@ -172,8 +175,8 @@ def start_tokens(tokenizer: Any) -> list[int]:
 def calibrate(
     model: GlassModel,
     source: Source,
-    tokens: int = 65536,
-    stable_at: float | None = 0.97,
+    tokens: int = DEFAULT_TOKENS,
+    stable_at: float | None = DEFAULT_STABLE_AT,
     name: str | None = None,
     partial: Path | None = None,
     progress: Callable[[int, dict[str, float]], None] = lambda tokens, stability: None,

@@ -85,7 +85,7 @@ def add_glass_options(parser: argparse.ArgumentParser, build: bool) -> None:
         default=GlassConfig.refresh,
         metavar="TOKENS",
         help="read what was said again densely every so many tokens, and choose the neurons again; auto: every 16, "
-        "the neurons at some of them; 0: never (default: %(default)s)",
+        "the neurons at some of them; 0: only with the next prompt (default: %(default)s)",
     )
     group.add_argument("--stats", metavar="FILE", help="global ranks (default: looked up)")
     group.add_argument("--stats-repo", metavar="REPO", help="Hub repository of global ranks, owner/name[@revision]")
@@ -119,39 +119,18 @@ def add_verify_options(parser: argparse.ArgumentParser) -> None:
         help="only draft sparsely, and check with the dense model: its answer, faster where drafts are mostly right",
     )
     group.add_argument(
-        "--verify-threshold",
-        type=_probability,
-        metavar="P",
-        help="also keep drafted tokens that the dense model gives at least this probability; implies --verify",
-    )
-    group.add_argument(
         "--draft-tokens", type=int, metavar="K", help="draft always so many tokens (default: as many as pay)"
     )
-    group.add_argument(
-        "--draft-density", type=density, metavar="X", help="density to draft at (default: the fastest, as measured)"
-    )
-
-
-def _probability(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1")
-    return value
 
 
 def verify_options(args: argparse.Namespace) -> dict:
     """What they say, for ``stream_generate``."""
-    names = ("verify", "verify_threshold", "draft_tokens", "draft_density")
-    return {name: getattr(args, name) for name in names}
+    return {"verify": args.verify, "draft_tokens": args.draft_tokens}
 
 
 def sampler_maker(args: argparse.Namespace) -> Callable[..., Callable]:
     """The function that makes the sampler: mlx-lm's, or its like for verified decoding."""
-    verified = args.verify or args.verify_threshold is not None
-    return sampling.make_sampler if verified else sample_utils.make_sampler
+    return sampling.make_sampler if args.verify else sample_utils.make_sampler
 
 
 def add_verbose(parser: argparse.ArgumentParser) -> None:

@@ -32,7 +32,7 @@ def speak(
         tokens (int): length of a continuation.
         temperature (float): of the sampling; 0 takes the most likely token.
         masks (list[mx.array], optional): for each block the neurons [B, F] that the continuations are decoded with,
-            as ``fidelity.as_mask`` makes them. Default: all.
+            as ``fidelity.as_masks`` makes them. Default: all.
         begin (list[list[int]], optional): what each continuation begins with.
 
     Returns:

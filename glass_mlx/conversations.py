@@ -35,15 +35,12 @@ class Entry:
         cache (list): the prompt cache; its last element is the session.
         client (str): whose conversation it is.
         bounds (list[int]): where the dense calls ended that read it from its first token on, as for a new prompt.
-        sparse (list[tuple]): the stretches [start, end) of tokens whose keys and values the sparse model wrote; they
-            are approximations, which a later dense reading could repair.
     """
 
     tokens: list[int]
     cache: list[Any]
     client: str
     bounds: list[int] = field(default_factory=list)
-    sparse: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def session(self) -> Session:
@@ -60,7 +57,6 @@ class Entry:
             return False
         self.tokens = self.tokens[:length]
         self.bounds = [b for b in self.bounds if b <= length]
-        self.sparse = [(start, min(end, length)) for start, end in self.sparse if start < length]
         return True
 
 

@@ -57,7 +57,6 @@ def evaluate(
     tokens: int = 256,
     temperature: float = 1.0,
     seed: int = 0,
-    global_energies: dict[str, list[mx.array]] | None = None,
     free: bool = False,
     progress: Callable[[int], None] = lambda prompts: None,
 ) -> dict[str, dict[str, dict[str, Any]]]:
@@ -71,7 +70,6 @@ def evaluate(
         tokens (int): length of a continuation.
         temperature (float): of its sampling.
         seed (int): of its sampling.
-        global_energies (dict, optional): for the arms' evidence.
         free (bool): also let each arm speak by itself.
         progress: called with the number of prompts done since the last call.
 
@@ -81,7 +79,7 @@ def evaluate(
     """
     mx.random.seed(seed)
     said = _speak(model, prompts, tokens, temperature)
-    scores = measure(model, prompts, said, arms, densities, global_energies, progress=progress)
+    scores = measure(model, prompts, said, arms, densities, progress)
     griffin = scores.get("griffin", {})
     result = {
         name: {
@@ -298,7 +296,6 @@ def _evaluate(args: argparse.Namespace) -> None:
                 args.tokens,
                 args.temp,
                 args.seed,
-                ranks and ranks.energies,
                 args.free,
                 bar.update,
             )
@@ -318,8 +315,7 @@ def _answer(
     if args.recall:
         questions = recall.read_questions(args.limit)
         arms = choose_arms(args.arms or ["griffin", "glass"], args.global_weight, ranks is not None)
-        energies = ranks and ranks.energies
-        rows = recall.evaluate(model, tokenizer, arms, args.density, questions, energies)
+        rows = recall.evaluate(model, tokenizer, arms, args.density, questions)
         _report(args, {**about, "questions": len(questions), "recall": rows}, recall.table)
         return
     configs = tasks.standard_configs(args.density)

@@ -32,7 +32,7 @@ class Scores:
         kl (np.ndarray): KL(dense || sparse) of the next-token distributions, nats, [prompts, tokens].
         agree (np.ndarray): whether both find the same token the most likely, [prompts, tokens].
         jaccard (np.ndarray): kept neurons in common with the oracle's over those of either, [prompts, blocks].
-        kept (list[np.ndarray]): for each block which neurons were kept, or their factors, [prompts, F].
+        kept (list[np.ndarray]): for each block which neurons were kept, bool [prompts, F].
     """
 
     nll: np.ndarray
@@ -54,8 +54,6 @@ def measure(
     said: list[list[int]],
     arms: dict[str, Arm],
     densities: list[float],
-    global_energies: dict[str, list[mx.array]] | None = None,
-    hidden: bool = False,
     progress: Callable[[int], None] = lambda prompts: None,
 ) -> dict[str, dict[float, Scores]]:
     """Feed what the dense model said after each prompt to every arm.
@@ -66,8 +64,6 @@ def measure(
         said (list[list[int]]): the continuation of each prompt, all of one length, at least 2.
         arms (dict): functions that choose neurons, by name.
         densities (list[float]): at which each arm is measured.
-        global_energies (dict, optional): for the arms' evidence.
-        hidden (bool): collect the prompts' hidden vectors for the arms' evidence.
         progress: called with the number of prompts done since the last call.
 
     Returns:
@@ -80,15 +76,15 @@ def measure(
     parts |= {name: {d: [] for d in densities} for name in arms}
     for first in range(0, len(prompts), batch):
         text = Text(prompts[first : first + batch], said[first : first + batch])
-        evidence, logits = record(model, text, hidden)
-        evidence.global_energies, evidence.first = global_energies, first
+        evidence, logits = record(model, text)
+        evidence.first = first
         dense = text.predicting(logits)
         everything = [mx.ones(e.shape, mx.bool_) for e in evidence.local["impact"]]
         parts["dense"][1.0].append(_score(text, dense, dense, everything, everything))
         for evidence.density in densities:
-            best = _masks(model, by_oracle(evidence))
+            best = as_masks(model, by_oracle(evidence))
             for name, arm in arms.items():
-                masks = _masks(model, arm(evidence))
+                masks = as_masks(model, arm(evidence))
                 sparse = text.predicting(forced(model, text, masks))
                 parts[name][evidence.density].append(_score(text, dense, sparse, masks, best))
         progress(len(text.prompts))
@@ -129,7 +125,7 @@ class Text:
         return mx.logsumexp(logits, axis=-1) - picked
 
 
-def record(model: GlassModel, text: Text, hidden: bool = False) -> tuple[Evidence, mx.array]:
+def record(model: GlassModel, text: Text) -> tuple[Evidence, mx.array]:
     """Run the dense model and collect the arms' evidence.
 
     Returns:
@@ -138,7 +134,6 @@ def record(model: GlassModel, text: Text, hidden: bool = False) -> tuple[Evidenc
     blocks = model.blocks
     norms = [output_norms(block.module[block.output]) for block in blocks]
     found: dict[str, list] = {s: [[None] * len(blocks) for _ in range(2)] for s in SIGNALS}
-    vectors: list[mx.array] = []
 
     def observe(i: int, h: mx.array) -> mx.array:
         h = h.reshape(*text.tokens.shape, -1)
@@ -146,14 +141,12 @@ def record(model: GlassModel, text: Text, hidden: bool = False) -> tuple[Evidenc
             scale = norms[i] if signal == "impact" else None
             for side, of in zip(found[signal], (text.read, text.decoded)):
                 side[i] = mx.stack([energy(row, scale, counts) for row, counts in zip(h, of.astype(mx.float32))])
-        if hidden:
-            vectors.append(_at_the_right(h, text))
-        return mx.depends(h, [side[i] for sides in found.values() for side in sides] + vectors[-1:])
+        return mx.depends(h, [side[i] for sides in found.values() for side in sides])
 
     logits = _run(model, text, observe)
     local, oracle = ({signal: sides[k] for signal, sides in found.items()} for k in range(2))
-    mx.eval(local, oracle, vectors, logits)
-    return Evidence(model, 1.0, text.prompts, local, oracle, vectors), logits
+    mx.eval(local, oracle, logits)
+    return Evidence(model, 1.0, text.prompts, local, oracle), logits
 
 
 def forced(model: GlassModel, text: Text, masks: list[mx.array]) -> mx.array:
@@ -162,7 +155,7 @@ def forced(model: GlassModel, text: Text, masks: list[mx.array]) -> mx.array:
     Args:
         model (GlassModel): the model.
         text (Text): prompts and continuations.
-        masks (list[mx.array]): for each block [B, F], bool, or factors on the hidden values.
+        masks (list[mx.array]): for each block [B, F], bool.
     """
     sparse = text.decoded[:, :, None]
 
@@ -173,11 +166,10 @@ def forced(model: GlassModel, text: Text, masks: list[mx.array]) -> mx.array:
     return _run(model, text, observe)
 
 
-def as_mask(kept: mx.array, size: int) -> mx.array:
-    """Kept neurons [B, k] as a mask [B, size]; a mask as it is."""
-    if kept.dtype == mx.bool_ or mx.issubdtype(kept.dtype, mx.floating):
-        return kept
-    return mx.put_along_axis(mx.zeros((kept.shape[0], size), mx.bool_), kept, mx.array(True), axis=-1)
+def as_masks(model: GlassModel, kept: list[mx.array]) -> list[mx.array]:
+    """Each block's kept neurons [B, k] as a mask [B, F], bool."""
+    empty = [mx.zeros((k.shape[0], block.size), mx.bool_) for k, block in zip(kept, model.blocks)]
+    return [mx.put_along_axis(mask, k, mx.array(True), axis=-1) for mask, k in zip(empty, kept)]
 
 
 def _run(model: GlassModel, text: Text, observe: Callable[[int, mx.array], mx.array]) -> mx.array:
@@ -191,25 +183,13 @@ def _run(model: GlassModel, text: Text, observe: Callable[[int, mx.array], mx.ar
         return model.dense(text.tokens)
 
 
-def _at_the_right(h: mx.array, text: Text) -> mx.array:
-    """The prompts' part of [B, L, F], moved to the right end of [B, longest prompt, F]."""
-    longest = max(map(len, text.prompts))
-    place = mx.arange(longest) - mx.array([longest - len(p) for p in text.prompts])[:, None]
-    moved = mx.take_along_axis(h, mx.maximum(place, 0)[:, :, None], axis=1)
-    return mx.where(place[:, :, None] < 0, mx.zeros((), h.dtype), moved)
-
-
-def _masks(model: GlassModel, kept: list[mx.array]) -> list[mx.array]:
-    return [as_mask(k, block.size) for k, block in zip(kept, model.blocks)]
-
-
 def _score(text: Text, dense: mx.array, sparse: mx.array, masks: list[mx.array], best: list[mx.array]) -> Scores:
     nll = text.nll(sparse)
     agree = mx.argmax(dense, axis=-1) == mx.argmax(sparse, axis=-1)
     kl = divergence(dense, sparse)
     mx.eval(nll, kl, agree)
     kept = [np.array(mask) for mask in masks]
-    pairs = [(k != 0, np.array(b) != 0) for k, b in zip(kept, best)]
+    pairs = [(k, np.array(b)) for k, b in zip(kept, best)]
     jaccard = np.stack([(k & b).sum(axis=1) / (k | b).sum(axis=1) for k, b in pairs], axis=1)
     return Scores(np.array(nll, np.float64), np.array(kl, np.float64), np.array(agree), jaccard, kept)
 

@@ -57,11 +57,10 @@ def stream_generate(
     density: float | None = None,
     global_weight: float | str | None = None,
     signal: str | None = None,
+    allocation: str | None = None,
     refresh: int | str | None = None,
     verify: bool = False,
-    verify_threshold: float | None = None,
     draft_tokens: int | None = None,
-    draft_density: float | None = None,
     prompt_cache: list[Any] | None = None,
     max_kv_size: int | None = None,
     **kwargs: Any,
@@ -79,14 +78,10 @@ def stream_generate(
         max_tokens (int): at most so many tokens; -1 for no limit.
         draft_model (nn.Module, optional): for mlx-lm's speculative decoding, which verifies several tokens at
             once, and those run dense: the result is the dense model's.
-        density, global_weight, signal, refresh: where this and later answers of the conversation differ from the
-            model's configuration.
+        density, global_weight, signal, allocation, refresh: where this and later answers of the conversation differ
+            from the model's configuration (:class:`glass_mlx.GlassConfig`).
         verify (bool): draft sparsely and check with the dense model, whose answer it then is; see ``verify.py``.
-        verify_threshold (float, optional): with it, also keep drafted tokens that the dense model gives at least this
-            probability; implies ``verify``.
         draft_tokens (int, optional): draft always so many before they are checked. Default: as many as pay.
-        draft_density (float, optional): density to draft at. Default: the fastest that the model's answers have shown
-            so far, see ``verify.draft_density``.
         prompt_cache (list, optional): from ``model.make_cache()``; updated in place.
         max_kv_size (int, optional): for a new cache, as in mlx-lm.
         kwargs: the remaining options of mlx-lm's ``generate_step``.
@@ -97,16 +92,18 @@ def stream_generate(
     Raises:
         GlassError: an argument is out of range, or the prompt is empty.
     """
-    choice = {"density": density, "global_weight": global_weight, "signal": signal, "refresh": refresh}
-    prompt = _encode(tokenizer, prompt)
+    choice = {"density": density, "global_weight": global_weight, "signal": signal}
+    choice |= {"allocation": allocation, "refresh": refresh}
+    if isinstance(prompt, str):
+        prompt = encode(tokenizer, prompt)
+    prompt = prompt if isinstance(prompt, mx.array) else mx.array(prompt, dtype=mx.int32)
     if prompt.size == 0 and kwargs.get("input_embeddings") is None:
         raise GlassError("The prompt is empty: it has no tokens.")
     if draft_model is not None and any(v is not None for v in (prompt_cache, *choice.values())):
         raise GlassError(
             "With a draft model, start a new conversation at the model's own density: "
-            "give neither prompt_cache nor density, global_weight, signal or refresh."
+            f"give neither prompt_cache nor {', '.join(choice)}."
         )
-    verify = verify or verify_threshold is not None
     if verify and (draft_model is not None or not isinstance(model, GlassModel)):
         raise GlassError("To verify needs a GlassModel, and no draft model: it drafts by itself.")
     session = None
@@ -128,8 +125,7 @@ def stream_generate(
             raise GlassError("Verified decoding does not take input embeddings.")
         if not isinstance(tokenizer, TokenizerWrapper):
             tokenizer = TokenizerWrapper(tokenizer)
-        how = {"threshold": verify_threshold, "draft_tokens": draft_tokens, "density": draft_density}
-        responses = stream_verified(model, tokenizer, prompt, max_tokens, **how, **kwargs)
+        responses = stream_verified(model, tokenizer, prompt, max_tokens, draft_tokens=draft_tokens, **kwargs)
     else:
         responses = stream_dense(model, tokenizer, prompt, max_tokens, draft_model, **kwargs)
     for response in responses:
@@ -158,14 +154,10 @@ def generate(
     return text
 
 
-def _encode(tokenizer: Any, prompt: str | mx.array | list[int]) -> mx.array:
+def encode(tokenizer: Any, prompt: str) -> list[int]:
     """Tokens of a prompt by mlx-lm's rule: BOS is added unless the text begins with it."""
-    if isinstance(prompt, str):
-        if not isinstance(tokenizer, TokenizerWrapper):
-            tokenizer = TokenizerWrapper(tokenizer)
-        bos = tokenizer.bos_token
-        prompt = tokenizer.encode(prompt, add_special_tokens=bos is None or not prompt.startswith(bos))
-    return prompt if isinstance(prompt, mx.array) else mx.array(prompt, dtype=mx.int32)
+    bos = tokenizer.bos_token
+    return tokenizer.encode(prompt, add_special_tokens=bos is None or not prompt.startswith(bos))
 
 
 def render(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> Any:

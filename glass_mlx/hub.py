@@ -1,4 +1,4 @@
-"""Ranks files on the Hugging Face Hub: fetch them, list them, share them; and what goes wrong there, in one line."""
+"""Ranks files on the Hugging Face Hub: fetch them, share them; and what goes wrong there, in one line."""
 
 from __future__ import annotations
 
@@ -120,13 +120,6 @@ def download(repo: str, filename: str, revision: str | None = None) -> Path:
                 link.unlink(missing_ok=True)
             raise GlassError(f"{filename} of {repo} was damaged on its way and is deleted from the cache: try again.")
     return path
-
-
-def list_files(repo: str, revision: str | None = None) -> list[str]:
-    """The ranks files of a repository, and its index if it has one."""
-    with hub_access(repo, revision):
-        files = _api().list_repo_files(repo, revision=revision)
-    return sorted(f for f in files if f == INDEX or f.endswith(".safetensors"))
 
 
 def upload(

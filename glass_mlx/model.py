@@ -1,6 +1,8 @@
 """GlassModel: an mlx-lm model that prefills densely and decodes on the neurons its prompt calls for.
 
-prompt -> record -> rank -> fuse -> select -> compact -> decode
+A prompt is read by the dense model, which also records how strongly each neuron fires. What is expected after it, or
+the fusion of its ranks with the model's global ones, orders the neurons; the best are sliced out of the projections,
+and decoding runs on these. What was decoded so is read again densely with the next prompt, or on the way (refresh).
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from .session import GlassConfig, Session, bytes_of
 from .slicing import UNIT
 
 logger = logging.getLogger("glass_mlx")
+
+_REREAD = 512  # tokens of an answer that are read again in one call
 
 
 @dataclass
@@ -78,7 +82,7 @@ class GlassModel(nn.Module):
             max_session_memory (int, optional): bytes for the compact weights of all sessions; those of idle ones
                 are dropped, and made again when needed. Default: ``memory.default_limit``.
             low_memory (bool): let go of the dense FFN weights while decoding, and read them from the model's files
-                again for the next prompt. A configured refresh ``"auto"`` is never then.
+                again for the next prompt. A configured refresh ``"auto"`` is 0 then.
 
         Raises:
             GlassError: the model has no FFN block that can be sparsified.
@@ -279,10 +283,17 @@ class GlassModel(nn.Module):
     def _prefill(self, session: Session, length: int, inputs, cache, kwargs) -> mx.array:
         """The dense model over a prompt, with each block's evidence recorded."""
         unread = self._unread(session, cache)
-        if unread is None or "input_embeddings" in kwargs:
+        if unread is None:
             return self._read(session, length, length, inputs, cache, kwargs)
-        inputs = mx.concatenate([unread, inputs], axis=1)
-        return self._read(session, inputs.shape[1], length, inputs, cache, kwargs)[:, -length:]
+        together = 0 if "input_embeddings" in kwargs else _REREAD  # how many are read in one call with the prompt
+        while unread.shape[1] > together:
+            now, unread = unread[:, :_REREAD], unread[:, _REREAD:]
+            self._read(session, now.shape[1], 0, now, cache, {}, choose=False)
+            mx.eval([entry.state for entry in cache], session.energy)
+        if unread.shape[1] > 0:
+            inputs = mx.concatenate([unread, inputs], axis=1)
+        read = length + unread.shape[1]
+        return self._read(session, read, length, inputs, cache, kwargs)[:, -length:]
 
     def _unread(self, session: Session, cache: list[Any]) -> mx.array | None:
         """Trim what was said sparsely off the cache, to be read again; None if there is none, or it cannot be."""
@@ -324,8 +335,9 @@ class GlassModel(nn.Module):
             projections = self._compact(session)
         with swapped(self.blocks, projections):
             logits = self.dense(inputs, cache=cache, **kwargs)
-        readable = session.until_refresh() is not None and "input_embeddings" not in kwargs
-        session.advance(length, inputs if readable else None)
+        # densely decoded ones too, where they follow sparse ones: what is read again is the end of the cache
+        repaired = session.config.density == 1 and not session.unread
+        session.advance(length, None if repaired or "input_embeddings" in kwargs else inputs)
         return logits
 
     def _compact(self, session: Session) -> list[dict[str, nn.Module]]:

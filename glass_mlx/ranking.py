@@ -32,22 +32,18 @@ def rank(importance: mx.array) -> mx.array:
     return mx.put_along_axis(mx.zeros(order.shape, mx.int32), order, places, axis=-1).astype(mx.int64)
 
 
-def fuse(local_rank: mx.array, global_rank: mx.array, global_weight: float | mx.array) -> mx.array:
+def fuse(local_rank: mx.array, global_rank: mx.array, global_weight: float) -> mx.array:
     """Weighted rank aggregation R_j = (1 - w) local_j + w global_j (GLASS, arXiv 2508.14302).
 
     Args:
         local_rank (mx.array): [..., F] integer ranks from the prompt.
         global_rank (mx.array): [..., F] integer ranks of the model.
-        global_weight (float or scalar array): w in [0, 1]; 0 is the prompt alone (GRIFFIN), 1 the model alone
-            (static).
+        global_weight (float): w in [0, 1]; 0 is the prompt alone (GRIFFIN), 1 the model alone (static).
 
     Returns:
         mx.array: [..., F] int64, R in millionths; smaller is more important.
     """
-    if isinstance(global_weight, mx.array):
-        w = mx.round(global_weight * _WEIGHT_STEPS).astype(mx.int64)
-    else:
-        w = round(global_weight * _WEIGHT_STEPS)
+    w = round(global_weight * _WEIGHT_STEPS)
     return local_rank.astype(mx.int64) * (_WEIGHT_STEPS - w) + global_rank.astype(mx.int64) * w
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from .arms import Arm
 from .continuation import speak
 from .errors import GlassError
-from .fidelity import Text, as_mask, record
+from .fidelity import Text, as_masks, record
 from .generate import render
 from .model import GlassModel
 from .summary import interval
@@ -41,7 +41,6 @@ def evaluate(
     arms: dict[str, Arm],
     densities: list[float],
     questions: list[dict[str, Any]],
-    global_energies: dict[str, list[mx.array]] | None = None,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """The share of questions that each arm answers right.
 
@@ -61,10 +60,10 @@ def evaluate(
         dense = batch.answer()
         right["dense"][1.0] += batch.marks(dense)
         evidence, _ = record(model, Text(batch.prompts, dense))
-        evidence.global_energies, evidence.first = global_energies, first
+        evidence.first = first
         for evidence.density in densities:
             for name, arm in arms.items():
-                masks = [as_mask(kept, block.size) for kept, block in zip(arm(evidence), model.blocks)]
+                masks = as_masks(model, arm(evidence))
                 right[name][evidence.density] += batch.marks(batch.answer(masks))
     kinds = [q["kind"] for q in questions]
     return {name: {f"{d:g}": _summary(np.array(r), kinds) for d, r in rows.items()} for name, rows in right.items()}

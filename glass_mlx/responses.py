@@ -219,7 +219,7 @@ class ChatWriter(_Writer):
 
     def __init__(self, model: str, logprobs: bool):
         super().__init__(model)
-        self._logprobs, self._calls, self._begun = logprobs, 0, False
+        self._logprobs, self._calls = logprobs, 0
 
     def begin(self) -> BaseModel:
         """The first event, which says who speaks."""

@@ -32,10 +32,10 @@ class GlassConfig:
         global_weight: ``"auto"``: by what is expected after the prompt (``prior``); or the weight of the model's global
             ranks against the prompt's in rank fusion, in [0, 1]: GLASS's own form.
         signal: ``"impact"`` (activation times output-weight norm) or ``"activation"``.
-        refresh: how often what was said is read again densely, which repairs its keys and values in the cache, adds
-            it to the evidence and chooses the neurons again: every so many tokens; 0 for never; ``"auto"``: every 16
-            tokens, and as making compact weights costs more than reading, neurons are chosen only after 32, 96, 224,
-            352, ...
+        refresh: how often what was said is read again densely while an answer goes on, which repairs its keys and
+            values in the cache, adds it to the evidence and chooses the neurons again: every so many tokens; 0: only
+            with the next prompt; ``"auto"``: every 16 tokens, and as making compact weights costs more than reading,
+            neurons are chosen only after 32, 96, 224, 352, ...
         allocation: ``"measured"``: blocks get their neurons by how sensitive the model is to each
             (``allocation``), where the ranks file says it; ``"uniform"``: the same share of every block.
     """
@@ -43,7 +43,7 @@ class GlassConfig:
     density: float = 0.5
     global_weight: float | str = "auto"
     signal: str = "impact"
-    refresh: int | str = "auto"
+    refresh: int | str = 0
     allocation: str = "measured"
 
     def __post_init__(self):
@@ -146,8 +146,8 @@ class Session:
         return sum(mark.tokens for mark in self.marks)
 
     def configure(self, **changes: Any) -> None:
-        """Change density, global_weight or signal from the next decoded token on. A change of signal
-        discards the recorded evidence, which is of the other signal."""
+        """Change fields of the configuration from the next decoded token on. A change of signal discards the recorded
+        evidence, which is of the other signal."""
         config = self.config.updated(**changes)
         if config.signal != self.config.signal:
             self.energy, self.marks = None, []
@@ -192,11 +192,14 @@ class Session:
         self._cut_evidence()
 
     def advance(self, length: int, tokens: mx.array | None = None) -> None:
-        """Count decoded tokens; they end a prompt. ``tokens`` [B, length] are to be read again later."""
+        """Count decoded tokens; they end a prompt. ``tokens`` [B, length] are to be read again later; without them,
+        nothing before can be read again either."""
         self.offset += length
         self.said += length
         self.in_prompt, self.prompt_left = False, 0
-        if tokens is not None:
+        if tokens is None:
+            self.unread = []
+        else:
             self.unread.append(tokens)
 
     def take_unread(self) -> mx.array | None:
@@ -276,15 +279,16 @@ class Session:
 
     @property
     def state(self) -> tuple:
+        unread = [mx.concatenate(self.unread, axis=1)] if self.unread else []
         header = {
             "config": asdict(self.config),
             "offset": self.offset,
             "marks": [(mark.start, mark.end, mark.tokens) for mark in self.marks],
             "in_prompt": self.in_prompt,
             "said": self.said,
-            "unread": len(self.unread),
+            "unread": len(unread),
         }
-        arrays = [mark.energy for mark in self.marks] + self.unread + (self.kept or [])
+        arrays = [mark.energy for mark in self.marks] + unread + (self.kept or [])
         return [_SAVED, json.dumps(header), *arrays], None, None
 
     def __deepcopy__(self, memo: dict) -> Session:

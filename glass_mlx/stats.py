@@ -20,7 +20,17 @@ from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
-from .calibrate import Source, calibrate, compare, dataset_rows, given_sequences, null_prompt, text_rows
+from .calibrate import (
+    DEFAULT_STABLE_AT,
+    DEFAULT_TOKENS,
+    Source,
+    calibrate,
+    compare,
+    dataset_rows,
+    given_sequences,
+    null_prompt,
+    text_rows,
+)
 from .cli import add_verbose, density, run
 from .errors import GlassError, StatsError
 from .hub import upload
@@ -29,9 +39,6 @@ from .loading import ALIASES, DEFAULT_MODEL, load
 from .lookup import STATS_DIR, cache_dir, cached_file
 from .model import GlassModel
 from .ranks import GlobalRanks, merge, write_index
-
-DEFAULT_TOKENS = 65536
-DEFAULT_STABLE_AT = 0.95
 
 
 def build_ranks(

@@ -1,4 +1,4 @@
-"""Speed against fidelity: the dense model, GLASS with and without refresh, lenient and verified decoding, GRIFFIN.
+"""Speed against fidelity: the dense model, GLASS with and without refresh, verified decoding, GRIFFIN.
 
     python -m glass_mlx.tradeoff --model demo --density 0.3,0.5,0.7 --plot tradeoff.png
     python -m glass_mlx.tradeoff --ways glass,refresh --refresh 10,30,auto --tokens 1024
@@ -13,8 +13,8 @@ of one length.
 same text so far and the same random numbers, would not have said in that place. The dense model has none, and neither
 has verified decoding, up to rounding. (At temperature 0 it is the share that are not the dense model's most likely
 ones. The random numbers are Gumbel noise, so two equal distributions have no strays and close ones few.) *KL* is
-KL(dense || way) in nats per token, where the dense model's continuation is fed to a way as in `evaluate`; what lenient
-decoding would have made of it is not defined. *Own PPL* is the perplexity of a way's answer under the dense model.
+KL(dense || way) in nats per token, where the dense model's continuation is fed to a way as in `evaluate`. *Own PPL* is
+the perplexity of a way's answer under the dense model.
 
 Random weights (`--shape`) have true speed but say nothing true: there is no fidelity then, and `--acceptance` is the
 simulated share of drafted tokens that the check accepts.
@@ -80,7 +80,6 @@ class Way:
     Attributes:
         config (dict | None): of a conversation; None is plain mlx-lm.
         verified (bool): only draft, and check.
-        threshold (float | None): of lenient checking.
         acceptance (float | None): the simulated one.
         draft_tokens (int | None): as in ``stream_generate``.
         pace (CountingPace): what its answers have learnt, if it verifies.
@@ -88,7 +87,6 @@ class Way:
 
     config: dict[str, Any] | None = None
     verified: bool = False
-    threshold: float | None = None
     acceptance: float | None = None
     draft_tokens: int | None = None
     pace: CountingPace = field(default_factory=CountingPace)
@@ -105,7 +103,7 @@ class Way:
         if self.verified:
             sampler = sampler if self.acceptance is None else simulated(self.acceptance)
             options = {"max_tokens": tokens, "sampler": sampler, "prompt_cache": cache, "pace": self.pace}
-            options |= {"threshold": self.threshold, "draft_tokens": self.draft_tokens}
+            options |= {"draft_tokens": self.draft_tokens}
             steps = verified_generate_step(given, model, **options)
             return ((token, session) for token, *_ in steps)
         session.begin_prompt(len(prompt))
@@ -113,12 +111,11 @@ class Way:
         return ((int(token), session) for token, _ in generate_step(given, model, **options))
 
 
-KINDS = ("griffin", "glass", "refresh", "lenient", "verified")
+KINDS = ("griffin", "glass", "refresh", "verified")
 
 
 def ways(
     densities: list[float],
-    thresholds: list[float],
     weight: float | str = "auto",
     k: int | None = None,
     refreshes: tuple[int | str, ...] | list[int | str] = ("auto",),
@@ -129,7 +126,6 @@ def ways(
 
     Args:
         densities (list[float]): of each way.
-        thresholds (list[float]): of lenient decoding.
         weight (float or "auto"): the global weight of all but GRIFFIN.
         k (int, optional): draft always so many tokens.
         refreshes (list): as ``GlassConfig.refresh``.
@@ -144,7 +140,6 @@ def ways(
     named["refresh"] = {
         "glass + refresh" if r == "auto" else f"glass + refresh {r}": ({**glass, "refresh": r},) for r in refreshes
     }
-    named["lenient"] = {f"lenient {p:g}": (refreshed, True, p) for p in thresholds}
     named["verified"] = {"verified": (refreshed, True)}
     for kind in kinds:
         for name, (config, *rest) in named[kind].items():
@@ -154,7 +149,7 @@ def ways(
 
 def simulated_ways(densities: list[float], acceptances: list[float]) -> dict[str, dict[float, Way]]:
     """The ways of decoding whose speed random weights can show."""
-    all_ways = ways(densities, [])
+    all_ways = ways(densities)
     made = {name: all_ways[name] for name in ("dense", "glass", "glass + refresh")}
     for a in acceptances:
         made[f"verified, acceptance {a:g}"] = {
@@ -288,7 +283,7 @@ def _add_fidelity(model, prompt, pairs, answers, rows, sampler, seed, temperatur
         row["nll"].append(nll)
         if way.config is not None and not way.verified:
             row["kl"].append(forced_kl(model, way, prompt, said, dense))
-        elif way.threshold is None:
+        else:
             row["kl"].append(np.zeros(len(said)))
 
 
@@ -299,13 +294,12 @@ def _summary(row: dict[str, list], way: Way) -> dict[str, Any]:
         pace = way.pace
         result["acceptance"] = pace.kept / pace.checked if pace.checked else None
         result["tokens_per_pass"] = (pace.kept + pace.passes) / pace.passes if pace.passes else None
-    if row["kl"]:
+    if row["strays"]:
         kl = np.stack(row["kl"])  # [prompts, T]
         ends = windows(kl.shape[1])
         result["kl"], result["kl_error"] = _mean(kl.mean(axis=1))
         result["kl_last_third"] = float(kl[:, -(kl.shape[1] // 3) :].mean())
         result["kl_by_position"] = [float(kl[:, a:b].mean()) for a, b in zip([0, *ends], ends)]
-    if row["strays"]:
         result["strays"], result["strays_error"] = _mean(np.array(row["strays"]))
         result["own_ppl"] = math.exp(statistics.fmean(row["nll"]))
     return result
@@ -374,13 +368,6 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--density", type=list_of(density), default=[0.3, 0.5, 0.7], metavar="X[,X...]")
     parser.add_argument(
-        "--verify-threshold",
-        type=list_of(_share),
-        default=[0.1, 0.3],
-        metavar="P[,P...]",
-        help="of lenient decoding (default: 0.1,0.3)",
-    )
-    parser.add_argument(
         "--draft-tokens", type=int, metavar="K", help="draft always so many tokens (default: as many as pay)"
     )
     parser.add_argument(
@@ -444,7 +431,6 @@ def _compare(args: argparse.Namespace) -> None:
         prompts = cut(model, prompts, args.prompt_tokens, args.temp, args.seed)
         made = ways(
             args.density,
-            args.verify_threshold,
             weight=args.global_weight,
             k=args.draft_tokens,
             refreshes=args.refresh,

@@ -13,11 +13,10 @@ all, either may be taken; what follows is then the dense model's after that toke
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from typing import Any
 
 import mlx.core as mx
@@ -34,7 +33,6 @@ from .session import next_choice
 MAX_DRAFT = 8
 # tokens that are decoded densely, where drafting does not pay, before it is tried again: twice as many after each try
 _STRETCH, _MAX_STRETCH = 64, 1024
-DENSITIES = (0.3, 0.5, 0.7)  # to draft at, where none is given
 _RECENT = 5  # measurements of a time; the least of them counts, which warming up and interruptions do not touch
 
 
@@ -85,14 +83,8 @@ class Pace:
         """Whether the time of a dense step is known."""
         return 0 in self._dense
 
-    @property
-    def speed(self) -> float:
-        """Tokens a second at the best number of drafted tokens; infinite until a few passes have been timed."""
-        if not self.measured or len(self._sparse) < _RECENT:
-            return math.inf
-        return max(map(self._speed, range(self.max_draft + 1)))
-
     def _speed(self, k: int) -> float:
+        """Tokens a second with k drafted ones in a pass."""
         a = min(self.acceptance, 0.999)
         return (1 - a ** (k + 1)) / (1 - a) / (k * min(self._sparse) + self._dense_seconds(k))
 
@@ -160,7 +152,7 @@ class _Decoder:
         mx.eval(tokens)
         return tokens
 
-    def check(self, tokens: mx.array, threshold: float | None) -> tuple[list[tuple[int, mx.array, bool]], int]:
+    def check(self, tokens: mx.array) -> tuple[list[tuple[int, mx.array, bool]], int]:
         """Read drafted tokens densely. Returns the tokens to emit (id, log-probabilities, drafted) and how many of
         the drafted ones were kept."""
         k = tokens.size - 1
@@ -173,9 +165,6 @@ class _Decoder:
             chosen.append(y)
         chosen = mx.concatenate(chosen)
         agree = chosen[:-1] == tokens[1:]
-        if threshold is not None:
-            likely = mx.stack([g[t] for g, t in zip(given, tokens[1:])])
-            agree = agree | (likely >= mx.log(mx.array(threshold)))
         mx.eval(chosen, agree, self.session.energy)
         kept = next((i for i, same in enumerate(agree.tolist()) if not same), k)
         self.model.retract(self.cache, k - kept)
@@ -224,7 +213,6 @@ def verified_generate_step(
     logits_processors: list[Callable[[mx.array, mx.array], mx.array]] | None = None,
     prefill_step_size: int = 2048,
     draft_tokens: int | None = None,
-    threshold: float | None = None,
     kv_bits: int | None = None,
     kv_group_size: int = 64,
     quantized_kv_start: int = 0,
@@ -242,8 +230,6 @@ def verified_generate_step(
             quantized_kv_start: as in mlx-lm. MLX's global random state, from which a sampler draws, is seeded for each
             place of the answer. Samplers of ``sampling.make_sampler`` accept more of the drafts than mlx-lm's.
         draft_tokens (int, optional): draft always so many. Default: as many as pay, by ``Pace``.
-        threshold (float, optional): also keep a drafted token that the dense model gives at least this probability:
-            faster, and no longer exact.
         pace (Pace, optional): the cost model. Default: the one that the model's answers at this density share.
 
     Yields:
@@ -254,8 +240,6 @@ def verified_generate_step(
     """
     if draft_tokens is not None and draft_tokens < 0:
         raise GlassError(f"draft_tokens must not be negative, not {draft_tokens}.")
-    if threshold is not None and not 0 < threshold <= 1:
-        raise GlassError(f"threshold must be above 0 and at most 1, not {threshold}.")
     sampler = sampler or (lambda logprobs: mx.argmax(logprobs, axis=-1))
     kv = (quantized_kv_start, kv_group_size, kv_bits)
     decoder = _Decoder(model, prompt_cache, sampler, logits_processors or [], kv)
@@ -281,7 +265,7 @@ def verified_generate_step(
             start = time.perf_counter()
             tokens = decoder.draft(token, k)
             drafted = time.perf_counter()
-            said, kept = decoder.check(tokens, threshold)
+            said, kept = decoder.check(tokens)
         pace.saw(k, kept, drafted - start, time.perf_counter() - drafted)
         session.said += kept + 1
         if session.said >= due:
@@ -297,13 +281,6 @@ def verified_generate_step(
                 raise
 
 
-def draft_density(model: GlassModel, density: float) -> float:
-    """The density to draft an answer at: the fastest of ``DENSITIES`` and the given one, as far as this model's answers
-    have shown; each is tried for one, the given one first."""
-    candidates = dict.fromkeys((density, *DENSITIES))
-    return max(candidates, key=lambda d: model.paces[d].speed if d in model.paces else math.inf)
-
-
 def _can_take_back(entries: list[Any], tokens: int) -> bool:
     """Whether a cache that grows by so many tokens can give them back: a sliding window that is full by then, or a
     recurrent state, cannot, and from there on the dense model decodes."""
@@ -311,31 +288,17 @@ def _can_take_back(entries: list[Any], tokens: int) -> bool:
     return room and can_trim_prompt_cache(entries)
 
 
-@contextmanager
-def _drafting(model: GlassModel, cache: list[Any], density: float | None) -> Iterator[None]:
-    """A conversation at the density that it drafts with, and afterwards at its own."""
-    session = model.session(cache)
-    own = session.config.density
-    session.configure(density=density or draft_density(model, own))
-    try:
-        yield
-    finally:
-        session.configure(density=own)
-
-
 def stream_verified(
     model: GlassModel,
     tokenizer: TokenizerWrapper,
     prompt: mx.array,
     max_tokens: int,
-    density: float | None = None,
     **kwargs: Any,
 ) -> Iterator[DenseResponse]:
-    """``mlx_lm.stream_generate`` by ``verified_generate_step``, whose arguments ``kwargs`` are; drafting at a density,
-    by default that of ``draft_density``."""
+    """``mlx_lm.stream_generate`` by ``verified_generate_step``, whose arguments ``kwargs`` are."""
     detokenizer, start, prompt_tps = tokenizer.detokenizer, time.perf_counter(), 0.0
     steps = verified_generate_step(prompt, model, max_tokens=max_tokens, **kwargs)
-    with _drafting(model, kwargs["prompt_cache"], density), wired_limit(model, [generation_stream]), closing(steps):
+    with wired_limit(model, [generation_stream]), closing(steps):
         for n, (token, logprobs, drafted) in enumerate(steps, start=1):
             if n == 1:
                 prompt_tps, start = prompt.size / (time.perf_counter() - start), time.perf_counter()

@@ -113,7 +113,9 @@ def test_commands_are_all_scripts():
     assert {f"glass_mlx.{name}" for name in __main__.COMMANDS} == set(MODULES) - {"glass_mlx.__main__"}
 
 
-@pytest.mark.parametrize("name", ["chat", "generate", "stats", "evaluate", "benchmark", "families", "doctor"])
+@pytest.mark.parametrize(
+    "name", ["chat", "generate", "stats", "evaluate", "benchmark", "tradeoff", "families", "doctor"]
+)
 def test_commands(invoke, name):
     """Each is there by its short name and as a script."""
     assert f"glass_mlx.{name}" in SCRIPTS

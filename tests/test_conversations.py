@@ -143,9 +143,9 @@ def test_cut():
             self.offset -= n
             return n
 
-    entry = Entry(list(range(9)), [Stub()], "a", [3, 4, 8], [(4, 6), (8, 9)])
+    entry = Entry(list(range(9)), [Stub()], "a", [3, 4, 8])
     assert entry.cut(5)
-    assert (entry.tokens, entry.bounds, entry.sparse) == ([0, 1, 2, 3, 4], [3, 4], [(4, 5)])
+    assert (entry.tokens, entry.bounds) == ([0, 1, 2, 3, 4], [3, 4])
 
 
 def test_the_least_recently_used_goes(tiny):

@@ -12,9 +12,8 @@ import glass_mlx
 from glass_mlx import GlassConfig, fidelity, stream_generate
 from glass_mlx.arms import Evidence, by_chance, by_magnitude, by_oracle, magnitude, product, standard_arms
 from glass_mlx.continuation import readability, self_nll, speak
-from glass_mlx.fidelity import Text, as_mask, divergence, forced, measure, record
+from glass_mlx.fidelity import Text, as_masks, divergence, forced, measure, record
 from glass_mlx.importance import SIGNALS
-from glass_mlx.ranking import rank
 from glass_mlx.tiny import tiny_model
 
 PROMPTS = [[1, 300, 400, 500, 600], [1, 7], [1, 900, 31, 31, 2000, 77, 8, 9]]
@@ -47,7 +46,7 @@ def assert_equals_decoding(model, arm, config: GlassConfig) -> None:
     evidence, _ = record(model, text)
     evidence.density = config.density
     kept = arm(evidence)
-    masks = [as_mask(k, block.size) for k, block in zip(kept, model.blocks)]
+    masks = as_masks(model, kept)
     logits = text.predicting(forced(model, text, masks))
     for b, (prompt, said) in enumerate(zip(PROMPTS, SAID)):
         expected, neurons = decoded(model, prompt, said, config)
@@ -78,7 +77,7 @@ def test_other_families(family):
     evidence, _ = record(model, text)
     evidence.density = 0.5
     kept = product("activation", 0.0)(evidence)
-    masks = [as_mask(k, block.size) for k, block in zip(kept, model.blocks)]
+    masks = as_masks(model, kept)
     logits = text.predicting(forced(model, text, masks))
     for b in range(2):
         expected, _ = decoded(model, prompts[b], said[b], GlassConfig(0.5, 0.0, "activation"))
@@ -88,19 +87,16 @@ def test_other_families(family):
 @pytest.mark.parametrize("signal", SIGNALS)
 def test_evidence_is_what_a_session_records(exact, signal):
     model, _ = exact
-    evidence, _ = record(model, Text(PROMPTS, SAID), hidden=True)
+    evidence, _ = record(model, Text(PROMPTS, SAID))
     for b, prompt in enumerate(PROMPTS):
         cache = model.make_cache(signal=signal)
         model.session(cache).begin_prompt(len(prompt))
         mx.eval(model(mx.array([prompt]), cache=cache))
         mine = mx.concatenate([e[b] for e in evidence.local[signal]])
         np.testing.assert_allclose(mine, model.session(cache).energy, rtol=1e-3, atol=1e-5)
-    longest = max(map(len, PROMPTS))
-    for energy, oracle, hidden in zip(evidence.local[signal], evidence.oracle[signal], evidence.hidden):
+    for energy, oracle in zip(evidence.local[signal], evidence.oracle[signal]):
         np.testing.assert_allclose(energy.sum(axis=1), [len(p) for p in PROMPTS], rtol=1e-4)
         np.testing.assert_allclose(oracle.sum(axis=1), [len(s) - 1 for s in SAID], rtol=1e-4)
-        assert (mx.abs(hidden).sum(axis=-1) > 0).sum(axis=1).tolist() == [len(p) for p in PROMPTS]
-        assert hidden.shape[1] == longest and mx.all(mx.any(hidden[:, -1] != 0, axis=-1)).item()
 
 
 def test_figures_equal_a_plain_computation(exact):
@@ -145,7 +141,7 @@ def test_divergence_of_the_same_is_zero():
 
 def evidence_of(model, density: float) -> Evidence:
     energies = {s: [mx.random.uniform(shape=(2, block.size)) for block in model.blocks] for s in SIGNALS}
-    return Evidence(model, density, PROMPTS[:2], energies, energies, [])
+    return Evidence(model, density, PROMPTS[:2], energies, energies)
 
 
 def test_arms_keep_what_the_density_says(exact):
@@ -155,8 +151,6 @@ def test_arms_keep_what_the_density_says(exact):
         for name, arm in standard_arms([0.2, 0.8]).items():
             allocation = "measured" if name == "glass" else "uniform"
             assert [k.shape for k in arm(evidence)] == [(2, k) for k in model.kept_counts(density, allocation)]
-    by_layer = evidence_of(model, 0.5).keep([rank(mx.arange(b.size)) for b in model.blocks], [0.25, 0.75] * 3)
-    assert [k.shape[1] for k in by_layer] == [256, 768] * 3
 
 
 def test_chance_differs_from_prompt_to_prompt(tiny):
@@ -190,7 +184,7 @@ def test_speaking_equals_generating(exact):
     model, tokenizer = exact
     evidence, _ = record(model, Text(PROMPTS, SAID))
     evidence.density = 0.5
-    masks = [as_mask(k, block.size) for k, block in zip(standard_arms([])["glass"](evidence), model.blocks)]
+    masks = as_masks(model, standard_arms([])["glass"](evidence))
     for given, config in ((None, GlassConfig(1.0)), (masks, GlassConfig(0.5))):
         said = speak(model, PROMPTS, 12, 0, given)
         for prompt, row in zip(PROMPTS, said):

@@ -140,19 +140,17 @@ def test_prompt_cache_over_turns(exact):
 
 @pytest.mark.parametrize("refresh", [0, "auto"])
 def test_evidence_of_both_turns(demo, refresh):
-    """And, unless it is never read again, of the answer in between."""
+    """And of the answer in between."""
     model, tokenizer = demo
     cache = model.make_cache(refresh=refresh)
     list(stream_generate(model, tokenizer, PROMPT, 3, prompt_cache=cache))
     before, said = model.session(cache).energy, model.session(cache).said
     list(stream_generate(model, tokenizer, [500, 600], 3, prompt_cache=cache))
     assert said >= 2
-    read = len(tokenizer.encode(PROMPT)) + 2 + (said if refresh else 0)
-    assert model.session(cache).prompt_tokens == read
-    answer = said if refresh else 0
-    new = model.session(cache).energy - 0.5 ** (answer / 128) * before
+    assert model.session(cache).prompt_tokens == len(tokenizer.encode(PROMPT)) + 2 + said
+    new = model.session(cache).energy - 0.5 ** (said / 128) * before
     assert (new >= -1e-5).all()
-    assert mx.sum(new).item() == pytest.approx(len(model.blocks) * (2 + answer), rel=1e-4)
+    assert mx.sum(new).item() == pytest.approx(len(model.blocks) * (2 + said), rel=1e-4)
 
 
 def test_choice_per_call(demo):
@@ -162,6 +160,9 @@ def test_choice_per_call(demo):
     assert response.density == 0.25
     [response] = stream_generate(model, tokenizer, [500], 1, prompt_cache=cache)
     assert response.density == 0.25  # it stays the conversation's
+    list(stream_generate(model, tokenizer, [500], 2, prompt_cache=cache, allocation="uniform"))
+    kept = [k.size for k in model.kept_neurons(cache).values()]
+    assert kept == model.kept_counts(0.25, "uniform") != model.kept_counts(0.25, "measured")
     assert model.config == GlassConfig()
     with pytest.raises(GlassError, match="density"):
         generate(model, tokenizer, PROMPT, density=0)
@@ -185,7 +186,8 @@ def test_draft_model(exact, tiny, draft, drafts, n):
 
 
 @pytest.mark.parametrize(
-    "option", [{"density": 0.5}, {"global_weight": 0.0}, {"signal": "impact"}, {"prompt_cache": []}]
+    "option",
+    [{"density": 0.5}, {"global_weight": 0.0}, {"signal": "impact"}, {"allocation": "uniform"}, {"prompt_cache": []}],
 )
 def test_draft_model_takes_no_choice(demo, option):
     with pytest.raises(GlassError, match="draft"):

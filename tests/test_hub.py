@@ -17,7 +17,7 @@ from hub_server import HubServer
 from huggingface_hub import constants, file_download
 
 from glass_mlx import GlassError, StatsError
-from glass_mlx.hub import CARD, INDEX, download, hub_access, list_files, upload
+from glass_mlx.hub import CARD, INDEX, download, hub_access, upload
 from glass_mlx.ranks import GlobalRanks
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's uploads
@@ -113,14 +113,6 @@ def test_pinned_revision(server, repo, pin):
         seen = len(server.requests)
         assert download(REPO, FILE, revision=old) == path
         assert len(server.requests) == seen  # needs no request at all
-
-
-def test_list_files(server, repo):
-    repo.commit({"b.safetensors": b""})
-    assert list_files(REPO) == ["b.safetensors", INDEX, FILE]
-    assert list_files(REPO, revision=repo.commits[0].oid) == [INDEX, FILE]
-    refused(REPO, "'nope'", "branch", call=lambda: list_files(REPO, revision="nope"))
-    refused("me/other", "check the name", call=lambda: list_files("me/other"))
 
 
 def test_interrupted_download_is_resumed(server, repo, monkeypatch):
@@ -246,7 +238,6 @@ def test_nobody_answers(server, repo, monkeypatch):
         pass
     gone.use(monkeypatch)
     refused("me/new", "connection", "check the network", call=lambda: download("me/new", FILE))
-    refused("me/new", "connection", "check the network", call=lambda: list_files("me/new"))
     assert download(REPO, FILE) == path
 
 
@@ -262,7 +253,6 @@ def test_offline(server, repo, monkeypatch):
     seen = len(server.requests)
     assert download(REPO, FILE) == path
     refused(INDEX, REPO, "HF_HUB_OFFLINE is set", call=lambda: download(REPO, INDEX))
-    refused(REPO, "HF_HUB_OFFLINE is set", call=lambda: list_files(REPO))
     assert len(server.requests) == seen
 
 
@@ -358,7 +348,6 @@ def test_upload_to_a_new_repo(server, ranks_file):
         assert f"\n| {row} |\n" in card
     # and what was uploaded can be had
     assert download(REPO, path.name).read_bytes() == path.read_bytes()
-    assert list_files(REPO) == [path.name, INDEX]
 
 
 def test_upload_options(server, ranks_file):

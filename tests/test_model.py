@@ -280,20 +280,21 @@ def test_without_global_ranks_the_prompt_decides(llama):
 
 
 def test_evidence_of_two_turns_adds_up(llama):
+    """And that of the answers between, with the next prompt."""
     cache = prefilled(llama, refresh=0)
-    session = llama.session(cache)
+    session, prompt = llama.session(cache), copy.deepcopy(cache[:-1])
     first = np.array(session.energy)
     run(llama, cache, *steps(STEPS))
     compact = session.compact
     run(llama, cache, *steps(STEPS))
     assert session.compact is compact  # one choice for each answer
     with watched(llama) as seen:
-        run(llama.dense, copy.deepcopy(cache[:-1]), OTHER)
+        run(llama.dense, prompt, [*STEPS, *STEPS, *OTHER])
     session.begin_prompt(len(OTHER))
     run(llama, cache, OTHER)
-    expected = first + np.concatenate(energies_by_hand(llama, seen, "impact"))
+    expected = 0.5 ** (2 * len(STEPS) / 128) * first + np.concatenate(energies_by_hand(llama, seen, "impact"))
     np.testing.assert_allclose(session.energy, expected, rtol=1e-4, atol=1e-8)
-    assert session.prompt_tokens == len(PROMPT) + len(OTHER)
+    assert session.prompt_tokens == len(PROMPT) + 2 * len(STEPS) + len(OTHER)
     assert session.compact is None
 
 

@@ -104,7 +104,7 @@ def test_neurons_are_chosen_at_some_refreshes():
 
 def test_reading_alone_keeps_the_choice():
     model = GlassModel(tiny_model("llama"))
-    cache = read(model, PROMPT)
+    cache = read(model, PROMPT, refresh="auto")
     session, choices = model.session(cache), []
     for i in range(40):
         say(model, cache, [SAID[i % len(SAID)]])
@@ -119,9 +119,10 @@ def test_at_density_1_nothing_is_to_repair():
     assert refreshes(model, read(model, PROMPT, density=1.0, refresh=2), 9) == []
 
 
-def test_a_next_prompt_reads_the_answer_as_well():
+@pytest.mark.parametrize("refresh", [0, 100])
+def test_a_next_prompt_reads_the_answer_as_well(refresh):
     model = GlassModel(tiny_model("llama"))
-    cache = read(model, PROMPT, refresh=100)
+    cache = read(model, PROMPT, refresh=refresh)
     say(model, cache, SAID[:3])
     unread = copy.deepcopy(cache)
     model.session(unread).begin_prompt(2)
@@ -132,6 +133,51 @@ def test_a_next_prompt_reads_the_answer_as_well():
     assert not close(contents(cache), contents(read(model, PROMPT + SAID[:3])), 1e-3)  # without: what was sparse stays
     session = model.session(unread)
     assert (session.prompt_tokens, session.said, session.prompt_left, session.in_prompt) == (12, 0, 0, False)
+
+
+def test_a_long_answer_is_read_again_in_several_calls(monkeypatch):
+    monkeypatch.setattr("glass_mlx.model._REREAD", 3)
+    model = GlassModel(tiny_model("llama"))
+    cache = read(model, PROMPT)
+    say(model, cache, SAID[:7])
+    model.session(cache).begin_prompt(2)
+    logits = model(mx.array([[50, 60]]), cache=cache)
+    dense = model.dense(mx.array([[*PROMPT, *SAID[:7], 50, 60]]))[0, -2:]
+    assert close([np.array(logits[0])], [np.array(dense)])
+    assert close(contents(cache), contents(read(model, [*PROMPT, *SAID[:7], 50, 60])))
+    assert model.session(cache).prompt_tokens == 16
+
+
+def test_a_next_prompt_of_embeddings_reads_the_answer_as_well():
+    model = GlassModel(tiny_model("llama"))
+    cache = read(model, PROMPT)
+    say(model, cache, SAID[:3])
+    model.session(cache).begin_prompt(2)
+    embeddings = model.dense.model.embed_tokens(mx.array([SAID[3:5]]))
+    mx.eval(model(None, cache=cache, input_embeddings=embeddings), [entry.state for entry in cache])
+    assert close(contents(cache), contents(read(model, PROMPT + SAID[:5])))
+
+
+def test_embeddings_that_are_decoded_cannot_be_read_again():
+    """Nor what was said before them; but nothing of it is lost."""
+    model = GlassModel(tiny_model("llama"))
+    cache = read(model, PROMPT)
+    say(model, cache, SAID[:2])
+    model(None, cache=cache, input_embeddings=model.dense.model.embed_tokens(mx.array([SAID[2:3]])))
+    say(model, cache, SAID[3:4])
+    assert [tokens.tolist() for tokens in model.session(cache).unread] == [[SAID[3:4]]]
+    read(model, [50, 60], cache)
+    assert model.session(cache).offset == cache[0].offset == len(PROMPT) + 6
+
+
+def test_an_answer_that_ends_at_density_1_is_read_again_from_its_sparse_part_on():
+    model = GlassModel(tiny_model("llama"))
+    cache = read(model, PROMPT)
+    say(model, cache, SAID[:3])
+    model.session(cache).configure(density=1.0)
+    say(model, cache, SAID[3:5])
+    read(model, SAID[5:7], cache)
+    assert close(contents(cache), contents(read(model, PROMPT + SAID[:7])))
 
 
 @pytest.mark.parametrize("refresh", [3, "auto", 0])
@@ -189,9 +235,20 @@ def test_never_by_itself_where_the_dense_weights_are_let_go(tmp_path):
         assert model.session(model.make_cache()).config.refresh == expected
 
 
-def test_trimming_takes_unread_tokens_along():
+def test_dense_weights_that_were_let_go_repair_the_next_prompt(tmp_path):
+    dense = tiny_model("llama")
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), dict(tree_flatten(dense.parameters())))
+    model = GlassModel(dense, path=tmp_path, low_memory=True)
+    cache = read(model, PROMPT)
+    say(model, cache, SAID[:4])
+    read(model, SAID[4:6], cache)
+    assert close(contents(cache), contents(read(GlassModel(tiny_model("llama")), PROMPT + SAID[:6])))
+
+
+@pytest.mark.parametrize("refresh", [0, 100])
+def test_trimming_takes_unread_tokens_along(refresh):
     model = GlassModel(tiny_model("llama"))
-    cache = read(model, PROMPT, refresh=100)
+    cache = read(model, PROMPT, refresh=refresh)
     say(model, cache, SAID[:5])
     trim_prompt_cache(cache, 2)
     session = model.session(cache)
@@ -211,6 +268,18 @@ def test_unread_tokens_are_saved(tmp_path):
     ours, theirs = say(model, cache, SAID[3:]), say(model, loaded, SAID[3:])
     assert close([np.array(a) for a in ours], [np.array(a) for a in theirs], 1e-6)
     assert model.session(loaded).prompt_tokens == model.session(cache).prompt_tokens == 13
+
+
+def test_a_saved_answer_is_read_again_with_the_next_prompt(tmp_path):
+    model = GlassModel(tiny_model("llama"))
+    cache = read(model, PROMPT)
+    say(model, cache, SAID[:4])
+    save_prompt_cache(str(tmp_path / "cache.safetensors"), cache)
+    loaded = load_prompt_cache(str(tmp_path / "cache.safetensors"))
+    assert mx.concatenate(model.session(loaded).unread, axis=1).tolist() == [SAID[:4]]
+    trim_prompt_cache(loaded, 1)
+    read(model, [50, 60], loaded)
+    assert close(contents(loaded), contents(read(model, [*PROMPT, *SAID[:3], 50, 60])))
 
 
 def test_copies_have_their_own_unread_tokens():

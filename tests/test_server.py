@@ -167,18 +167,18 @@ def test_another_model(client, http):
     assert client.chat.completions.create(model="default_model", messages=QUESTION, max_tokens=2).model == "demo"
 
 
-@pytest.mark.parametrize("refresh", [0, "auto"])
-def test_next_turn_pays_only_for_new_tokens(client, refresh):
-    """And, refreshed, for repairing the answer before it."""
+@pytest.mark.parametrize("density", [0.5, 1.0])
+def test_next_turn_pays_only_for_new_tokens(client, density):
+    """And for repairing the answer before it, where it was decoded sparsely."""
     messages = [{"role": "user", "content": "I am looking for a cheap hotel in Cambridge."}]
     known = 1
     for _ in range(3):
         answer = client.chat.completions.create(
-            model="demo", messages=messages, user=f"pays {refresh}", extra_body={"refresh": refresh}
+            model="demo", messages=messages, user=f"pays {density}", extra_body={"density": density}
         )
         usage = answer.usage
         assert usage.prompt_tokens_details.cached_tokens >= known - 1
-        known = usage.total_tokens if refresh == 0 else usage.prompt_tokens
+        known = usage.total_tokens if density == 1 else usage.prompt_tokens
         messages += [
             {"role": "assistant", "content": answer.choices[0].message.content},
             {"role": "user", "content": "Is it near?"},
