@@ -83,7 +83,7 @@ def bytes_per_token(model: GlassModel, cache: list[Any], sparse: bool) -> int:
         model.prepare(cache)  # the last token may have been one to refresh at
         for block, projections in zip(model.blocks, model.session(cache).compact):
             for name, compact in projections.items():
-                read = model_bytes(compact) - (compact.place.nbytes if isinstance(compact, Spread) else 0)
+                read = model_bytes(compact.projection if isinstance(compact, Spread) else compact)
                 total += read - model_bytes(block.module[name])
     return total
 

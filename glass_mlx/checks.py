@@ -73,9 +73,9 @@ def check_slices(case: Case) -> str:
         for name, compact in block.compact(kept).items():
             weight = dense_weight(layer.mlp[name])
             if isinstance(compact, Spread):  # is not cut: the hidden values are put in their places
-                expected = np.full(size, -1)
-                expected[np.array(kept)] = np.arange(kept.size)
-                if not np.array_equal(np.array(compact.place), expected):
+                expected = np.zeros(size)
+                expected[np.array(kept)] = values = np.arange(1, kept.size + 1)
+                if not np.array_equal(np.array(compact.scatter(mx.array(values))), expected):
                     raise CheckFailed(f"{block.path}, {name}: expected each neuron in its place, found others")
                 continue
             expected = weight[:, kept] if name == block.output else weight[kept]

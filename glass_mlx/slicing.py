@@ -96,8 +96,11 @@ class Spread(nn.Module):
         self.given[columns] = mx.array(True)
 
     def __call__(self, h: mx.array) -> mx.array:
-        spread = mx.take(h, self.place, axis=-1)
-        return self.projection(mx.where(self.given, spread, mx.array(0, h.dtype)))
+        return self.projection(self.scatter(h))
+
+    def scatter(self, h: mx.array) -> mx.array:
+        """Hidden values [..., k] of the kept neurons in their places among all, [..., F], the others zero."""
+        return mx.where(self.given, mx.take(h, self.place, axis=-1), mx.array(0, h.dtype))
 
     def __getattr__(self, name: str):  # some families read the projection's weight (its dtype, say)
         try:
