@@ -6,11 +6,11 @@ import warnings
 warnings.filterwarnings("ignore", "'glass_mlx.* found in sys.modules", RuntimeWarning)
 
 from ._version import __version__
+from .decoding.stream import GenerationResponse, generate, stream_generate
 from .errors import GlassError, StatsError
-from .generate import GenerationResponse, generate, stream_generate
 from .loading import load, wrap
-from .model import GlassModel
-from .session import GlassConfig
+from .model.config import GlassConfig
+from .model.glass_model import GlassModel
 
 __all__ = [
     "GenerationResponse",

@@ -15,9 +15,9 @@ from mlx_lm.chat import setup_arg_parser as setup_mlx_lm_parser
 from rich.console import Console
 
 from .cli import add_glass_options, add_verbose, add_verify_options, density, run, sampler_maker, verify_options
-from .conversation import Conversation
+from .decoding.conversation import Conversation
+from .decoding.stream import GenerationResponse, stream_generate
 from .errors import GlassError
-from .generate import GenerationResponse, stream_generate
 from .loading import DEFAULT_MODEL, load
 
 with contextlib.suppress(ImportError):  # gives input() a history and line editing, where Python has it

@@ -12,10 +12,10 @@ from typing import Any
 
 from mlx_lm import sample_utils
 
-from . import sampling
+from .core.importance import SIGNALS
+from .decoding import sampling
 from .errors import GlassError
-from .importance import SIGNALS
-from .session import ALLOCATIONS, GlassConfig
+from .model.config import ALLOCATIONS, GlassConfig
 
 
 def density(text: str) -> float:

@@ -26,10 +26,10 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from ._version import __version__
-from .benchmark import measure
-from .cases import FORMATS, SHIPPED, Case, make_case
-from .checks import CHECKS, check_wrap
 from .cli import add_verbose, run
+from .evaluation.doctor_cases import FORMATS, SHIPPED, Case, make_case
+from .evaluation.doctor_checks import CHECKS, check_wrap
+from .evaluation.speed import measure
 
 PROMPT_TOKENS, TOKENS, RUNS = 32, 20, 3
 

@@ -24,169 +24,23 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from tqdm import tqdm
 
-from . import recall, tasks
-from .arms import ARMS, GLOBAL, Arm, standard_arms
-from .benchmark import backend
-from .calibrate import start_tokens
 from .cli import add_verbose, density, global_weight, list_of, run
-from .continuation import readability, self_nll, speak
-from .errors import GlassError
-from .fidelity import Scores, measure
-from .generate import render
+from .evaluation import lm_eval_tasks as tasks
+from .evaluation import recall
+from .evaluation.fidelity import choose_arms, evaluate
+from .evaluation.free_running import cut
+from .evaluation.intervals import table, windows
+from .evaluation.machine import backend
+from .evaluation.plot import plot_fidelity
+from .evaluation.prompts import PROMPTS, read_prompts
+from .evaluation.selectors import ARMS
+from .files import write_atomically
 from .loading import DEFAULT_MODEL, load
-from .lookup import find_ranks
-from .model import GlassModel
-from .plot import plot_fidelity
-from .ranks import GlobalRanks, write_atomically
-from .summary import interval, summarise, table, windows
-
-PROMPTS = Path(__file__).parent / "prompts.jsonl"
-
-# Prompts whose continuations are sampled together.
-_BATCH = 32
-
-
-def evaluate(
-    model: GlassModel,
-    prompts: list[list[int]],
-    arms: dict[str, Arm],
-    densities: list[float],
-    tokens: int = 256,
-    temperature: float = 1.0,
-    seed: int = 0,
-    free: bool = False,
-    progress: Callable[[int], None] = lambda prompts: None,
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """Measure arms on the dense model's own continuations.
-
-    Args:
-        model (GlassModel): the model.
-        prompts (list[list[int]]): tokens.
-        arms (dict): functions that choose neurons, by name.
-        densities (list[float]): at which each arm is measured.
-        tokens (int): length of a continuation.
-        temperature (float): of its sampling.
-        seed (int): of its sampling.
-        free (bool): also let each arm speak by itself.
-        progress: called with the number of prompts done since the last call.
-
-    Returns:
-        dict: for each arm, ``dense`` included, and each density the figures of :func:`summary.summarise`; with
-        ``free`` under that name those of :func:`speak_freely`.
-    """
-    mx.random.seed(seed)
-    said = _speak(model, prompts, tokens, temperature)
-    scores = measure(model, prompts, said, arms, densities, progress)
-    griffin = scores.get("griffin", {})
-    result = {
-        name: {
-            f"{d:g}": summarise(row, griffin.get(d) if name not in ("dense", "griffin") else None)
-            for d, row in rows.items()
-        }
-        for name, rows in scores.items()
-    }
-    if free:
-        for name, rows in scores.items():
-            for d, row in rows.items():
-                mx.random.seed(seed)
-                result[name][f"{d:g}"]["free"] = speak_freely(model, prompts, row, tokens, temperature)
-    return result
-
-
-def speak_freely(
-    model: GlassModel, prompts: list[list[int]], scores: Scores, tokens: int, temperature: float
-) -> dict[str, Any]:
-    """Let an arm go on by itself from each prompt, with the neurons that it chose.
-
-    Returns:
-        dict: ``repetition``, ``distinct-1``, ``distinct-2`` (:func:`continuation.readability`), ``self_ppl``, the
-        perplexity of what it says under the dense model; ``ci`` of each.
-    """
-    said = _speak(model, prompts, tokens, temperature, scores.kept)
-    values = readability(said)
-    nll = self_nll(model, prompts, said)
-    return {
-        **{name: float(v.mean()) for name, v in values.items()},
-        "self_ppl": float(np.exp(nll.mean())),
-        "ci": {name: interval(v) for name, v in values.items()} | {"self_ppl": np.exp(interval(nll)).tolist()},
-    }
-
-
-def _speak(
-    model: GlassModel,
-    prompts: list[list[int]],
-    tokens: int,
-    temperature: float,
-    kept: list[np.ndarray] | None = None,
-) -> list[list[int]]:
-    said: list[list[int]] = []
-    for i in range(0, len(prompts), _BATCH):
-        masks = None if kept is None else [mx.array(rows[i : i + _BATCH]) for rows in kept]
-        said += speak(model, prompts[i : i + _BATCH], tokens, temperature, masks)
-    return said
-
-
-def cut(
-    model: GlassModel, prompts: list[list[int]], length: int | None, temperature: float, seed: int
-) -> list[list[int]]:
-    """Prompts of ``length`` tokens: the beginnings of longer ones; the dense model goes on with shorter ones."""
-    if length is None:
-        return prompts
-    short = [p for p in prompts if len(p) < length]
-    mx.random.seed(seed)
-    more = iter(_speak(model, short, length - min(map(len, short)), temperature)) if short else iter(())
-    return [(p if len(p) >= length else [*p, *next(more)])[:length] for p in prompts]
-
-
-def read_prompts(source: str, tokenizer: Any, count: int | None) -> list[list[int]]:
-    """Tokens of the prompts of a file, or for ``null`` of the BOS token alone, 32 times.
-
-    A ``.jsonl`` file holds ``{"text": ...}`` or ``{"messages": [...]}`` in each line, another file one text a line.
-    Models without a chat template are given what the messages say.
-    """
-    if source == "null":
-        return [start_tokens(tokenizer)] * (count or 32)
-    try:
-        lines = [line.strip() for line in Path(source).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise GlassError(f"Cannot read prompts from {source}: {e}") from e
-    if not lines:
-        raise GlassError(f"{source} has no prompts.")
-    if not source.endswith(".jsonl"):
-        return [tokenizer.encode(line) for line in lines[:count]]
-    return [_prompt(line, f"{source}:{number}", tokenizer) for number, line in enumerate(lines[:count], 1)]
-
-
-def _prompt(line: str, place: str, tokenizer: Any) -> list[int]:
-    try:
-        item = json.loads(line)
-        messages = item.get("messages")
-        text = item["text"] if messages is None else "\n\n".join([*(m["content"] for m in messages), ""])
-        if messages is None or not tokenizer.has_chat_template:
-            return list(tokenizer.encode(text))
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise GlassError(f'{place} has no "text" and no "messages".') from e
-    return list(render(tokenizer, messages, add_generation_prompt=True))
-
-
-def choose_arms(names: list[str] | None, weights: list[float | str], global_ranks: bool) -> dict[str, Arm]:
-    """The arms asked for by name (default: all), as far as there are global ranks for them; a weight ``auto`` is
-    ``glass``, which is one of them anyway.
-
-    Raises:
-        GlassError: an arm was asked for that needs global ranks.
-    """
-    standard = standard_arms([w for w in weights if w != "auto"])
-    arms = {name: arm for name, arm in standard.items() if names is None or name.split()[0] in names}
-    missing = [] if global_ranks else [name for name in arms if name.split()[0] in GLOBAL]
-    if missing and names is not None:
-        raise GlassError(f"There are no global ranks for this model, and {missing[0]} needs them: build some first.")
-    if missing:
-        print(f"There are no global ranks for this model: without {', '.join(missing)}.", file=sys.stderr)
-    return {name: arm for name, arm in arms.items() if name not in missing}
+from .model.glass_model import GlassModel
+from .ranks.format import GlobalRanks
+from .ranks.lookup import find_ranks
 
 
 def _positive(text: str) -> int:

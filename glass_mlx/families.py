@@ -16,8 +16,8 @@ import mlx.core as mx
 
 from .cli import add_verbose, run
 from .errors import GlassError
-from .model import GlassModel
-from .tiny import Unbuildable, model_types, tiny_model
+from .evaluation.tiny_models import Unbuildable, model_types, tiny_model
+from .model.glass_model import GlassModel
 
 
 @dataclass

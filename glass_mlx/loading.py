@@ -13,11 +13,11 @@ from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .errors import GlassError
-from .hub import hub_access
-from .lookup import find_ranks
-from .model import GlassModel
-from .ranks import GlobalRanks
-from .session import GlassConfig
+from .files import hub_access
+from .model.config import GlassConfig
+from .model.glass_model import GlassModel
+from .ranks.format import GlobalRanks
+from .ranks.lookup import find_ranks
 
 logger = logging.getLogger("glass_mlx")
 
@@ -202,7 +202,7 @@ def _use(model: GlassModel, ranks: GlobalRanks | None, expected: bool) -> None:
 
 
 def _build(model: GlassModel, tokenizer: TokenizerWrapper) -> GlobalRanks | None:
-    from .stats import build_ranks  # which imports this module to load models by name
+    from .ranks.measure import build_ranks
 
     logger.warning("no global ranks for this model yet: measuring them, once. Ctrl-C goes on without.")
     try:

@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from .cli import add_glass_options, add_verbose, add_verify_options, memory_size, run, verify_options
-from .engine import DEFAULT_MODEL, Engine, EngineError, EngineOptions
 from .errors import GlassError
-from .logs import log_to_file
-from .session import GlassConfig
+from .model.config import GlassConfig
+from .serving.engine import DEFAULT_MODEL, Engine, EngineError, EngineOptions
+from .serving.logs import log_to_file
 
 _missing = None
 try:
     import uvicorn
 
-    from .api import Api, ApiOptions
-    from .guard import PatientProtocol
+    from .serving.app import Api, ApiOptions
+    from .serving.security import PatientProtocol
 except ModuleNotFoundError as e:
     if e.name not in ("uvicorn", "starlette", "pydantic", "h11"):
         raise

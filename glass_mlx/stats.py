@@ -18,62 +18,17 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from tqdm import tqdm
 
-from .calibrate import (
-    DEFAULT_STABLE_AT,
-    DEFAULT_TOKENS,
-    Source,
-    calibrate,
-    compare,
-    dataset_rows,
-    given_sequences,
-    null_prompt,
-    text_rows,
-)
 from .cli import add_verbose, density, run
+from .core.importance import SIGNALS
 from .errors import GlassError, StatsError
-from .hub import upload
-from .importance import SIGNALS
 from .loading import ALIASES, DEFAULT_MODEL, load
-from .lookup import STATS_DIR, cache_dir, cached_file
-from .model import GlassModel
-from .ranks import GlobalRanks, merge, write_index
-
-
-def build_ranks(
-    model: GlassModel,
-    tokenizer: Any,
-    out: Path | None = None,
-    source: Source | None = None,
-    tokens: int = DEFAULT_TOKENS,
-    stable_at: float | None = DEFAULT_STABLE_AT,
-    name: str | None = None,
-) -> Path:
-    """Measure a model's ranks with a progress bar, and write them to ``out`` or to the user's cache.
-
-    An interrupted run leaves what it has read beside the file, and the next one goes on from there.
-
-    Returns:
-        Path: the file.
-    """
-    out = out or cached_file(model)
-    source = source or null_prompt(model, tokenizer)
-    with tqdm(total=tokens, unit="tok", desc="ranks", file=sys.stderr, disable=None) as bar:
-
-        def progress(done: int, agreement: dict[str, float]) -> None:
-            bar.update(min(done, tokens) - bar.n)
-            goal = "" if stable_at is None else f" of {stable_at:.0%}"
-            bar.set_postfix_str(f"stable {agreement['overlap']:.1%}{goal}")
-
-        def weighing(done: int, blocks: int) -> None:
-            bar.set_postfix_str(f"sensitivity of block {done} of {blocks}")
-
-        partial = out.with_name(f"{out.name}.partial")
-        ranks = calibrate(model, source, tokens, stable_at, name, partial, progress, weighing)
-    ranks.write(out)
-    partial.unlink(missing_ok=True)
-    return out
+from .model.glass_model import GlassModel
+from .ranks.format import GlobalRanks, merge, write_index
+from .ranks.lookup import STATS_DIR, cache_dir
+from .ranks.measure import DEFAULT_STABLE_AT, DEFAULT_TOKENS, build_ranks, compare
+from .ranks.share import upload
+from .ranks.sources import dataset_rows, given_sequences, null_prompt, text_rows
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -287,7 +242,7 @@ def _shape(ranks: GlobalRanks) -> str:
 
 
 def _plot(args: argparse.Namespace) -> None:
-    from .plot import plot_ranks
+    from .evaluation.plot import plot_ranks
 
     ranks = GlobalRanks.read(_find(args.file))
     overlaps = None
@@ -304,7 +259,7 @@ def _local_overlaps(
 ) -> np.ndarray:
     """Overlap of the best ``share`` of each layer's neurons by a prompt with those by the global ranks,
     [prompts, layers]."""
-    from .evaluate import PROMPTS, read_prompts
+    from .evaluation.prompts import PROMPTS, read_prompts
 
     prompts = [tokenizer.encode(prompt)] if prompt else read_prompts(str(PROMPTS), tokenizer, None)
     signal, rows = model.config.signal, []

@@ -23,9 +23,10 @@ from mlx_lm.models import llama
 
 import glass_mlx
 from glass_mlx import stats
-from glass_mlx.calibrate import calibrate, given_sequences
 from glass_mlx.loading import DEMO_PATH
-from glass_mlx.ranks import GlobalRanks
+from glass_mlx.ranks.format import GlobalRanks
+from glass_mlx.ranks.measure import calibrate
+from glass_mlx.ranks.sources import given_sequences
 
 ROOT = Path(glass_mlx.__file__).parents[1]
 

@@ -10,8 +10,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from glass_mlx import GlassModel
-from glass_mlx.benchmark import _break_even, bytes_per_token, compare, main, measure, table
-from glass_mlx.tiny import tiny_model
+from glass_mlx.benchmark import main, table
+from glass_mlx.evaluation.speed import _break_even, bytes_per_token, compare, measure
+from glass_mlx.evaluation.tiny_models import tiny_model
 
 MEASURED = {"prompt_tps", "generation_tps", "peak_memory"}
 

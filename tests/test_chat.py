@@ -7,11 +7,12 @@ import re
 import mlx.core as mx
 import pytest
 
-import glass_mlx.conversation
-from glass_mlx import calibrate, chat, stats
+import glass_mlx.decoding.conversation
+from glass_mlx import chat, stats
 from glass_mlx.chat import Chat, main
-from glass_mlx.conversation import Conversation
-from glass_mlx.lookup import STATS_DIR
+from glass_mlx.decoding.conversation import Conversation
+from glass_mlx.ranks import measure as calibrate
+from glass_mlx.ranks.lookup import STATS_DIR
 
 HELLO = "I want to find a restaurant in San Jose."
 STATUS = re.compile(
@@ -54,7 +55,7 @@ def chats(monkeypatch):
 @pytest.fixture
 def interrupted(monkeypatch):
     """Ctrl-C comes after the third token of an answer."""
-    original = glass_mlx.conversation.stream_generate
+    original = glass_mlx.decoding.conversation.stream_generate
 
     def stream(*args, **kwargs):
         for n, response in enumerate(original(*args, **kwargs)):

@@ -9,8 +9,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from glass_mlx import cases, checks, doctor, ffn
-from glass_mlx.session import Session
+from glass_mlx import doctor
+from glass_mlx.evaluation import doctor_cases as cases
+from glass_mlx.evaluation import doctor_checks as checks
+from glass_mlx.model import blocks as ffn
+from glass_mlx.model.session import Session
 
 FEW = ("bfloat16", "4-bit/64")
 
@@ -189,7 +192,7 @@ def test_an_error_in_the_engine_is_told(case, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("There is no Stream(gpu, 1) in current thread.")
 
-    monkeypatch.setattr("glass_mlx.engine.load", broken)
+    monkeypatch.setattr("glass_mlx.serving.engine.load", broken)
     result = doctor.attempt("thread", lambda: checks.check_thread(case))
     assert result.detail.endswith("(RuntimeError: There is no Stream(gpu, 1) in current thread.)")
 

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from glass_mlx.arms import ARMS
-from glass_mlx.continuation import speak
 from glass_mlx.errors import GlassError
-from glass_mlx.evaluate import PROMPTS, choose_arms, cut, main, read_prompts
-from glass_mlx.fidelity import Scores
-from glass_mlx.summary import interval, summarise, windows
+from glass_mlx.evaluate import main
+from glass_mlx.evaluation.fidelity import choose_arms
+from glass_mlx.evaluation.free_running import cut, speak
+from glass_mlx.evaluation.intervals import interval, summarise, windows
+from glass_mlx.evaluation.prompts import PROMPTS, read_prompts
+from glass_mlx.evaluation.selectors import ARMS
+from glass_mlx.evaluation.teacher_forcing import Scores
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from mlx_lm.sample_utils import make_logits_processors
 
 import glass_mlx
 from glass_mlx import GlassConfig, GlassError, StatsError, generate, stream_generate, wrap
+from glass_mlx.evaluation.tiny_models import tiny_model
 from glass_mlx.generate import main
 from glass_mlx.loading import DEMO_PATH
-from glass_mlx.lookup import STATS_DIR
-from glass_mlx.tiny import tiny_model
+from glass_mlx.ranks.lookup import STATS_DIR
 
 PROMPT = "The old house stood at the end of the street, and"
 N = 12

@@ -14,10 +14,11 @@ from huggingface_hub import errors as hub_errors
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from glass_mlx import GlassConfig, GlassError, GlassModel, StatsError, loading, lookup
+from glass_mlx import GlassConfig, GlassError, GlassModel, StatsError, loading
 from glass_mlx.loading import ALIASES, DEMO_PATH, load, resolve_model, wrap
-from glass_mlx.lookup import STATS_DIR
-from glass_mlx.ranks import write_index
+from glass_mlx.ranks import lookup
+from glass_mlx.ranks.format import write_index
+from glass_mlx.ranks.lookup import STATS_DIR
 
 
 def _error(function, *args, **kwargs) -> str:

@@ -15,9 +15,10 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm import stream_generate as mlx_lm_stream_generate
 
-from glass_mlx import ffn, shapes
-from glass_mlx.generate import stream_generate
-from glass_mlx.model import GlassModel
+from glass_mlx.decoding.stream import stream_generate
+from glass_mlx.evaluation import shapes
+from glass_mlx.model import blocks as ffn
+from glass_mlx.model.glass_model import GlassModel
 
 SHAPES = ("mistral-7b", "llama-3.1-8b", "qwen3-4b", "gemma-3-4b", "llama-3.2-1b")
 DENSITIES = (0.3, 0.5, 0.7)

@@ -15,15 +15,16 @@ import httpx
 import openai
 import pytest
 from conftest import ROOT
-from serving import CHAT, QUESTION, answered, connect, raw, serving
+from servers import CHAT, QUESTION, answered, connect, raw, serving
 
 import glass_mlx
-from glass_mlx import api, server
-from glass_mlx.api import Api, ApiOptions
-from glass_mlx.engine import Engine
-from glass_mlx.reader import Reader
+from glass_mlx import server
 from glass_mlx.server import Server
-from glass_mlx.ticket import Piece
+from glass_mlx.serving import app as api
+from glass_mlx.serving.app import Api, ApiOptions
+from glass_mlx.serving.engine import Engine
+from glass_mlx.serving.output_parser import Reader
+from glass_mlx.serving.request import Piece
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from hub_server import HubServer
-from test_calibrate import same
+from test_measure import same
 
 import glass_mlx
 from glass_mlx import chat, stats
-from glass_mlx.calibrate import compare
-from glass_mlx.lookup import STATS_DIR, cache_dir, cached_file
-from glass_mlx.ranks import GlobalRanks
+from glass_mlx.ranks.format import GlobalRanks
+from glass_mlx.ranks.lookup import STATS_DIR, cache_dir, cached_file
+from glass_mlx.ranks.measure import compare
 
 FEW = ("--tokens", 60, "--sequences", 4, "--length", 8)
 

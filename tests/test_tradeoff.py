@@ -9,9 +9,10 @@ import mlx.core as mx
 import pytest
 
 from glass_mlx import GlassModel
-from glass_mlx.sampling import make_sampler
-from glass_mlx.tiny import tiny_model
-from glass_mlx.tradeoff import CountingPace, answer, main, measure, simulated, simulated_ways, strays, ways
+from glass_mlx.decoding.sampling import make_sampler
+from glass_mlx.evaluation.decoders import CountingPace, answer, measure, simulated, simulated_ways, strays, ways
+from glass_mlx.evaluation.tiny_models import tiny_model
+from glass_mlx.tradeoff import main
 
 PROMPTS = [[3, 14, 15, 9, 26], [8, 97, 9]]
 
@@ -112,7 +113,7 @@ def test_the_command_line(invoke, tmp_path):
 def test_a_shape_says_that_acceptance_is_simulated(invoke, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("glass_mlx.tradeoff.random_model", lambda *_: GlassModel(tiny_model("llama")))
-    monkeypatch.setitem(__import__("glass_mlx.shapes").shapes.SHAPES, "qwen3-0.6b", {"vocab_size": 90})
+    monkeypatch.setitem(__import__("glass_mlx.evaluation.shapes").shapes.SHAPES, "qwen3-0.6b", {"vocab_size": 90})
     options = ["--shape", "qwen3-0.6b", "--density", "0.5", "--acceptance", "0.6,0.9", "--count", 2, "--tokens", 9]
     ran = invoke(main, *options, "--json", "-", "--plot", str(tmp_path / "t.png"))
     assert ran.code == 0, ran.err

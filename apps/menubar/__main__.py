@@ -39,7 +39,7 @@ def main() -> None:
 
 def run(window: bool) -> None:
     """Run the app until it is quit."""
-    from glass_mlx.logs import log_to_file
+    from glass_mlx.serving.logs import log_to_file
 
     from .app import GlassApp
     from .controller import Controller

@@ -16,7 +16,7 @@ from typing import Any
 import toga
 
 import glass_mlx
-from glass_mlx.logs import log_dir
+from glass_mlx.serving.logs import log_dir
 
 from . import macos
 from .controller import Controller

@@ -18,12 +18,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from glass_mlx.catalogue import Catalogue
-from glass_mlx.engine import Engine, EngineOptions
 from glass_mlx.errors import GlassError
 from glass_mlx.loading import ALIASES, DEFAULT_MODEL
-from glass_mlx.session import GlassConfig
-from glass_mlx.ticket import UnknownModel, Usage
+from glass_mlx.model.config import GlassConfig
+from glass_mlx.serving.catalogue import Catalogue
+from glass_mlx.serving.engine import Engine, EngineOptions
+from glass_mlx.serving.request import UnknownModel, Usage
 
 from . import jobs
 from .jobs import Cancelled, Job

@@ -14,11 +14,11 @@ from huggingface_hub.errors import DryRunError
 from tqdm import tqdm
 
 from glass_mlx import stats
-from glass_mlx.calibrate import null_prompt
 from glass_mlx.errors import GlassError
-from glass_mlx.hub import hub_access
+from glass_mlx.files import hub_access
 from glass_mlx.loading import _MODEL_FILES, ALIASES
-from glass_mlx.ranks import GlobalRanks
+from glass_mlx.ranks.format import GlobalRanks
+from glass_mlx.ranks.sources import null_prompt
 
 from .state import Task, size
 

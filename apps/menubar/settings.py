@@ -11,7 +11,7 @@ from typing import Any
 from platformdirs import user_config_path
 
 from glass_mlx.errors import GlassError
-from glass_mlx.ranks import write_atomically
+from glass_mlx.files import write_atomically
 
 
 @dataclass(frozen=True)

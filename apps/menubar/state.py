@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .settings import Settings
 
 if TYPE_CHECKING:
-    from glass_mlx.engine import EngineStatus
+    from glass_mlx.serving.engine import EngineStatus
 
 
 @dataclass(frozen=True)

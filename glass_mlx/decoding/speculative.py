@@ -1,0 +1,258 @@
+"""Verified decoding: the compact model drafts, the dense model checks, and what comes out is the dense model's.
+
+One model and one prompt cache serve both. A pass drafts k tokens sparsely, takes them off the cache and reads them in
+one dense call, which says what the dense model would have said after each; the longest prefix on which both agree is
+kept, and one dense token after it. So greedy output is the dense model's, and sampled output follows its distribution:
+every token that is emitted was sampled from it. That call also writes exact keys and values and records the evidence
+by which the neurons are chosen again.
+
+*The dense model's* is up to rounding: a call over several tokens adds up in another order than one over a single token,
+as it does in a prefill of another step size. Where two tokens are equally likely to the last bits, 16-bit models above
+all, either may be taken; what follows is then the dense model's after that token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import GenerationResponse as DenseResponse
+from mlx_lm.generate import generation_stream, maybe_quantize_kv_cache, wired_limit
+from mlx_lm.models.cache import can_trim_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..errors import GlassError
+from ..model.glass_model import GlassModel
+from ..model.session import next_choice
+from .draft_scheduler import _MAX_STRETCH, Pace
+from .sampling import Chance
+
+
+class _Decoder:
+    """One answer in the making.
+
+    Attributes:
+        place (int): that of the next token in the answer.
+        step_seconds (float): of a dense step, over the last stretch of them.
+    """
+
+    def __init__(self, model: GlassModel, cache: list[Any], sampler: Callable, processors: list[Callable], kv: tuple):
+        self.model, self.cache, self.sampler, self.processors, self.kv = model, cache, sampler, processors, kv
+        self.session = model.session(cache)
+        self.chance, self.place = Chance(), 0
+        self.step_seconds = 0.0
+        self.seen = mx.zeros((0,), mx.int32)  # the tokens that logits processors see, if there are any
+
+    def read_prompt(self, prompt: mx.array, step_size: int, progress: Callable[[int, int], None]) -> tuple:
+        """Prefill as mlx-lm does: in steps, and the last token by itself. Returns the first token [1] and its
+        log-probabilities [1, vocabulary]."""
+        self.session.begin_prompt(prompt.size)
+        done, logits = 0, None
+        progress(0, prompt.size)
+        while done < prompt.size:
+            stop = min(done + step_size, prompt.size - 1) if done < prompt.size - 1 else prompt.size
+            logits = self.model(prompt[done:stop][None], cache=self.cache)
+            self._quantise()
+            mx.eval([entry.state for entry in self.cache])
+            done = stop
+            progress(done, prompt.size)
+        return self._next(logits[:, -1], prompt)
+
+    def densely(self, token: int, steps: int) -> Iterator[tuple[int, mx.array]]:
+        """Dense steps, the next one under way while the last is handed over."""
+        start, seconds = time.perf_counter(), 0.0
+        ahead = self._dense_step(mx.array([token], mx.int32))
+        for i in range(steps):
+            y, logprobs = ahead
+            if i + 1 < steps:
+                ahead = self._dense_step(y)
+            said = y.item()
+            seconds += time.perf_counter() - start
+            self.step_seconds = seconds / (i + 1)
+            yield said, logprobs[0]
+            start = time.perf_counter()
+
+    def draft(self, token: int, k: int) -> mx.array:
+        """The token and k sparsely decoded ones after it, [k + 1]."""
+        read, seen = [mx.array([token], mx.int32)], self.seen
+        for i in range(k):
+            logits = self.model.draft(read[-1][None], self.cache)
+            y, _, seen = self._sample(logits[:, -1], self.place + i, seen, read[-1])
+            read.append(y.astype(mx.int32))
+        tokens = mx.concatenate(read)
+        mx.eval(tokens)
+        return tokens
+
+    def check(self, tokens: mx.array) -> tuple[list[tuple[int, mx.array, bool]], int]:
+        """Read drafted tokens densely. Returns the tokens to emit (id, log-probabilities, drafted) and how many of
+        the drafted ones were kept."""
+        k = tokens.size - 1
+        logits = self.model.verify(tokens[None], self.cache, drafted=k)
+        self._quantise()
+        seen, given, chosen = self.seen, [], []
+        for i in range(k + 1):
+            y, logprobs, seen = self._sample(logits[:, i], self.place + i, seen, tokens[i : i + 1])
+            given.append(logprobs[0])
+            chosen.append(y)
+        chosen = mx.concatenate(chosen)
+        agree = chosen[:-1] == tokens[1:]
+        mx.eval(chosen, agree, self.session.energy)
+        kept = next((i for i, same in enumerate(agree.tolist()) if not same), k)
+        self.model.retract(self.cache, k - kept)
+        if self.processors:
+            self.seen = mx.concatenate([self.seen, tokens[: kept + 1]])
+        self.place += kept + 1
+        said = [*tokens[1 : kept + 1].tolist(), chosen[kept].item()]
+        return [(t, given[i], i < kept) for i, t in enumerate(said)], kept
+
+    def _dense_step(self, y: mx.array) -> tuple[mx.array, mx.array]:
+        with mx.stream(generation_stream):
+            logits = self.model.dense(y[None], cache=self.cache[:-1])
+            self.session.offset += 1
+            self._quantise()
+            step = self._next(logits[:, -1], y)
+            mx.async_eval(*step)
+            return step
+
+    def _next(self, logits: mx.array, read: mx.array) -> tuple[mx.array, mx.array]:
+        """The answer's next token [1], after reading ``read``, and its log-probabilities [1, vocabulary]."""
+        y, logprobs, self.seen = self._sample(logits, self.place, self.seen, read)
+        self.place += 1
+        return y, logprobs
+
+    def _sample(self, logits: mx.array, place: int, seen: mx.array, read: mx.array) -> tuple:
+        """A token [1] for a place, its log-probabilities [1, vocabulary], and what processors have seen by then."""
+        if self.processors:
+            seen = mx.concatenate([seen, read])
+            for processor in self.processors:
+                logits = processor(seen, logits)
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        self.chance.at(place)
+        return self.sampler(logprobs), logprobs, seen
+
+    def _quantise(self) -> None:
+        maybe_quantize_kv_cache(self.cache, *self.kv)
+
+
+def verified_generate_step(
+    prompt: mx.array,
+    model: GlassModel,
+    *,
+    prompt_cache: list[Any],
+    max_tokens: int = 256,
+    sampler: Callable[[mx.array], mx.array] | None = None,
+    logits_processors: list[Callable[[mx.array, mx.array], mx.array]] | None = None,
+    prefill_step_size: int = 2048,
+    draft_tokens: int | None = None,
+    kv_bits: int | None = None,
+    kv_group_size: int = 64,
+    quantized_kv_start: int = 0,
+    prompt_progress_callback: Callable[[int, int], None] | None = None,
+    pace: Pace | None = None,
+) -> Iterator[tuple[int, mx.array, bool]]:
+    """Generate tokens as ``mlx_lm.generate.generate_step`` does with the dense model, drafting sparsely.
+
+    Args:
+        prompt (mx.array): tokens [n].
+        model (GlassModel): the model.
+        prompt_cache (list): from ``model.make_cache()``.
+        max_tokens (int): at most so many; -1 for no limit.
+        sampler, logits_processors, prefill_step_size, prompt_progress_callback, kv_bits, kv_group_size,
+            quantized_kv_start: as in mlx-lm. MLX's global random state, from which a sampler draws, is seeded for each
+            place of the answer. Samplers of ``sampling.make_sampler`` accept more of the drafts than mlx-lm's.
+        draft_tokens (int, optional): draft always so many. Default: as many as pay, by ``Pace``.
+        pace (Pace, optional): the cost model. Default: the one that the model's answers at this density share.
+
+    Yields:
+        tuple: a token, its log-probabilities [vocabulary] by the dense model, and whether it was drafted.
+
+    Raises:
+        GlassError: an argument is out of range.
+    """
+    if draft_tokens is not None and draft_tokens < 0:
+        raise GlassError(f"draft_tokens must not be negative, not {draft_tokens}.")
+    sampler = sampler or (lambda logprobs: mx.argmax(logprobs, axis=-1))
+    kv = (quantized_kv_start, kv_group_size, kv_bits)
+    decoder = _Decoder(model, prompt_cache, sampler, logits_processors or [], kv)
+    session = decoder.session
+    pace = pace or model.paces.setdefault(session.config.density, Pace())
+    with mx.stream(generation_stream):
+        first, logprobs = decoder.read_prompt(prompt, prefill_step_size, prompt_progress_callback or (lambda *_: None))
+        token = first.item()
+    yield token, logprobs[0], False
+    emitted, due = 1, next_choice(session.config.refresh or "auto", 1)
+    while emitted != max_tokens:
+        left = max_tokens - emitted if max_tokens > 0 else _MAX_STRETCH
+        k = min(pace.choose() if draft_tokens is None else draft_tokens, left - 1)
+        if k == 0 or not pace.measured or not _can_take_back(prompt_cache[:-1], k + 1):
+            steps = min(left, pace.stretch if pace.measured else 1)
+            for said, logprobs in decoder.densely(token, steps):
+                token, emitted = said, emitted + 1
+                yield token, logprobs, False
+            pace.saw(0, 0, 0.0, decoder.step_seconds)
+            continue
+        with mx.stream(generation_stream):
+            model.prepare(prompt_cache)
+            start = time.perf_counter()
+            tokens = decoder.draft(token, k)
+            drafted = time.perf_counter()
+            said, kept = decoder.check(tokens)
+        pace.saw(k, kept, drafted - start, time.perf_counter() - drafted)
+        session.said += kept + 1
+        if session.said >= due:
+            session.choose_again()
+            due = next_choice(session.config.refresh or "auto", session.said + 1)
+        token = said[-1][0]
+        for i, one in enumerate(said):
+            emitted += 1
+            try:
+                yield one
+            except GeneratorExit:
+                model.retract(prompt_cache, max(0, kept - i - 1))  # what was kept and not taken
+                raise
+
+
+def _can_take_back(entries: list[Any], tokens: int) -> bool:
+    """Whether a cache that grows by so many tokens can give them back: a sliding window that is full by then, or a
+    recurrent state, cannot, and from there on the dense model decodes."""
+    room = all(entry.offset + tokens < entry.max_size for entry in entries if hasattr(entry, "max_size"))
+    return room and can_trim_prompt_cache(entries)
+
+
+def stream_verified(
+    model: GlassModel,
+    tokenizer: TokenizerWrapper,
+    prompt: mx.array,
+    max_tokens: int,
+    **kwargs: Any,
+) -> Iterator[DenseResponse]:
+    """``mlx_lm.stream_generate`` by ``verified_generate_step``, whose arguments ``kwargs`` are."""
+    detokenizer, start, prompt_tps = tokenizer.detokenizer, time.perf_counter(), 0.0
+    steps = verified_generate_step(prompt, model, max_tokens=max_tokens, **kwargs)
+    with wired_limit(model, [generation_stream]), closing(steps):
+        for n, (token, logprobs, drafted) in enumerate(steps, start=1):
+            if n == 1:
+                prompt_tps, start = prompt.size / (time.perf_counter() - start), time.perf_counter()
+            ended = token in tokenizer.eos_token_ids
+            if not ended:
+                detokenizer.add_token(token)
+            last = ended or n == max_tokens
+            if last:
+                detokenizer.finalize()
+            yield DenseResponse(
+                text=detokenizer.last_segment,
+                token=token,
+                logprobs=logprobs,
+                from_draft=drafted,
+                prompt_tokens=prompt.size,
+                prompt_tps=prompt_tps,
+                generation_tokens=n,
+                generation_tps=n / (time.perf_counter() - start),
+                peak_memory=mx.get_peak_memory() / 1e9,
+                finish_reason=("stop" if ended else "length") if last else None,
+            )
+            if last:
+                return

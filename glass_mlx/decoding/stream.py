@@ -1,0 +1,175 @@
+"""Generate text as mlx-lm's functions of the same names do, decoding sparsely."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import GenerationResponse as DenseResponse
+from mlx_lm.generate import stream_generate as stream_dense
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..errors import GlassError
+from ..model.glass_model import GlassModel
+from .prompt import encode
+from .speculative import stream_verified
+
+
+@dataclass
+class GenerationResponse(DenseResponse):
+    """mlx-lm's response, and how GLASS decoded it.
+
+    Attributes:
+        density (float): share of the FFN neurons asked for; 1.0 is the dense model.
+        kept_neurons (int): FFN neurons decoded with, over all layers.
+        total_neurons (int): FFN neurons of these layers.
+        global_weight (float): weight that the global ranks had in the choice.
+        signal (str): what the neurons were ranked by.
+    """
+
+    density: float = 1.0
+    kept_neurons: int = 0
+    total_neurons: int = 0
+    global_weight: float = 0.0
+    signal: str = ""
+
+
+def stream_generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str | mx.array | list[int],
+    max_tokens: int = 256,
+    draft_model: nn.Module | None = None,
+    *,
+    density: float | None = None,
+    global_weight: float | str | None = None,
+    signal: str | None = None,
+    allocation: str | None = None,
+    refresh: int | str | None = None,
+    verify: bool = False,
+    draft_tokens: int | None = None,
+    prompt_cache: list[Any] | None = None,
+    max_kv_size: int | None = None,
+    **kwargs: Any,
+) -> Iterator[GenerationResponse]:
+    """Generate text as ``mlx_lm.stream_generate`` does, with the same arguments, decoding sparsely.
+
+    The prompt is prefilled densely to its last token; then the neurons are chosen, and every further token is
+    decoded on their weights. With a prompt cache of an earlier turn the evidence of both turns counts.
+    A plain mlx-lm model is passed on to mlx-lm as it is.
+
+    Args:
+        model (nn.Module): a GlassModel.
+        tokenizer: its tokenizer.
+        prompt: text or tokens.
+        max_tokens (int): at most so many tokens; -1 for no limit.
+        draft_model (nn.Module, optional): for mlx-lm's speculative decoding, which verifies several tokens at
+            once, and those run dense: the result is the dense model's.
+        density, global_weight, signal, allocation, refresh: where this and later answers of the conversation differ
+            from the model's configuration (:class:`glass_mlx.GlassConfig`).
+        verify (bool): draft sparsely and check with the dense model, whose answer it then is; see ``verify.py``.
+        draft_tokens (int, optional): draft always so many before they are checked. Default: as many as pay.
+        prompt_cache (list, optional): from ``model.make_cache()``; updated in place.
+        max_kv_size (int, optional): for a new cache, as in mlx-lm.
+        kwargs: the remaining options of mlx-lm's ``generate_step``.
+
+    Yields:
+        GenerationResponse: a piece of text and what mlx-lm and GLASS say of it.
+
+    Raises:
+        GlassError: an argument is out of range, or the prompt is empty.
+    """
+    choice = {"density": density, "global_weight": global_weight, "signal": signal}
+    choice |= {"allocation": allocation, "refresh": refresh}
+    if isinstance(prompt, str):
+        prompt = encode(tokenizer, prompt)
+    prompt = prompt if isinstance(prompt, mx.array) else mx.array(prompt, dtype=mx.int32)
+    if prompt.size == 0 and kwargs.get("input_embeddings") is None:
+        raise GlassError("The prompt is empty: it has no tokens.")
+    if draft_model is not None and any(v is not None for v in (prompt_cache, *choice.values())):
+        raise GlassError(
+            "With a draft model, start a new conversation at the model's own density: "
+            f"give neither prompt_cache nor {', '.join(choice)}."
+        )
+    if verify and (draft_model is not None or not isinstance(model, GlassModel)):
+        raise GlassError("To verify needs a GlassModel, and no draft model: it drafts by itself.")
+    session = None
+    if isinstance(model, GlassModel) and draft_model is None:
+        if prompt_cache is None:
+            prompt_cache = model.make_cache(max_kv_size)
+        session = model.session(prompt_cache)
+        session.configure(**choice)
+        embedded = kwargs.get("input_embeddings")
+        session.begin_prompt(prompt.size if embedded is None else embedded.shape[0])
+        kwargs["prompt_cache"] = prompt_cache
+    else:
+        kwargs.update(max_kv_size=max_kv_size)
+        if prompt_cache is not None:
+            kwargs["prompt_cache"] = prompt_cache
+    said = None
+    if verify and session.config.density < 1:
+        if kwargs.pop("input_embeddings", None) is not None:
+            raise GlassError("Verified decoding does not take input embeddings.")
+        if not isinstance(tokenizer, TokenizerWrapper):
+            tokenizer = TokenizerWrapper(tokenizer)
+        responses = stream_verified(model, tokenizer, prompt, max_tokens, draft_tokens=draft_tokens, **kwargs)
+    else:
+        responses = stream_dense(model, tokenizer, prompt, max_tokens, draft_model, **kwargs)
+    for response in responses:
+        said = said or _describe(model, session)  # after the prompt, which decides the global weight
+        yield GenerationResponse(**vars(response), **said)
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str | mx.array | list[int],
+    verbose: bool = False,
+    **kwargs: Any,
+) -> str:
+    """Generate a whole answer as ``mlx_lm.generate`` does; see :func:`stream_generate` for the arguments."""
+    text, response = "", None
+    if verbose:
+        print("=" * 10)
+    for response in stream_generate(model, tokenizer, prompt, **kwargs):
+        text += response.text
+        if verbose:
+            print(response.text, end="", flush=True)
+    if verbose:
+        print("\n" + "=" * 10)
+        print(_statistics(response))
+    return text
+
+
+def _describe(model: nn.Module, session: Any) -> dict[str, Any]:
+    """The fields of a response that say how GLASS decodes it."""
+    if not isinstance(model, GlassModel):
+        return {}
+    sizes = [block.size for block in model.blocks]
+    if session is None:
+        return {"kept_neurons": sum(sizes), "total_neurons": sum(sizes)}
+    config = session.config
+    return {
+        "density": config.density,
+        "kept_neurons": sum(model.kept_counts(config.density, config.allocation)),
+        "total_neurons": sum(sizes),
+        "global_weight": model.global_weight(session),
+        "signal": config.signal,
+    }
+
+
+def _statistics(r: GenerationResponse) -> str:
+    lines = [
+        f"Prompt: {r.prompt_tokens} tokens, {r.prompt_tps:.3f} tokens-per-sec",
+        f"Generation: {r.generation_tokens} tokens, {r.generation_tps:.3f} tokens-per-sec",
+        f"Peak memory: {r.peak_memory:.3f} GB",
+    ]
+    if r.total_neurons:
+        lines.append(
+            f"GLASS: density {r.density:g}, {r.kept_neurons:,} of {r.total_neurons:,} FFN neurons, "
+            f"global weight {r.global_weight:g}, signal {r.signal or 'none'}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,103 @@
+"""The models that ``doctor`` checks: the demo model as shipped, and in each format of weights that people use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+
+from ..decoding.stream import stream_generate
+from ..loading import DEMO_PATH, load_dense
+from ..model.glass_model import GlassModel
+from .shapes import activation_dtype
+
+PROMPT = "The old house stood"
+CONTINUATION = " when the morning came the boy"
+TOKENS = 6
+
+SHIPPED = "bfloat16"
+# The demo model as it is, in another dtype, or quantised.
+FORMATS: dict[str, mx.Dtype | dict[str, Any] | None] = {
+    SHIPPED: None,
+    "float32": mx.float32,
+    "4-bit/64": {"bits": 4, "group_size": 64},
+    "4-bit/32": {"bits": 4, "group_size": 32},
+    "8-bit/64": {"bits": 8, "group_size": 64},
+    "mxfp4": {"bits": 4, "group_size": 32, "mode": "mxfp4"},
+}
+
+
+class CheckFailed(Exception):
+    """Something does not hold; the message says what was expected and what was found."""
+
+
+@dataclass
+class Case:
+    """The demo model in one format.
+
+    Attributes:
+        name: of the format.
+        dense: the mlx-lm model.
+        tokenizer: its tokenizer.
+        glass: the model wrapped, once ``check_wrap`` has done it.
+    """
+
+    name: str
+    dense: nn.Module
+    tokenizer: Any
+    glass: GlassModel | None = None
+
+    @property
+    def model(self) -> GlassModel:
+        if self.glass is None:
+            raise CheckFailed("not run, because the check 'wrap' failed")
+        return self.glass
+
+    @cached_property
+    def prompt(self) -> list[int]:
+        return self.tokenizer.encode(PROMPT)
+
+    @cached_property
+    def continuation(self) -> list[int]:
+        """Of the prompt, given rather than generated, so that it is as long on every device."""
+        return self.tokenizer.encode(CONTINUATION, add_special_tokens=False)
+
+    @cached_property
+    def greedy(self) -> list[int]:
+        """What mlx-lm says after the prompt."""
+        responses = mlx_lm.stream_generate(self.dense, self.tokenizer, self.prompt, max_tokens=TOKENS)
+        return [response.token for response in responses]
+
+    @property
+    def tolerance(self) -> float:
+        """How far results may be apart that are the same but for rounding, as a share of their norm."""
+        return 1e-3 if self.dense.model.norm.weight.dtype == mx.float32 else 2e-2
+
+    def say(self, prompt: list[int] | None = None, n: int = TOKENS, **options: Any) -> list[int]:
+        """The tokens of an answer by GLASS."""
+        prompt = self.prompt if prompt is None else prompt
+        return [r.token for r in stream_generate(self.model, self.tokenizer, prompt, n, **options)]
+
+    def read(self, **config: Any) -> list[Any]:
+        """A prompt cache after the prompt."""
+        cache = self.model.make_cache(density=0.5, **config)
+        self.model.session(cache).begin_prompt(len(self.prompt))
+        mx.eval(self.model(mx.array([self.prompt]), cache=cache))
+        return cache
+
+
+def make_case(name: str) -> Case:
+    """The demo model in one of ``FORMATS``, without GLASS."""
+    dense, tokenizer, _ = load_dense(DEMO_PATH)
+    form = FORMATS[name]
+    if isinstance(form, dict):
+        dense.set_dtype(activation_dtype())  # MLX's CPU backend sums quantised products in 16 bits: too coarse
+        nn.quantize(dense, **form)
+    elif form is not None:
+        dense.set_dtype(form)
+    mx.eval(dense.parameters())
+    return Case(name, dense, tokenizer)

@@ -1,0 +1,112 @@
+"""Models of true shape with random weights: what speed and memory are measured on without a download."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..model.glass_model import GlassModel
+
+BITS = (4, 8, 16, 32)
+
+_LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "num_key_value_heads": 8, "rope_theta": 5e5}
+_QWEN3 = {
+    "model_type": "qwen3",
+    "rms_norm_eps": 1e-6,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rope_theta": 1e6,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+}
+
+_GEMMA3 = {
+    "model_type": "gemma3_text",
+    "rms_norm_eps": 1e-6,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 1024,
+    "sliding_window_pattern": 6,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+    "vocab_size": 262208,
+    "max_position_embeddings": 131072,
+}
+
+
+def _shape(base: dict, hidden: int, intermediate: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
+    return {**base, **sizes, "num_attention_heads": heads, "tie_word_embeddings": False, **more}
+
+
+# From the models' own config.json on the Hub.
+SHAPES = {
+    "mistral-7b": _shape(_LLAMA, 4096, 14336, 32, 32, vocab_size=32768, rope_theta=1e6),
+    "llama-3.1-8b": _shape(_LLAMA, 4096, 14336, 32, 32, vocab_size=128256),
+    "llama-3.2-1b": _shape(_LLAMA, 2048, 8192, 16, 32, vocab_size=128256, tie_word_embeddings=True),
+    "llama-3.2-3b": _shape(_LLAMA, 3072, 8192, 28, 24, vocab_size=128256, tie_word_embeddings=True),
+    "qwen3-0.6b": _shape(_QWEN3, 1024, 3072, 28, 16, tie_word_embeddings=True),
+    "qwen3-1.7b": _shape(_QWEN3, 2048, 6144, 28, 16, tie_word_embeddings=True),
+    "qwen3-4b": _shape(_QWEN3, 2560, 9728, 36, 32, tie_word_embeddings=True),
+    "qwen3-8b": _shape(_QWEN3, 4096, 12288, 36, 32),
+    "qwen3-14b": _shape(_QWEN3, 5120, 17408, 40, 40),
+    "gemma-3-4b": _shape(_GEMMA3, 2560, 10240, 34, 8, num_key_value_heads=4),
+}
+
+
+def activation_dtype() -> mx.Dtype:
+    """bfloat16 on a GPU; float32 on a CPU, where MLX's 16-bit products are slower than their bytes."""
+    return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.bfloat16
+
+
+def build(shape: str, layers: int | None = None) -> nn.Module:
+    """An mlx-lm model of a true shape, of which nothing is evaluated yet; arguments as for ``random_model``."""
+    config = SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers})
+    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
+    dense = module.Model(module.ModelArgs.from_dict(config))
+    dense.sanitize({})  # some families tie their head to the embedding only here
+    return dense
+
+
+def random_model(shape: str, layers: int | None = None, bits: int = 4, seed: int = 0) -> GlassModel:
+    """A model of a true shape with random weights and random global ranks.
+
+    Args:
+        shape (str): one of ``SHAPES``.
+        layers (int, optional): fewer layers than the shape has, for small machines.
+        bits (int): of a weight: 4 or 8 (affine, groups of 64), 16 (bfloat16) or 32 (float32).
+        seed (int): of the random numbers.
+
+    Returns:
+        GlassModel: evaluated.
+    """
+    dense = build(shape, layers)
+    dense.set_dtype({16: mx.bfloat16, 32: mx.float32}.get(bits) or activation_dtype())
+    if bits < 16:
+        nn.quantize(dense, group_size=64, bits=bits)
+    keys = iter(mx.random.split(mx.random.key(seed), len(tree_flatten(dense.parameters()))))
+    for _, layer in tree_flatten(dense.leaf_modules(), is_leaf=nn.Module.is_module):
+        layer.update({name: _random(layer, name, a, next(keys)) for name, a in layer.parameters().items()})
+        mx.eval(layer.parameters())
+    model = GlassModel(dense.eval())
+    key = mx.random.key(seed)
+    ranks = [mx.random.permutation(block.size, key=key) + 1 for block in model.blocks]
+    model.set_global_ranks({"impact": ranks, "activation": ranks})
+    return model
+
+
+def _random(layer: nn.Module, name: str, array: mx.array, key: mx.array) -> mx.array:
+    """Values of about unit gain in the place of a layer's array."""
+    if isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+        fan_in = layer.scales.shape[-1] * layer.group_size
+        scale = 2 * (3 / fan_in) ** 0.5 / (2**layer.bits - 1)  # uniform codes around zero
+        if name == "weight":
+            return mx.random.randint(-(2**31), 2**31 - 1, array.shape, mx.int32, key=key).view(mx.uint32)
+        return mx.full(array.shape, scale if name == "scales" else -scale * (2**layer.bits - 1) / 2, array.dtype)
+    if array.ndim == 2:
+        return mx.random.normal(array.shape, array.dtype, scale=array.shape[-1] ** -0.5, key=key)
+    return mx.ones(array.shape, array.dtype)

@@ -1,0 +1,169 @@
+"""Speed and memory of sparse decoding against the same model in plain mlx-lm: the measuring."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import time
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.generate import generate_step, generation_stream, wired_limit
+from mlx_lm.models.cache import make_prompt_cache
+from tqdm import tqdm
+
+from ..core.slicing import Spread
+from ..model.glass_model import GlassModel
+from ..model.memory import model_bytes
+from .machine import backend, machine
+
+
+def measure(model: nn.Module, prompt: mx.array, tokens: int, cache: list[Any], step_size: int = 2048) -> dict:
+    """Time one run of mlx-lm's generation loop.
+
+    Args:
+        model (nn.Module): a GlassModel or an mlx-lm model.
+        prompt (mx.array): tokens [n].
+        tokens (int): how many to generate, at least 3.
+        cache (list): a new prompt cache of the model.
+        step_size (int): tokens in a prefill call.
+
+    Returns:
+        dict: ``prompt_seconds`` to the first token, without ``select_seconds`` for choosing neurons and slicing;
+        ``step_seconds`` of a decode step, refreshes included; ``peak_memory`` in bytes.
+    """
+    session = model.session(cache) if isinstance(model, GlassModel) else None
+    if session is not None:
+        session.begin_prompt(prompt.size)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    times, select = [], 0.0
+    with wired_limit(model, [generation_stream]):
+        tic = time.perf_counter()
+        for _ in generate_step(prompt, model, max_tokens=tokens, prompt_cache=cache, prefill_step_size=step_size):
+            times.append(time.perf_counter())
+            if len(times) == 1 and session is not None:
+                select = session.selection_time  # mlx-lm's loop has begun the second token by now
+    return {
+        "prompt_seconds": times[0] - tic - select,
+        "select_seconds": select,
+        "step_seconds": (times[-1] - times[1]) / (tokens - 2),
+        "peak_memory": mx.get_peak_memory(),
+    }
+
+
+def bytes_per_token(model: GlassModel, cache: list[Any], sparse: bool) -> int:
+    """Bytes that a decode step reads: all weights once, but of an embedding that is no output head only a row, and
+    the KV cache. Routed experts count in full."""
+    total = model_bytes(model.dense) - _unread_embedding(model.dense)
+    total += sum(a.nbytes for entry in cache[:-1] for _, a in tree_flatten(entry.state) if isinstance(a, mx.array))
+    if sparse:
+        model.prepare(cache)  # the last token may have been one to refresh at
+        for block, projections in zip(model.blocks, model.session(cache).compact):
+            for name, compact in projections.items():
+                read = model_bytes(compact.projection if isinstance(compact, Spread) else compact)
+                total += read - model_bytes(block.module[name])
+    return total
+
+
+def _unread_embedding(dense: nn.Module) -> int:
+    """Bytes of the token embedding where the model has an output head of its own."""
+    leaves = [leaf for _, leaf in tree_flatten(dense.leaf_modules(), is_leaf=nn.Module.is_module)]
+    tables = [m for m in leaves if isinstance(m, (nn.Embedding, nn.QuantizedEmbedding))]
+    heads = {m.weight.shape[0] for m in leaves if isinstance(m, (nn.Linear, nn.QuantizedLinear))}
+    return sum(model_bytes(table) for table in tables if table.weight.shape[0] in heads)
+
+
+def compare(
+    model: GlassModel,
+    densities: list[float],
+    prompt_tokens: int,
+    tokens: int,
+    trials: int,
+    seed: int = 0,
+    step_size: int = 2048,
+    delay: float = 0,
+) -> dict[str, Any]:
+    """Alternate dense and sparse runs, each density in every trial.
+
+    Returns:
+        dict: ``dense`` and, by density, ``glass`` with medians over the trials, and under ``range`` their lowest and
+        highest; ``speedup``, ``ceiling`` and ``fraction_of_ceiling`` by density. Tokens a second, milliseconds,
+        bytes; ``prefill_overhead`` is recording's share of the dense prefill; ``break_even_tokens`` says after
+        how many generated tokens a new conversation is ahead of the dense model, prefill and selection
+        included (None: never).
+    """
+    mx.random.seed(seed)
+    vocabulary = model(mx.array([[0]])).shape[-1]
+    dense_runs: list[dict] = []
+    runs: dict[float, list[dict]] = {d: [] for d in densities}
+    ceilings: dict[float, float] = {}
+    for trial in tqdm(range(trials + 1), unit="trial", file=sys.stderr, disable=None):
+        prompt = mx.random.randint(0, vocabulary, (prompt_tokens,))
+        dense = measure(model.dense, prompt, tokens, make_prompt_cache(model.dense), step_size)
+        if trial:  # the first one warms up
+            dense_runs.append(dense)
+        for d in densities:
+            time.sleep(delay)
+            cache = model.make_cache(density=d)
+            sparse = measure(model, prompt, tokens, cache, step_size)
+            ceilings[d] = bytes_per_token(model, cache, False) / bytes_per_token(model, cache, d < 1)
+            sparse["compact_bytes"] = model.session(cache).compact_bytes
+            if trial:
+                runs[d].append(_against(dense, sparse))
+            del cache  # and its compact weights, before the next run's peak is measured
+    summaries = {d: _summary(rows, prompt_tokens) for d, rows in runs.items()}
+    for summary, rows in zip(summaries.values(), runs.values()):
+        summary["break_even_tokens"] = _break_even(rows)
+    speedups = {f"{d:g}": statistics.median(r["speedup"] for r in rows) for d, rows in runs.items()}
+    return {
+        "machine": machine(),
+        "backend": backend(),
+        "runs": trials,
+        "prompt_tokens": prompt_tokens,
+        "generation_tokens": tokens,
+        "dense": _summary(dense_runs, prompt_tokens),
+        "glass": {f"{d:g}": summary for d, summary in summaries.items()},
+        "speedup": speedups,
+        "ceiling": {f"{d:g}": ceilings[d] for d in densities},
+        "fraction_of_ceiling": {f"{d:g}": speedups[f"{d:g}"] / ceilings[d] for d in densities},
+    }
+
+
+def _against(dense: dict, sparse: dict) -> dict:
+    """A sparse run with what compares it to the dense run of its trial."""
+    extra = sparse["prompt_seconds"] + sparse["select_seconds"] - dense["prompt_seconds"]
+    return {
+        **sparse,
+        "speedup": dense["step_seconds"] / sparse["step_seconds"],
+        "prefill_overhead": sparse["prompt_seconds"] / dense["prompt_seconds"] - 1,
+        "select_steps": sparse["select_seconds"] / dense["step_seconds"],
+        "extra_seconds": extra,
+        "gain_seconds": dense["step_seconds"] - sparse["step_seconds"],
+    }
+
+
+def _break_even(rows: list[dict]) -> int | None:
+    extra = statistics.median(r["extra_seconds"] for r in rows)
+    gain = statistics.median(r["gain_seconds"] for r in rows)
+    if extra <= 0:
+        return 0
+    return math.ceil(extra / gain) if gain > 0 else None
+
+
+def _summary(rows: list[dict], prompt_tokens: int) -> dict[str, Any]:
+    columns = {
+        "prompt_tps": [prompt_tokens / r["prompt_seconds"] for r in rows],
+        "generation_tps": [1 / r["step_seconds"] for r in rows],
+        "peak_memory": [r["peak_memory"] for r in rows],
+    }
+    if "speedup" in rows[0]:
+        columns |= {
+            "select_ms": [1e3 * r["select_seconds"] for r in rows],
+            **{key: [r[key] for r in rows] for key in ("select_steps", "prefill_overhead", "speedup", "compact_bytes")},
+        }
+    medians = {key: statistics.median(values) for key, values in columns.items()}
+    return {**medians, "range": {key: [min(values), max(values)] for key, values in columns.items()}}

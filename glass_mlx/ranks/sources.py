@@ -1,0 +1,160 @@
+"""The token sequences that a model's ranks are measured on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from jinja2 import TemplateError
+from mlx_lm import batch_generate
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.sample_utils import make_sampler
+
+from ..errors import GlassError
+from ..model.glass_model import GlassModel
+
+
+@dataclass
+class Source:
+    """Where the tokens come from.
+
+    Attributes:
+        domains: what to call the kinds of text in the metadata; batches are of each in turn.
+        batch: a function from a batch's number to its token sequences, each beginning with what starts a text
+            (BOS, say); an empty list ends the source. The same number gives the same sequences.
+        settings: what else the metadata should say.
+    """
+
+    domains: tuple[str, ...]
+    batch: Callable[[int], list[list[int]]]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def method(self) -> str:
+        return " and ".join(self.domains)
+
+
+def null_prompt(
+    model: GlassModel,
+    tokenizer: Any,
+    sequences: int = 32,
+    length: int = 256,
+    temperature: float = 1.0,
+    seed: int = 0,
+    chat: bool | None = None,
+) -> Source:
+    """Sequences that the dense model samples from its BOS token, or in answer to an empty message.
+
+    Args:
+        chat (bool, optional): only the answers; or False for none of them. Default: both in turn, where the model has a
+            chat template that takes an empty message.
+
+    Raises:
+        GlassError: answers were asked for, and the model gives none.
+    """
+    starts = {} if chat else {"null prompt": start_tokens(tokenizer)}
+    if chat is not False:
+        try:
+            starts["chat null prompt"] = empty_message(tokenizer)
+        except GlassError:
+            if chat:
+                raise
+    sampler = make_sampler(temp=temperature)
+    batchable = all(hasattr(c, "merge") for c in make_prompt_cache(model.dense))
+
+    def batch(number: int) -> list[list[int]]:
+        # The caller's random state is a key; seeding with that key's number puts it back.
+        high, low = mx.random.state[0].tolist()
+        mx.random.seed(int(np.random.SeedSequence((seed, number)).generate_state(1)[0]))
+        start = list(starts.values())[number % len(starts)]
+        prompts = [start] * sequences
+        try:
+            if batchable:
+                out = batch_generate(
+                    model.dense, tokenizer, prompts, max_tokens=length, sampler=sampler, return_token_ids=True
+                )
+                return [[*start, *said] for said in out.token_ids]
+            return [[*start, *_sample(model, tokenizer, start, length, sampler)] for _ in prompts]
+        finally:
+            mx.random.seed((high << 32) | low)
+
+    settings = {"sequences": sequences, "length": length, "temperature": temperature, "seed": seed}
+    return Source(tuple(starts), batch, settings)
+
+
+def empty_message(tokenizer: Any) -> list[int]:
+    """What an assistant is given to answer where the user said nothing.
+
+    Raises:
+        GlassError: the model has no chat template, or one that does not take this.
+    """
+    if not tokenizer.has_chat_template:
+        raise GlassError("This model has no chat template: leave --chat away.")
+    try:
+        return list(tokenizer.apply_chat_template([{"role": "user", "content": ""}], add_generation_prompt=True))
+    except TemplateError as e:
+        raise GlassError(f"The chat template does not take an empty message ({e}): leave --chat away.") from e
+
+
+def given_sequences(
+    method: str, rows: list[list[int]], sequences: int = 32, settings: dict[str, Any] | None = None
+) -> Source:
+    """Token sequences that are at hand, of a text or a data set."""
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:32]
+    return Source(
+        (method,),
+        lambda number: rows[number * sequences : (number + 1) * sequences],
+        {"sequences": sequences, "digest": digest, **(settings or {})},
+    )
+
+
+def text_rows(text: str, tokenizer: Any, length: int) -> list[list[int]]:
+    """A text cut into rows of at most ``length`` tokens after the BOS token."""
+    start = start_tokens(tokenizer)
+    ids = list(tokenizer.encode(text, add_special_tokens=False))
+    return [[*start, *ids[i : i + length]] for i in range(0, len(ids), length)]
+
+
+def dataset_rows(lines: list[str], tokenizer: Any, length: int) -> list[list[int]]:
+    """JSON lines with ``text``, ``messages`` or ``prompt`` and ``completion``, each a row of at most ``length`` tokens.
+
+    Raises:
+        GlassError: a line is none of these.
+    """
+    start, rows = start_tokens(tokenizer), []
+    for number, line in enumerate(lines, 1):
+        try:
+            item = json.loads(line)
+            if "messages" in item:
+                row = list(tokenizer.apply_chat_template(item["messages"]))
+            else:
+                text = item["text"] if "text" in item else item["prompt"] + item["completion"]
+                row = [*start, *tokenizer.encode(text, add_special_tokens=False)]
+        except Exception as e:  # of JSON, of the template, or a key that is not there
+            raise GlassError(
+                f'Line {number} of the data set has no "text", "messages" or "prompt" and "completion".'
+            ) from e
+        rows.append(row[: length + 1])
+    return rows
+
+
+def start_tokens(tokenizer: Any) -> list[int]:
+    """What a text begins with: BOS or, in families without one, the end token."""
+    bos = tokenizer.bos_token_id
+    return [tokenizer.eos_token_id if bos is None else bos]
+
+
+def _sample(model: GlassModel, tokenizer: Any, start: list[int], length: int, sampler: Any) -> list[int]:
+    """One sequence, for models whose caches mlx-lm cannot batch."""
+    said = []
+    for token, _ in generate_step(mx.array(start), model.dense, max_tokens=length, sampler=sampler):
+        if token in tokenizer.eos_token_ids:
+            break
+        said.append(token)
+    return said

@@ -1,0 +1,164 @@
+"""Which models may be served, and where they are: no name that a client sends is used as a path.
+
+The bundled demo, aliases, Hub repositories in the local cache (others if downloads are allowed), the default model, and
+directories under those that the operator allows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import constants, scan_cache_dir, try_to_load_from_cache
+from huggingface_hub.errors import CacheNotFound, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from ..loading import ALIASES, DEFAULT_MODEL, DEMO_PATH, resolve_model
+from .request import UnknownModel
+
+DEFAULT_NAME = "default_model"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that may be loaded.
+
+    Attributes:
+        id: the name to show.
+        key: the same for all names of one model.
+        locate: its directory; downloads it where that is allowed and necessary.
+    """
+
+    id: str
+    key: str
+    locate: Callable[[], Path]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model that can be asked for; ``kind`` is "demo", "alias", "hub", "local" or "default"."""
+
+    id: str
+    kind: str
+    size_bytes: int = 0
+    downloaded: bool = True
+
+
+class Catalogue:
+    """Resolves and lists model names."""
+
+    def __init__(self, default: str = DEFAULT_MODEL, allow_paths: tuple[Path, ...] = (), allow_download: bool = False):
+        self.default, self.allow_download = default, allow_download
+        self.allow_paths = tuple(Path(p).expanduser().resolve() for p in allow_paths)
+
+    def resolve(self, name: str) -> Source:
+        """The model of a name.
+
+        Raises:
+            UnknownModel: there is none that may be served; the message names no path but the client's own words.
+        """
+        if name in ("", DEFAULT_NAME, self.default, self._default_id()):
+            return self._default()
+        if name == DEFAULT_MODEL:
+            return Source(DEFAULT_MODEL, DEFAULT_MODEL, lambda: DEMO_PATH)
+        repo = ALIASES.get(name, name)
+        if (local := self._local(name)) is not None:
+            return Source(local.name, str(local), lambda: local)
+        if not _is_repo(repo):
+            raise UnknownModel(f"The model {name[:100]!r} does not exist; GET /v1/models lists those that do.")
+        if (cached := _cached(repo)) is not None:
+            return Source(name, repo, lambda: cached)
+        if not self.allow_download:
+            raise UnknownModel(
+                f"The model {name!r} is not in the Hub cache. Download it with `hf download {repo}`, or start the "
+                "server with --allow-download."
+            )
+        return Source(name, repo, lambda: _download(repo))
+
+    def models(self) -> list[ModelInfo]:
+        """What can be asked for, with its size on disk; the default model first."""
+        cached = {
+            repo.repo_id: repo.size_on_disk
+            for repo in _scan()
+            if repo.repo_type == "model" and _cached(repo.repo_id) is not None
+        }
+        aliases = [
+            ModelInfo(alias, "alias", cached.get(repo, 0), repo in cached)
+            for alias, repo in ALIASES.items()
+            if repo in cached or self.allow_download
+        ]
+        found = [
+            ModelInfo(DEFAULT_MODEL, "demo", _size(DEMO_PATH)),
+            *aliases,
+            *(ModelInfo(repo, "hub", size) for repo, size in sorted(cached.items())),
+            *(
+                ModelInfo(str(path.relative_to(root)), "local", _size(path))
+                for root in self.allow_paths
+                for path in sorted({p.parent for depth in ("*", "*/*") for p in root.glob(f"{depth}/config.json")})
+            ),
+        ]
+        default = self._default_id()
+        if default not in {model.id for model in found}:
+            found.append(ModelInfo(default, "default", _size(Path(self.default).expanduser())))
+        return sorted(found, key=lambda model: model.id != default)
+
+    def _default_id(self) -> str:
+        """The default model's name to show: of a local directory its last part only."""
+        path = Path(self.default).expanduser()
+        return path.resolve().name if self.default not in (DEFAULT_MODEL, *ALIASES) and path.is_dir() else self.default
+
+    def _default(self) -> Source:
+        """The default model is the operator's choice, so it may be any that ``load`` takes."""
+        name = self.default
+        if name == DEFAULT_MODEL:
+            return Source(name, name, lambda: DEMO_PATH)
+        path = Path(name).expanduser()
+        key = str(path.resolve()) if path.is_dir() and name not in ALIASES else ALIASES.get(name, name)
+        return Source(self._default_id(), key, lambda: resolve_model(name))
+
+    def _local(self, name: str) -> Path | None:
+        """The directory of a name under one of the allowed ones, links followed."""
+        for root in self.allow_paths:
+            with contextlib.suppress(OSError, ValueError, RuntimeError):  # names no path can have
+                path = (root / name).resolve()
+                if path.is_relative_to(root) and path != root and (path / "config.json").is_file():
+                    return path
+        return None
+
+
+def _is_repo(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1
+
+
+def _cached(repo: str) -> Path | None:
+    """The directory of a repository in the Hub cache, if it has what a model needs."""
+    config = try_to_load_from_cache(repo, "config.json", cache_dir=constants.HF_HUB_CACHE)
+    if not isinstance(config, str):
+        return None
+    path = Path(config).parent
+    return path if any(path.glob("*.safetensors")) else None
+
+
+def _download(repo: str) -> Path:
+    if Path(repo).exists():  # resolve_model would take it for a path
+        raise UnknownModel(
+            f"{repo} is also a directory where the server runs: start it elsewhere to download the model."
+        )
+    return resolve_model(repo)
+
+
+def _scan() -> list:
+    try:
+        return list(scan_cache_dir(constants.HF_HUB_CACHE).repos)
+    except CacheNotFound:
+        return []
+
+
+def _size(path: Path) -> int:
+    return sum(f.stat().st_size for f in path.glob("*") if f.is_file()) if path.is_dir() else 0

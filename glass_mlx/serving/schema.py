@@ -1,0 +1,243 @@
+"""OpenAI's requests and responses, as far as they are served, with GLASS's own fields.
+
+Types and ranges are strict; fields that are not known are ignored, since clients send all sorts of them.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from .request import Request
+
+_Unit = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+_Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+_StopWord = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+class BadBody(ValueError):
+    """A request that is not as it should be: what is wrong, and with which field."""
+
+    def __init__(self, message: str, param: str | None = None):
+        super().__init__(message)
+        self.param = param
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class TextPart(_Model):
+    """A part of a message's content; only text is read."""
+
+    type: Literal["text"]
+    text: str
+
+
+class FunctionCall(_Model):
+    name: str
+    arguments: str = "{}"
+
+    @field_validator("arguments")
+    @classmethod
+    def _is_object(cls, value: str) -> str:
+        try:
+            if isinstance(json.loads(value or "{}"), dict):
+                return value
+        except (ValueError, RecursionError):
+            pass
+        raise ValueError("must be a JSON object, as a string")
+
+
+class ToolCall(_Model):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(_Model):
+    """A message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+    def render(self) -> dict[str, Any]:
+        """The message as chat templates take it."""
+        content = self.content
+        if isinstance(content, list):
+            content = "".join(part.text for part in content)
+        message = self.model_dump(exclude_none=True, exclude={"content", "tool_calls"})
+        # templates know no developer, which is what OpenAI calls the system now
+        message |= {"role": "system" if self.role == "developer" else self.role, "content": content or ""}
+        if self.tool_calls:
+            calls = [call.model_dump(exclude_none=True) for call in self.tool_calls]
+            for call in calls:  # and they want the arguments as objects
+                call["function"]["arguments"] = json.loads(call["function"]["arguments"] or "{}")
+            message["tool_calls"] = calls
+        return message
+
+
+class Function(_Model):
+    model_config = ConfigDict(strict=True, extra="allow")
+    name: str = Field(min_length=1)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(_Model):
+    model_config = ConfigDict(strict=True, extra="allow")
+    type: Literal["function"]
+    function: Function
+
+
+class StreamOptions(_Model):
+    include_usage: bool | None = None
+
+
+class ResponseFormat(_Model):
+    """Only text: generation is not constrained to a schema."""
+
+    type: Literal["text"]
+
+
+def _token_ids(bias: dict[str, float]) -> dict[str, float]:
+    for key in bias:
+        if not (key.isascii() and key.isdigit() and len(key) < 10):
+            raise ValueError("keys must be token ids")
+    return bias
+
+
+class _Body(_Model):
+    """What chats and completions have in common. Sampling options that are left out are the server's."""
+
+    model: str = Field("default_model", max_length=300)
+    max_tokens: int | None = Field(None, ge=1, le=2**31)
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
+    top_p: _Unit | None = None
+    top_k: int | None = Field(None, ge=0, le=2**31)
+    min_p: _Unit | None = None
+    xtc_probability: _Unit | None = None
+    xtc_threshold: float | None = Field(None, ge=0, le=0.5, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(None, ge=0, le=10, allow_inf_nan=False)
+    repetition_context_size: int | None = Field(None, ge=1, le=2**20)
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    logit_bias: (
+        Annotated[
+            dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]],
+            AfterValidator(_token_ids),
+            Field(json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,9}$"}}),
+        ]
+        | None
+    ) = None
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    stop: _StopWord | Annotated[list[_StopWord], Field(max_length=16)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Literal[1] | None = None
+    user: str | None = Field(
+        None, max_length=1000, description="clients that give one take turns and keep caches apart"
+    )
+    density: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    global_weight: Literal["auto"] | _Unit | None = None
+    signal: Literal["impact", "activation"] | None = None
+    allocation: Literal["measured", "uniform"] | None = None
+    refresh: Literal["auto"] | Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    verify: bool | None = Field(None, description="draft sparsely and check with the dense model, whose answer it is")
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def _request(self, client: str, defaults: dict[str, Any], **fields: Any) -> Request:
+        names = Request.__dataclass_fields__.keys() & type(self).model_fields.keys() - {"prompt", "messages", "tools"}
+        given = {k: v for k in names if (v := getattr(self, k)) is not None}
+        stop = self.stop or ()
+        given["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+        if self.logit_bias is not None:
+            given["logit_bias"] = {int(k): v for k, v in self.logit_bias.items()}
+        given["client"] = f"{client} {self.user}" if self.user else client
+        return Request(**{**defaults, **given, **fields})
+
+
+class ChatBody(_Body):
+    """``POST /v1/chat/completions``"""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=2**31)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    response_format: ResponseFormat | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _free(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        reserved = {"messages", "conversation", "tools", "tokenize", "add_generation_prompt", "return_dict"}
+        reserved |= {"chat_template", "return_tensors", "continue_final_message", "tokenizer_kwargs"}
+        if value and reserved & value.keys():
+            raise ValueError(f"{sorted(reserved & value.keys())[0]} cannot be set")
+        return value
+
+    def request(self, client: str, defaults: dict[str, Any]) -> Request:
+        """What the engine is asked; ``defaults`` are the server's sampling options."""
+        fields: dict[str, Any] = {"messages": [message.render() for message in self.messages]}
+        if self.tools and self.tool_choice != "none":
+            fields["tools"] = [tool.model_dump(exclude_none=True) for tool in self.tools]
+        if self.max_completion_tokens is not None:
+            fields["max_tokens"] = self.max_completion_tokens
+        fields |= {"template_args": self.chat_template_kwargs or {}, "top_logprobs": self.top_logprobs or 0}
+        fields["logprobs"] = bool(self.logprobs or self.top_logprobs)
+        return self._request(client, defaults, **fields)
+
+
+_TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+
+class CompletionBody(_Body):
+    """``POST /v1/completions``: one prompt, as text or tokens."""
+
+    prompt: (
+        str | Annotated[list[_TokenId], Field(min_length=1)] | Annotated[list[str], Field(min_length=1, max_length=1)]
+    )
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: Literal[False] | None = None
+    best_of: Literal[1] | None = None
+
+    def request(self, client: str, defaults: dict[str, Any]) -> Request:
+        """What the engine is asked; ``defaults`` are the server's sampling options."""
+        prompt = (
+            self.prompt[0] if isinstance(self.prompt[:1], list) and isinstance(self.prompt[0], str) else self.prompt
+        )
+        fields = {"prompt": prompt, "logprobs": self.logprobs is not None, "top_logprobs": self.logprobs or 0}
+        return self._request(client, defaults, **fields)
+
+
+_B = TypeVar("_B", bound=_Body)
+
+
+def parse(kind: type[_B], body: bytes) -> _B:
+    """Read a request's body.
+
+    Raises:
+        BadBody: with a message that names the field.
+    """
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as e:
+        # of a union's errors, the one that got farthest into the value says most
+        first = max(
+            e.errors(include_url=False, include_input=False, include_context=False), key=lambda x: len(x["loc"])
+        )
+        if first["type"] == "json_invalid":
+            raise BadBody("The body is no valid JSON.") from e
+        where = ".".join(str(part) for part in first["loc"] if str(part).isidentifier() or isinstance(part, int))
+        raise BadBody(f"{where or 'body'}: {first['msg']}"[:500], where or None) from e

@@ -1,0 +1,237 @@
+"""Tests of conversations: what the cache holds is what was said, whatever happened."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+from mlx.utils import tree_flatten
+
+import glass_mlx.decoding.conversation
+from glass_mlx import GlassError
+from glass_mlx.decoding.conversation import Conversation
+from glass_mlx.loading import DEMO_PATH
+
+TURNS = ["I want to find a restaurant in San Jose.", "Mexican food, please.", "Thank you!"]
+
+
+def _say(conversation, text, tokens=8, **options) -> str:
+    return "".join(r.text for r in conversation.reply(text, max_tokens=tokens, **options))
+
+
+def _check(conversation):
+    """The KV cache is the one that a fresh dense run over ``tokens`` fills (at density 1)."""
+    tokens = conversation.tokens
+    assert [c.offset for c in conversation.cache] == [len(tokens)] * len(conversation.cache)
+    assert conversation.session.offset == len(tokens)
+    if tokens and conversation.session.config.density == 1:
+        fresh = conversation.model.make_cache(density=1.0)
+        conversation.model(mx.array([tokens]), cache=fresh)
+        for ours, theirs in zip(conversation.cache[:-1], fresh[:-1], strict=True):
+            for a, b in zip(ours.state[0], theirs.state[0], strict=True):
+                assert mx.allclose(a, b, atol=1e-3)
+
+
+@pytest.fixture
+def dense(exact):
+    """A conversation with the dense model, whose cache and answers can be made again."""
+    conversation = Conversation(*exact)
+    conversation.session.configure(density=1.0)
+    return conversation
+
+
+def test_turns(dense):
+    """Every turn is answered as the whole rendered conversation is by mlx-lm."""
+    for n, text in enumerate(TURNS):
+        messages = [*dense.messages, {"role": "user", "content": text}]
+        prompt = dense.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        answer = _say(dense, text)
+        assert answer == mlx_lm.generate(dense.model.dense, dense.tokenizer, prompt, max_tokens=8)
+        assert dense.tokens[: len(prompt)] == prompt
+        assert dense.messages == [*messages, {"role": "assistant", "content": answer}]
+        assert len(dense.messages) == 2 * n + 2
+        _check(dense)
+
+
+def test_a_turn_reads_only_what_is_new(demo):
+    conversation, read = Conversation(*demo), []
+    for text in TURNS:
+        *_, last = conversation.reply(text, max_tokens=50)
+        read.append(last.prompt_tokens)
+        _check(conversation)
+    assert len(conversation.tokens) > 40
+    assert all(n < 20 for n in read)
+    # what was said is read as well, but what was said last
+    assert sum(read) <= conversation.session.prompt_tokens <= len(conversation.tokens)
+
+
+def test_system_prompt(demo):
+    conversation = Conversation(*demo, system_prompt="Be brief.")
+    _say(conversation, "Hi")
+    assert conversation.tokenizer.decode(conversation.tokens).startswith(
+        "<s><|user|> Be brief.<|user|> Hi<|assistant|>"
+    )
+    conversation.reset()
+    assert conversation.messages == [{"role": "system", "content": "Be brief."}]
+
+
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_stopped_early(dense, n):
+    stream = dense.reply(TURNS[0], max_tokens=8)
+    read = "".join(next(stream).text for _ in range(n))
+    stream.close()
+    if n:  # what was read stays
+        assert dense.messages[-1] == {"role": "assistant", "content": read}
+        assert len(dense.messages) == 2
+    _check(dense)
+    _say(dense, TURNS[1])
+    _check(dense)
+    assert [m["role"] for m in dense.messages] == ["user", "assistant"] * (1 + (n > 0))
+
+
+def test_interrupted_while_reading(dense):
+    """Ctrl-C between two chunks of the prompt."""
+
+    def stop(done, total):
+        if done > 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _say(dense, TURNS[0], prefill_step_size=4, prompt_progress_callback=stop)
+    assert 0 < len(dense.tokens) < 12
+    _check(dense)
+    _say(dense, TURNS[1])
+    _check(dense)
+
+
+@pytest.mark.parametrize("after", [2, 5])
+def test_interrupted_while_answering(dense, monkeypatch, after):
+    """Ctrl-C once a token is decoded, before it is read: the cache holds more than was said."""
+    original = glass_mlx.decoding.conversation.stream_generate
+
+    def stream(*args, **kwargs):
+        for n, response in enumerate(original(*args, **kwargs)):
+            if n == after:
+                raise KeyboardInterrupt
+            yield response
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(glass_mlx.conversation, "stream_generate", stream)
+        _say(dense, TURNS[0])
+    assert dense.messages[-1]["content"]
+    _say(dense, TURNS[1])
+    _check(dense)
+
+
+@pytest.mark.parametrize("call", [2, 6, 10, 14])
+def test_interrupted_between_layers(dense, monkeypatch, call):
+    """Ctrl-C with only some of the layers' caches updated."""
+    kind, calls = type(dense.model.dense.layers[0]), []
+    original = kind.__call__
+
+    def layer(self, *args, **kwargs):
+        calls.append(self)
+        if len(calls) == call * len(dense.model.dense.layers) // 4:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(kind, "__call__", layer)
+        _say(dense, TURNS[0])
+    _say(dense, TURNS[1])
+    _check(dense)
+
+
+def test_rewritten_past(dense):
+    """A template that shows the past otherwise than it was said, as those of thinking models do."""
+    _say(dense, TURNS[0])
+    before = list(dense.tokens)
+    dense.messages[-1] = {"role": "assistant", "content": "What?"}
+    _say(dense, TURNS[1])
+    prompt = dense.tokenizer.apply_chat_template(dense.messages[:-1], add_generation_prompt=True)
+    assert dense.tokens[: len(prompt)] == prompt and dense.tokens[: len(before)] != before
+    _check(dense)
+
+
+def test_trimming_keeps_the_common_prefix(demo):
+    conversation = Conversation(*demo)
+    _say(conversation, TURNS[0])
+    recorded = conversation.session.prompt_tokens
+    conversation.messages[-1] = {"role": "assistant", "content": "What?"}
+    stream = conversation.reply(TURNS[1], max_tokens=3)
+    assert next(stream).prompt_tokens < 12
+    stream.close()
+    assert conversation.session.prompt_tokens > recorded
+    _check(conversation)
+
+
+def test_cache_that_cannot_be_trimmed(dense, monkeypatch):
+    """Then the conversation is read again, with the same configuration."""
+    dense.session.configure(density=0.25)
+    _say(dense, TURNS[0])
+    dense.messages[-1] = {"role": "assistant", "content": "What?"}
+    monkeypatch.setattr("glass_mlx.decoding.conversation.can_trim_prompt_cache", lambda cache: False)
+    stream = dense.reply(TURNS[1], max_tokens=3)
+    prompt = dense.tokenizer.apply_chat_template(
+        [*dense.messages, {"role": "user", "content": TURNS[1]}], add_generation_prompt=True
+    )
+    first = next(stream)
+    assert (first.prompt_tokens, first.density) == (len(prompt), 0.25)
+    stream.close()
+    _check(dense)
+
+
+def test_same_message_again(dense):
+    """A prompt that the cache holds already still has a last token to read."""
+    _say(dense, TURNS[0])
+    dense.messages.clear()
+    assert _say(dense, TURNS[0]) == dense.messages[-1]["content"] != ""
+    _check(dense)
+
+
+def test_reset(demo):
+    conversation = Conversation(*demo)
+    first = _say(conversation, TURNS[0], density=0.25)
+    _say(conversation, TURNS[1])
+    conversation.reset()
+    assert (conversation.messages, conversation.tokens, conversation.session.offset) == ([], [], 0)
+    assert conversation.session.config.density == 0.25
+    assert _say(conversation, TURNS[0]) == first
+
+
+def test_errors_leave_the_conversation_usable(dense):
+    _say(dense, TURNS[0])
+    with pytest.raises(GlassError, match="density"):
+        _say(dense, TURNS[1], density=2.0)
+    _check(dense)
+    assert _say(dense, TURNS[1])
+    _check(dense)
+
+
+def test_refusing_template(demo):
+    tokenizer = mlx_lm.utils.load_tokenizer(DEMO_PATH)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    conversation = Conversation(demo[0], tokenizer)
+    with pytest.raises(GlassError, match="roles must alternate"):
+        _say(conversation, "Hi")
+    assert conversation.messages == []
+
+
+def test_no_chat_template(demo):
+    tokenizer = mlx_lm.utils.load_tokenizer(DEMO_PATH)
+    tokenizer.has_chat_template = False
+    with pytest.raises(GlassError, match="no chat template"):
+        Conversation(demo[0], tokenizer)
+
+
+def test_two_conversations_on_one_model(demo):
+    """They do not see each other."""
+    alone = Conversation(*demo)
+    expected = [_say(alone, text) for text in TURNS]
+    first, second = Conversation(*demo), Conversation(*demo)
+    said = []
+    for text, other in zip(TURNS, reversed(TURNS)):
+        said.append(_say(first, text))
+        _say(second, other)
+    assert said == expected
+    assert not any("session" in name for name, _ in tree_flatten(demo[0].parameters()))

@@ -1,0 +1,77 @@
+"""Tests of the tiny models: every mlx-lm family builds and decodes."""
+
+from __future__ import annotations
+
+import json
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
+
+from glass_mlx.evaluation import tiny_models as tiny
+
+PROMPT = mx.array([[3, 14, 15, 9, 26]])
+
+
+def _decode(model: nn.Module) -> list[mx.array]:
+    """Logits of a prompt and of one token after it."""
+    cache = make_prompt_cache(model)
+    return [model(PROMPT, cache=cache), model(mx.array([[5]]), cache=cache)]
+
+
+def test_model_types():
+    names = tiny.model_types()
+    assert len(names) > 100
+    assert names == sorted(set(names))
+    assert {"llama", "lfm2-vl", "nemotron-nas", "lille-130m", "solar_open"} <= set(names)
+    assert not {"base", "cache", "switch_layers"} & set(names)
+
+
+def test_every_family():
+    built, unbuildable, failed = [], {}, {}
+    for name in tiny.model_types():
+        try:
+            model = tiny.tiny_model(name)
+        except tiny.Unbuildable as error:
+            unbuildable[name] = str(error)
+            continue
+        built.append(name)
+        prompt, step = _decode(model)
+        dtypes = {p.dtype for _, p in tree_flatten(model.parameters())}
+        if not (
+            (prompt.shape, step.shape) == ((1, 5, 100), (1, 1, 100))
+            and mx.isfinite(prompt).all()
+            and mx.isfinite(step).all()
+            and mx.std(prompt, axis=1).mean() > 0.1
+            and mx.std(prompt, axis=2).mean() > 0.1
+            and dtypes <= {mx.float32, mx.uint32}
+        ):
+            failed[name] = prompt, step, dtypes
+    assert not failed
+    assert unbuildable.keys() <= {"bitnet", "muse_spark", "olmo"}
+    assert all(unbuildable.values())
+    assert len(built) >= 123
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe", "nemotron_h", "gemma3", "lfm2-vl"])
+def test_seed(name):
+    first, again, other = (_decode(tiny.tiny_model(name, seed)) for seed in (0, 0, 1))
+    assert all(map(mx.array_equal, first, again))
+    assert not mx.allclose(first[0], other[0])
+
+
+def test_config_is_json():
+    for name in ("gemma3", "mamba2", "nemotron-nas", "prism_hadamard_qwen35"):
+        config = tiny.tiny_config(name)
+        assert config["model_type"] == name
+        assert json.loads(json.dumps(config)) == config
+
+
+def test_random_state_is_kept():
+    mx.random.seed(2**40 + 3)
+    expected = mx.random.uniform(shape=(3,))
+    mx.random.seed(2**40 + 3)
+    tiny.tiny_model("llama", seed=5)
+    assert mx.array_equal(mx.random.uniform(shape=(3,)), expected)

@@ -1,0 +1,86 @@
+"""The menu-bar app as a real widget tree: Toga on Qt, drawn off the screen, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DRIVER = Path(__file__).with_name("qt_driver.py")
+
+
+def _why_not() -> str | None:
+    """Why Qt cannot be had here, if it cannot."""
+    code = "import toga_qt, PySide6.QtWidgets"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return done.stderr.strip().splitlines()[-1] if done.returncode else None
+
+
+pytestmark = pytest.mark.skipif(
+    bool(missing := _why_not()), reason=f"no Qt ({missing}): pip install '.[app]', and the libraries of .ci/run"
+)
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory) -> dict:
+    """What the app showed, step by step."""
+    where = tmp_path_factory.mktemp("qt")
+    qt = {"TOGA_BACKEND": "toga_qt", "QT_QPA_PLATFORM": "offscreen", "QT_SCALE_FACTOR": "1"}
+    own = {name: str(where / "cache") for name in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME", "GLASS_CACHE_DIR")}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = os.environ | qt | own | {"PYTHONPATH": path}
+    command = [sys.executable, str(DRIVER), str(where)]
+    done = subprocess.run(command, cwd=where, env=env, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return json.loads((where / "seen.json").read_text())
+
+
+def test_the_menu(seen):
+    menu = dict(seen["menu"])
+    assert [text for text, _ in seen["menu"] if text.startswith(("Open", "Copy", "Stop", "Download", "Quit"))] == [
+        "Open chat",
+        "Copy endpoint URL",
+        f"Stop server (port {seen['port']})",
+        "Download another…",
+        "Open log",
+        "Quit GLASS",
+    ]
+    assert menu["✓ GLASS"] and menu["Show window"] and not menu["Launch at login"]  # that is a Mac's
+    assert [text.strip("\u2003\u200a") for text, _ in seen["submenus"]["Density: 50%"]] == [
+        "30% of the neurons",
+        "✓ 50% of the neurons",
+        "70% of the neurons",
+        "All neurons (dense)",
+    ]
+    (model,) = seen["submenus"]["Model: demo"]
+    assert model[0].startswith("✓ demo · ") and model[1]
+
+
+def test_entries_act(seen):
+    assert seen["clipboard"] == f"http://127.0.0.1:{seen['port']}/v1"
+    assert seen["glass off"] == "GLASS" and seen["density off"] == "Density: 100%"
+    assert seen["stopped"] == ["demo · server stopped", "Start server"]
+    assert seen["answered"].startswith("demo · ready · ") and seen["answered"].endswith(" tok/s")
+
+
+def test_the_window(seen):
+    """It says what the menu says, and everything in it is drawn where it can be seen."""
+    assert seen["window"]["status"] == seen["answered"]
+    assert seen["window"]["outside"] == []
+    assert seen["window"]["cut"] == []
+    assert seen["window"]["colours"] > 20  # there is more on it than a ground
+
+
+def test_trouble_in_words(seen):
+    assert "The disk is full." in " ".join(text for text, _ in seen["trouble"])
+    assert seen["icon changed"]
+
+
+def test_quitting_frees_everything(seen):
+    assert seen["ended"] == {"engine": False, "server": False}

@@ -1,0 +1,391 @@
+"""Tests of measuring global ranks: where the tokens come from, what is recorded of them, when it ends."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import glass_mlx
+from glass_mlx import GlassError
+from glass_mlx.core.importance import SIGNALS
+from glass_mlx.ranks import measure as module
+from glass_mlx.ranks.format import GlobalRanks
+from glass_mlx.ranks.identity import fingerprint
+from glass_mlx.ranks.measure import build_ranks, calibrate, compare
+from glass_mlx.ranks.sources import Source, dataset_rows, given_sequences, null_prompt, text_rows
+
+
+def small(model, tokenizer, **options) -> Source:
+    return null_prompt(model, tokenizer, **{"sequences": 4, "length": 8, **options})
+
+
+def energies(model, signal: str, rows: list[list[int]]) -> list[np.ndarray]:
+    """Mean shares of the energy of these rows' tokens, layer by layer, each row on its own, in NumPy."""
+    shares = [[] for _ in model.dense.layers]
+    for row in rows:
+        x = model.dense.model.embed_tokens(mx.array([row]))
+        for layer, seen in zip(model.dense.layers, shares):
+            x = x + layer.self_attn(layer.input_layernorm(x), "causal")
+            z, mlp = layer.post_attention_layernorm(x), layer.mlp
+            h = nn.silu(mlp.gate_proj(z)) * mlp.up_proj(z)
+            x = x + mlp.down_proj(h)
+            h = np.array(h[0], np.float64)
+            if signal == "impact":
+                h = h * np.linalg.norm(np.array(mlp.down_proj.weight, np.float64), axis=0)
+            seen.append(h**2 / (h**2).sum(axis=1, keepdims=True))
+    return [np.concatenate(seen).mean(axis=0) for seen in shares]
+
+
+def same(a: GlobalRanks, b: GlobalRanks) -> bool:
+    pairs = [
+        (x, y) for k in ("ranks", "energies", "domains") for s in SIGNALS for x, y in zip(vars(a)[k][s], vars(b)[k][s])
+    ]
+    equal = a.metadata == b.metadata and all(mx.array_equal(x, y) for x, y in pairs)
+    return equal and np.allclose(a.sensitivity, b.sensitivity, rtol=1e-3)
+
+
+@pytest.fixture
+def tokenizer(tiny_dir):
+    """A tokenizer of the test's own."""
+    return glass_mlx.load(tiny_dir, stats=False)[1]
+
+
+@pytest.mark.parametrize("at_once", [1, 2**25])
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_energies(tiny, rows, monkeypatch, signal, at_once):
+    """Rows of unequal length: their padding counts for nothing, however they are put together."""
+    monkeypatch.setattr(module, "_MAX_HIDDEN", at_once)
+    ranks = calibrate(tiny[0], given_sequences("text", rows, 4), stable_at=None)
+    assert ranks.metadata["tokens"] == str(sum(map(len, rows))) and ranks.metadata["sequences"] == str(len(rows))
+    for got, order, expected in zip(
+        ranks.energies[signal], ranks.ranks[signal], energies(tiny[0], signal, rows), strict=True
+    ):
+        np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-6)
+        assert sorted(order.tolist()) == list(range(1, len(expected) + 1))
+        assert (np.diff(np.array(got)[np.argsort(np.array(order))]) <= 0).all()
+
+
+def test_stability(tiny, rows):
+    """Every other sequence is of the other half, across batches too; the worse signal is told."""
+    seen, rows = [], [rows[2], rows[5]] * 3 + [rows[2]]
+    calibrate(tiny[0], given_sequences("text", rows, 3), stable_at=None, progress=lambda n, s: seen.append((n, s)))
+    assert [n for n, _ in seen] == [sum(map(len, rows[:n])) for n in (3, 6, 7)]
+    means = []
+    for signal in SIGNALS:
+        halves = (energies(tiny[0], signal, rows[half::2]) for half in (0, 1))
+        layers = [compare(a, b) for a, b in zip(*halves, strict=True)]
+        means.append([np.mean([layer[key] for layer in layers]) for key in ("overlap", "correlation")])
+    got = [seen[-1][1][key] for key in ("overlap", "correlation")]
+    np.testing.assert_allclose(got, np.min(means, axis=0), atol=0.012)
+
+
+@pytest.mark.parametrize("n, share", [(1, 0.5), (2, 0.5), (7, 0.3), (100, 0.5), (100, 0.01), (100, 1.0)])
+def test_compare(n, share):
+    rng = np.random.default_rng(n)
+    a = rng.permutation(n).astype(float)
+    b = a + rng.normal(size=n)
+    k = max(1, round(share * n))
+    best = [set(sorted(range(n), key=lambda j: -v[j])[:k]) for v in (a, b)]
+    places = [np.array([sum(w > v for w in x) for v in x]) for x in (a, b)]
+    rho = 1 - 6 * float(((places[0] - places[1]) ** 2).sum()) / (n * (n * n - 1)) if n > 1 else 1.0
+    assert compare(a, b, share) == {
+        "correlation": pytest.approx(rho),
+        "overlap": pytest.approx(len(best[0] & best[1]) / k),
+    }
+
+
+def test_compare_extremes():
+    v = np.arange(10.0)
+    assert compare(v, v) == {"correlation": pytest.approx(1), "overlap": 1.0}
+    assert compare(v, -v) == {"correlation": pytest.approx(-1), "overlap": 0.0}
+
+
+@pytest.mark.parametrize("stable_at, tokens, read", [(0.97, 1000, 8), (None, 1000, 40), (None, 20, 24), (1.0, 5, 8)])
+def test_when_it_stops(tiny, stable_at, tokens, read):
+    """Halves of the same tokens are stable at once; else all tokens are read, in whole batches."""
+    ranks = calibrate(tiny[0], given_sequences("text", [[1, 5, 7, 9]] * 10, 2), tokens, stable_at)
+    assert ranks.metadata["tokens"] == str(read)
+    history = json.loads(ranks.metadata["stability_history"])
+    assert [n for n, *_ in history] == list(range(8, read + 1, 8)) and history[-1][1:] == [1.0, 1.0]
+    assert json.loads(ranks.metadata["stability"]) == {"correlation": 1.0, "overlap": 1.0}
+
+
+def test_not_stable(tiny):
+    ranks = calibrate(*tiny[:1], small(*tiny), tokens=100, stable_at=1.0)
+    assert 100 <= int(ranks.metadata["tokens"]) < 100 + 4 * 9
+
+
+def test_seed(tiny):
+    first, again, other = (calibrate(tiny[0], small(*tiny, seed=s), 60, None) for s in (1, 1, 2))
+    assert same(first, again)
+    assert not mx.array_equal(first.energies["impact"][0], other.energies["impact"][0])
+
+
+def test_metadata(tiny):
+    metadata = calibrate(tiny[0], small(*tiny, seed=3), 60, None, name="mine").metadata
+    expected = {"format_version": "1", "model": "mine", "model_type": "llama", "fingerprint": fingerprint(tiny[0])}
+    expected |= {
+        "sizes": "[96, 96]",
+        "method": "null prompt and chat null prompt",
+        "length": "8",
+        "temperature": "1.0",
+        "seed": "3",
+    }
+    expected |= {"glass_mlx": glass_mlx.__version__, "mlx": mx.__version__, "mlx_lm": mlx_lm.__version__}
+    assert expected.items() <= metadata.items()
+    assert json.loads(metadata["blocks"]) == [block.path for block in tiny[0].blocks]
+
+
+@pytest.mark.parametrize("rows", [[], [[]], [[], []]])
+def test_empty_source(tiny, rows):
+    with pytest.raises(GlassError, match="source gave no tokens"):
+        calibrate(tiny[0], given_sequences("text", rows))
+
+
+def interrupted(source: Source, at: int) -> Source:
+    """The source, with a Ctrl-C at a batch, once."""
+    left = [at]
+
+    def batch(number):
+        if left and number == left[0]:
+            left.clear()
+            raise KeyboardInterrupt
+        return source.batch(number)
+
+    return replace(source, batch=batch)
+
+
+@pytest.mark.parametrize("at", range(4))
+@pytest.mark.parametrize("own", [True, False])
+def test_resume(tiny, rows, tmp_path, own, at):
+    """Interrupted at any batch, the result is that of one go."""
+    source = small(*tiny) if own else given_sequences("text", rows, 2)
+    whole, partial = calibrate(tiny[0], source, 130, None), tmp_path / "new" / "partial"
+    source, asked = interrupted(source, at), []
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(tiny[0], source, 130, None, partial=partial)
+    assert partial.exists() == (at > 0)
+    again = replace(source, batch=lambda number: asked.append(number) or source.batch(number))
+    assert same(calibrate(tiny[0], again, 130, None, partial=partial), whole)
+    assert asked[0] == at
+    assert same(
+        calibrate(tiny[0], Source(source.domains, lambda n: [], source.settings), 130, None, None, partial), whole
+    )
+
+
+def test_resume_when_stable(tiny, rows, tmp_path, monkeypatch):
+    """What was stable when it was interrupted, just after being saved, is not read on."""
+    original, arguments = module._Halves.save, (tiny[0], given_sequences("text", rows[2:3] * 8, 2), 999, 0.9)
+
+    def save(self, *args):
+        original(self, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Halves, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(*arguments, partial=tmp_path / "partial")
+    assert same(calibrate(*arguments, partial=tmp_path / "partial"), calibrate(*arguments))
+
+
+def test_nothing_is_lost_when_the_ranks_cannot_be_written(tiny, rows, tmp_path, monkeypatch):
+    out, source = tmp_path / "x.safetensors", given_sequences("text", rows)
+
+    def fail(*args):
+        raise GlassError("Cannot write x: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GlobalRanks, "write", fail)
+        with pytest.raises(GlassError, match="No space"):
+            build_ranks(*tiny, out, source, 20)
+    assert build_ranks(*tiny, out, replace(source, batch=fail), 20) == out
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"sequences": 3}, {"length": 7}, {"temperature": 0.5}, {"chat": True}])
+def test_partial_of_other_arguments(tiny, tmp_path, other):
+    calibrate(tiny[0], small(*tiny, **other), 60, None, partial=tmp_path / "partial")
+    assert same(
+        calibrate(tiny[0], small(*tiny), 60, None, None, tmp_path / "partial"),
+        calibrate(tiny[0], small(*tiny), 60, None),
+    )
+
+
+def _state(path, change):
+    data = path.read_bytes()
+    n = 8 + int.from_bytes(data[:8], "little")
+    text = json.dumps(change(json.loads(json.loads(data[8:n])["__metadata__"]["state"])))
+    save_file({"sums": np.zeros((2, 2, 1, 192))}, path, metadata={"state": text})
+
+
+DAMAGE = {
+    "empty": lambda path: path.write_bytes(b""),
+    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "garbage": lambda path: path.write_bytes(b"\x07" * 999),
+    "no metadata": lambda path: save_file({"sums": np.zeros((2, 2, 1, 192))}, path),
+    "no sums": lambda path: save_file({"x": np.zeros(3)}, path, metadata={"state": "{}"}),
+    "no JSON": lambda path: save_file({"sums": np.zeros(3)}, path, metadata={"state": "{"}),
+    "number": lambda path: _state(path, lambda state: 3),
+    "list": lambda path: _state(path, lambda state: []),
+    "no tokens": lambda path: _state(path, lambda state: state | {"tokens": [[0], [0]]}),
+    "text for tokens": lambda path: _state(path, lambda state: state | {"tokens": "12"}),
+    "other sizes": lambda path: _state(path, lambda state: state | {"sizes": [96, 95]}),
+    "more": lambda path: _state(path, lambda state: state | {"more": 1}),
+    "directory": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_partial(tiny, rows, tmp_path, damage):
+    source, partial = given_sequences("text", rows, 4), tmp_path / "partial"
+    whole = calibrate(tiny[0], source, 20, None, partial=partial)
+    DAMAGE[damage](partial)
+    if damage == "directory":
+        with pytest.raises(GlassError, match="Cannot write"):
+            calibrate(tiny[0], source, 20, None, None, partial)
+    else:
+        assert same(calibrate(tiny[0], source, 20, None, None, partial), whole)
+
+
+def test_model_stays_as_it_is(tiny, rows):
+    model, x = tiny[0], mx.array([rows[0]])
+    before, own = model.dense(x), [block.module[block.output] for block in model.blocks]
+
+    def fail(tokens, agreement):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        calibrate(model, given_sequences("text", rows), progress=fail)
+    assert all(block.module[block.output] is o for block, o in zip(model.blocks, own))
+    assert mx.array_equal(model.dense(x), before)
+
+
+def test_mlx_lm_gives_token_ids(tiny):
+    """What null_prompt needs of mlx-lm. Should this fail, its batch() must read them elsewhere."""
+    out = mlx_lm.batch_generate(tiny[0].dense, tiny[1], [[1], [1]], max_tokens=3, return_token_ids=True)
+    assert len(out.token_ids) == 2
+    assert all(len(ids) <= 3 and all(isinstance(i, int) for i in ids) for ids in out.token_ids)
+
+
+@pytest.fixture(params=["batched", "one by one"])
+def caches(request, monkeypatch):
+    """Caches that mlx-lm can batch, and such as it cannot."""
+    if request.param == "one by one":
+        monkeypatch.setattr(module, "make_prompt_cache", lambda model: [SimpleNamespace()])
+        monkeypatch.setattr(module, "batch_generate", None)
+
+
+def test_null_prompt(tiny, caches):
+    source = small(*tiny)
+    first, second = source.batch(0), source.batch(1)
+    assert source.domains == ("null prompt", "chat null prompt") and source.batch(0) == first != second
+    start = tiny[1].apply_chat_template([{"role": "user", "content": ""}], add_generation_prompt=True)
+    for row, begin in [(row, [1]) for row in first] + [(row, start) for row in second]:
+        assert row[: len(begin)] == begin and 2 not in row and len(row) <= len(begin) + 8
+    assert len({tuple(row) for row in first + second}) == 8
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_end_token_ends_a_sequence(tiny, tokenizer, caches, every):
+    tokenizer.eos_token_ids = set(range(0, 4096, every))
+    rows = small(tiny[0], tokenizer, length=20).batch(0)
+    assert len(rows) == 4 and min(map(len, rows)) < 21
+    assert not any(token in tokenizer.eos_token_ids for row in rows for token in row[1:])
+
+
+def test_temperature(tiny, caches):
+    [first, *others] = small(*tiny, temperature=0).batch(0)
+    assert len(first) > 1 and all(row == first for row in others)
+
+
+def test_random_state_stays(tiny, caches):
+    mx.random.seed(7)
+    expected = mx.random.uniform(shape=(3,)).tolist()
+    mx.random.seed(7)
+    small(*tiny).batch(0)
+    assert mx.random.uniform(shape=(3,)).tolist() == expected
+
+
+def test_without_a_chat_template_bos_alone(tiny, model_copy):
+    (model_copy / "chat_template.jinja").unlink()
+    assert small(tiny[0], glass_mlx.load(model_copy, stats=False)[1]).domains == ("null prompt",)
+    assert small(*tiny, chat=False).domains == ("null prompt",)
+
+
+def test_domains_are_kept_apart(tiny, rows):
+    """Every other batch is of the other domain; what is read of each gives its energies, in whatever order."""
+    source = Source(("a", "b"), lambda n: rows[n : n + 1])
+    ranks = calibrate(tiny[0], source, stable_at=None)
+    assert json.loads(ranks.metadata["domains"]) == ["a", "b"]
+    assert json.loads(ranks.metadata["domain_tokens"]) == [sum(map(len, rows[d::2])) for d in (0, 1)]
+    for signal in SIGNALS:
+        for d in (0, 1):
+            for got, expected in zip(ranks.domains[signal], energies(tiny[0], signal, rows[d::2]), strict=True):
+                np.testing.assert_allclose(got[d], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_every_domain_is_read_once_at_least(tiny, rows):
+    ranks = calibrate(tiny[0], Source(("a", "b", "c"), lambda n: rows[n : n + 1]), tokens=1, stable_at=0.01)
+    assert json.loads(ranks.metadata["domains"]) == ["a", "b", "c"]
+
+
+def test_chat(tiny, caches):
+    source = small(*tiny, chat=True)
+    start = tiny[1].apply_chat_template([{"role": "user", "content": ""}], add_generation_prompt=True)
+    assert source.method == "chat null prompt"
+    for row in source.batch(0):
+        assert row[: len(start)] == start and len(start) < len(row) <= len(start) + 8
+
+
+@pytest.mark.parametrize("template", [None, "{{ raise_exception('say something') }}"])
+def test_chat_refused(tiny, model_copy, template):
+    file = model_copy / "chat_template.jinja"
+    file.write_text(template) if template else file.unlink()
+    tokenizer = glass_mlx.load(model_copy, stats=False)[1]
+    with pytest.raises(GlassError, match="leave --chat away"):
+        small(tiny[0], tokenizer, chat=True)
+
+
+def test_no_bos(tiny, tokenizer):
+    """A family without BOS begins with its end token."""
+    no_bos = SimpleNamespace(bos_token_id=None, eos_token_id=2, encode=tokenizer.encode)
+    assert text_rows("a b", no_bos, 99)[0][0] == 2
+
+
+def test_text_rows(tokenizer):
+    text = "The old house stood at the end of the street. " * 3
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    rows = text_rows(text, tokenizer, 10)
+    assert [token for row in rows for token in row[1:]] == ids
+    assert all(row[0] == 1 for row in rows) and {len(row) for row in rows[:-1]} == {11}
+    assert text_rows("", tokenizer, 10) == []
+
+
+def test_dataset_rows(tokenizer):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    items = [{"text": "a b c"}, {"prompt": "a b", "completion": " c"}, {"messages": messages}, {"text": "a " * 99}]
+    rows = dataset_rows([json.dumps(item) for item in items], tokenizer, 40)
+    assert rows[0] == rows[1] == [1, *tokenizer.encode("a b c", add_special_tokens=False)]
+    assert rows[2] == tokenizer.apply_chat_template(messages)[:41]
+    assert len(rows[3]) == 41
+
+
+@pytest.mark.parametrize("line", ["{", "3", "[]", '"text"', "{}", '{"text": 3}', '{"prompt": "a"}', '{"messages": 3}'])
+def test_bad_dataset_line(tokenizer, line):
+    with pytest.raises(GlassError, match='Line 2 of the data set has no "text"'):
+        dataset_rows(['{"text": "fine"}', line], tokenizer, 9)
+
+
+def test_given_sequences(rows):
+    source = given_sequences("text", rows, 3, {"file": "x.txt"})
+    assert [source.batch(n) for n in range(4)] == [rows[:3], rows[3:6], rows[6:], []]
+    assert source.settings["file"] == "x.txt"
+    assert source.settings["digest"] != given_sequences("text", rows[1:], 3).settings["digest"]

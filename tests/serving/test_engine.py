@@ -1,0 +1,524 @@
+"""Tests of the engine: answers, turns, the queue, loading and unloading, and what happens when things go wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import CancelledError
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+
+import glass_mlx
+from glass_mlx.serving import engine
+from glass_mlx.serving import worker as answer
+from glass_mlx.serving.engine import Engine, EngineOptions
+from glass_mlx.serving.queue import FairQueue
+from glass_mlx.serving.request import BadRequest, Busy, EngineFailed, Piece, Request, Ticket, UnknownModel
+
+USER = {"role": "user", "content": "I want to find a restaurant in San Jose."}
+ENDLESS = 1_000_000  # tokens: the random model never stops by itself
+
+
+def ask(text: str, **fields) -> Request:
+    return Request(messages=[{"role": "user", "content": text}], **{"max_tokens": 12, **fields})
+
+
+def text(ticket: Ticket) -> str:
+    return "".join(piece.text for piece in ticket)
+
+
+def last(ticket: Ticket) -> Piece:
+    return list(ticket)[-1]
+
+
+@pytest.fixture
+def make(request):
+    """Make engines that are closed in the end."""
+
+    def make(**options) -> Engine:
+        made = Engine(EngineOptions(**options))
+        request.addfinalizer(made.close)
+        return made
+
+    return make
+
+
+@pytest.fixture
+def demo_engine(make):
+    return make()
+
+
+@pytest.fixture
+def tiny_engine(make, tiny_dir):
+    return make(model=str(tiny_dir), load={"stats": False})
+
+
+def busy(engine: Engine, **fields) -> Ticket:
+    """A request that is being answered until it is cancelled."""
+    ticket = engine.submit(Request(prompt=[1, 2, 3], max_tokens=ENDLESS, **fields))
+    next(iter(ticket))
+    return ticket
+
+
+def test_an_answer_is_what_the_package_generates(demo_engine, demo):
+    model, tokenizer = demo
+    prompt = tokenizer.apply_chat_template([USER], add_generation_prompt=True)
+    ticket = demo_engine.submit(Request(messages=[USER], max_tokens=40))
+    assert text(ticket) == glass_mlx.generate(model, tokenizer, prompt, max_tokens=40)
+
+
+def test_pieces(demo_engine):
+    pieces = list(demo_engine.submit(Request(messages=[USER], max_tokens=3, logprobs=True, top_logprobs=2)))
+    assert [piece.finish_reason for piece in pieces] == [None, None, "length"]
+    assert "".join(piece.token.text for piece in pieces).strip() == "".join(piece.text for piece in pieces)
+    for piece in pieces:
+        assert piece.token.logprob == piece.token.top[0].logprob > piece.token.top[1].logprob
+    usage = pieces[-1].usage
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) == (13, 3, 0)
+    assert (usage.density, usage.kept_neurons, usage.total_neurons) == (0.5, 3072, 6144)
+    assert usage.prompt_tps > 0 and usage.generation_tps > 0 and usage.selection_ms > 0
+
+
+def test_settings_of_a_request(demo_engine):
+    usage = last(demo_engine.submit(ask("Hello", density=0.25, global_weight=1.0, signal="activation"))).usage
+    assert (usage.density, usage.kept_neurons, usage.global_weight, usage.signal) == (0.25, 1536, 1.0, "activation")
+    last(demo_engine.submit(ask("Hello", allocation="uniform", client="u")))
+    assert demo_engine._answerer.conversations._entries[-1].session.config.allocation == "uniform"
+    usage = last(demo_engine.submit(ask("Hello", density=1.0))).usage
+    assert (usage.kept_neurons, usage.selection_ms) == (6144, 0)
+    assert last(demo_engine.submit(ask("Hello"))).usage.density == 0.5  # the next one has the engine's again
+
+
+def test_sampling(demo_engine):
+    banned = demo_engine.call(lambda model, tokenizer: tokenizer.encode("What", add_special_tokens=False)[0]).result()
+    greedy = text(demo_engine.submit(Request(messages=[USER], max_tokens=12)))
+    assert greedy.startswith("What")
+    assert not text(demo_engine.submit(Request(messages=[USER], logit_bias={banned: -100.0}))).startswith("What")
+    options = {"temperature": 1.0, "top_p": 0.9, "top_k": 50, "min_p": 0.01, "xtc_probability": 0.1}
+    penalties = {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.5}
+    assert last(demo_engine.submit(ask("Hello", **options, **penalties))).finish_reason
+    assert last(demo_engine.submit(ask("Hello", temperature=1.0, top_k=1_000_000))).finish_reason
+
+
+def test_stop(demo_engine):
+    whole = text(demo_engine.submit(Request(messages=[USER])))
+    word = whole.split()[2]
+    pieces = list(demo_engine.submit(Request(messages=[USER], stop=(word,))))
+    assert "".join(piece.text for piece in pieces) == whole[: whole.index(word)]
+    assert pieces[-1].finish_reason == "stop"
+
+
+def test_text_and_tokens(demo_engine):
+    tokens = demo_engine.call(lambda model, tokenizer: tokenizer.encode("The old house")).result()
+    said = [text(demo_engine.submit(Request(prompt=p, max_tokens=9))) for p in ("The old house", tokens)]
+    assert said[0] == said[1]
+
+
+def test_a_seed_gives_the_same_answer_whatever_else_runs(demo_engine):
+    """Before, between and after: a conversation that the answer could have gone on from, and another one's samples."""
+    seeded = ask("Where is the sea?", seed=7, temperature=1.0)
+    alone = text(demo_engine.submit(seeded))
+    turn = [*seeded.messages, {"role": "assistant", "content": alone}, USER]
+    following = Request(messages=turn, seed=7, temperature=1.0, max_tokens=12)
+    first = text(demo_engine.submit(following))
+    for other in (Request(messages=turn, max_tokens=5), ask("Where is the", temperature=2.0), ask("Where is the sea?")):
+        text(demo_engine.submit(other))
+        assert text(demo_engine.submit(seeded)) == alone
+        assert text(demo_engine.submit(following)) == first
+    fresh = Engine()
+    assert text(fresh.submit(following)) == first
+    fresh.close()
+
+
+def test_without_a_seed_answers_differ(demo_engine):
+    """Also after a request with one."""
+    said = set()
+    for _ in range(4):
+        text(demo_engine.submit(ask("Hello", seed=1)))
+        said.add(text(demo_engine.submit(ask("Hello", temperature=1.5))))
+    assert len(said) > 1
+
+
+@pytest.mark.parametrize("density", [0.5, 1.0])
+def test_next_turn_pays_only_for_new_tokens(demo_engine, density):
+    """And for repairing what was said sparsely."""
+    said = demo_engine.submit(Request(messages=[USER], density=density))
+    pieces = list(said)
+    first = pieces[-1].usage
+    turn = [
+        USER,
+        {"role": "assistant", "content": "".join(p.text for p in pieces)},
+        {"role": "user", "content": "Cheap."},
+    ]
+    usage = last(demo_engine.submit(Request(messages=turn, max_tokens=5, density=density))).usage
+    known = first.prompt_tokens + (first.completion_tokens if density == 1 else 0)
+    assert known - 1 <= usage.cached_tokens <= known
+    assert usage.prompt_tokens - usage.cached_tokens < 10 + (first.completion_tokens if density < 1 else 0)
+    assert demo_engine.status().conversations == 1
+
+
+def test_verified_answers_are_the_dense_models(demo_engine):
+    options = {"max_tokens": 24, "temperature": 0.0, "client": "v"}
+    dense = text(demo_engine.submit(ask("I need a hotel.", density=1.0, **options)))
+    *_, end = pieces = list(demo_engine.submit(ask("I need a hotel.", verify=True, **options)))
+    assert "".join(p.text for p in pieces) == dense
+    assert end.usage.verified and 0 < end.usage.density < 1
+    assert not demo_engine._answerer.conversations._entries[-1].session.unread
+    for request in (ask("Hi", density=1.0, verify=True), ask("Hi", verify=False)):
+        assert not last(demo_engine.submit(request)).usage.verified
+
+
+def test_drafting(make):
+    """Whatever it costs."""
+    engine = make(verify={"draft_tokens": 3})
+    usage = last(engine.submit(ask("Hello", max_tokens=30, logit_bias={2: -100.0}, verify=True))).usage
+    assert usage.verified and usage.completion_tokens == 30
+    assert usage.drafted_tokens > 0
+
+
+def test_a_verified_answer_with_a_seed(demo_engine):
+    """It does not depend on how much was drafted, which goes by measured times."""
+    options = {"verify": True, "seed": 5, "temperature": 0.8, "max_tokens": 24}
+    assert len({text(demo_engine.submit(ask("Tell me of the sea.", **options))) for _ in range(3)}) == 1
+
+
+def test_a_system_prompt_is_shared(demo_engine):
+    system = {"role": "system", "content": "You are a clerk in a book shop. Be kind, be brief, and never mention fish."}
+
+    def turn(content: str, client: str) -> Request:
+        return Request(messages=[system, {"role": "user", "content": content}], client=client, max_tokens=8)
+
+    text(demo_engine.submit(turn("Good morning!", "a")))
+    pieces = list(demo_engine.submit(turn("Have you a map?", "b")))
+    assert pieces[-1].usage.cached_tokens > 15
+    other = Engine()
+    assert "".join(p.text for p in pieces) == text(other.submit(turn("Have you a map?", "b")))
+    other.close()
+
+
+@pytest.fixture
+def tool_model(model_copy):
+    """The random model with a template by which mlx-lm knows that it calls tools."""
+    template = model_copy / "chat_template.jinja"
+    shown = "{% if tools %}{{ tools[0]['function']['name'] }}{% endif %}{# <tool_call> tool_call.name #}"
+    template.write_text(shown + template.read_text())
+    return model_copy
+
+
+def test_tool_calls(make, tool_model, monkeypatch):
+    """The tools reach the template, and what the model then says of them is told from its text."""
+    said = ["Well. <tool", '_call>{"name": "weather", "argu', 'ments": {"city": "Ulm"}}</tool_call>', "", ""]
+    inner = answer.stream_generate
+
+    def scripted(*args, **kwargs):
+        for text, response in zip(said, inner(*args, **kwargs)):
+            yield replace(response, text=text)
+        yield replace(response, text="", finish_reason="stop")
+
+    engine = make(model=str(tool_model), load={"stats": False})
+    without = last(engine.submit(ask("x"))).usage.prompt_tokens
+    monkeypatch.setattr(answer, "stream_generate", scripted)
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    pieces = list(engine.submit(ask("x", tools=tools)))
+    assert pieces[-1].usage.prompt_tokens > without
+    assert "".join(piece.text for piece in pieces) == "Well. "
+    (call,) = [call for piece in pieces for call in piece.tool_calls]
+    assert call["function"] == {"name": "weather", "arguments": '{"city": "Ulm"}'}
+    assert pieces[-1].finish_reason == "tool_calls"
+
+
+def test_penalties_see_what_was_cached(demo_engine):
+    """mlx-lm shows its processors only what is read now."""
+    request = ask("one two one two one two", repetition_penalty=1.5, repetition_context_size=50, max_tokens=8)
+    assert text(demo_engine.submit(request)) == text(demo_engine.submit(request))
+
+
+def test_concurrent_clients_get_what_they_would_get_alone(demo_engine):
+    questions = [f"Tell me of the {thing}." for thing in "sea hill road mill".split()]
+    expected = []
+    for question in questions:
+        alone = Engine()
+        expected.append(text(alone.submit(ask(question))))
+        alone.close()
+    said = [""] * len(questions)
+
+    def client(i: int) -> None:
+        for _ in range(2):
+            said[i] = text(demo_engine.submit(ask(questions[i], client=str(i))))
+
+    threads = [threading.Thread(target=client, args=(i,)) for i in range(len(questions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert said == expected
+
+
+def test_budget(make):
+    engine = make(max_cache_bytes=2_000_000)
+    for i in range(6):
+        text(engine.submit(ask(f"Number {i}", client=str(i))))
+        assert engine.status().cache_bytes <= 2_000_000
+    assert 0 < engine.status().conversations < 6
+
+
+def test_clients_take_turns():
+    queue = FairQueue()
+    tickets = {n: Ticket(Request(client=n[0]), "demo", lambda _: None) for n in ("a1", "a2", "a3", "b1", "c1", "b2")}
+    for ticket in tickets.values():
+        queue.push(ticket.request.client, ticket, None)
+    assert queue.remove(tickets["a2"]) and not queue.remove(tickets["a2"])
+    order = [queue.pop()[0] for _ in range(len(queue))]
+    assert order == [tickets[n] for n in ("a1", "b1", "c1", "a3", "b2")]
+    assert queue.pop() is None
+
+
+def test_busy(make, tiny_dir):
+    engine = make(model=str(tiny_dir), load={"stats": False}, max_queue=2)
+    first = busy(engine)
+    waiting = [engine.submit(ask("x")) for _ in range(2)]
+    assert engine.status().queued == 2
+    with pytest.raises(Busy, match="2 requests are waiting"):
+        engine.submit(ask("x"))
+    waiting[0].cancel()
+    assert last(waiting[0]).finish_reason == "cancelled"
+    engine.submit(ask("x"))  # there is a place again
+    first.cancel()
+    assert last(first).finish_reason == "cancelled"
+    assert last(waiting[1]).finish_reason == "length"
+
+
+def test_cancel_while_generating(tiny_engine):
+    ticket = busy(tiny_engine)
+    assert tiny_engine.status().state == "generating"
+    ticket.cancel()
+    start = time.perf_counter()
+    assert last(ticket).finish_reason == "cancelled"
+    assert time.perf_counter() - start < 5
+    assert last(tiny_engine.submit(ask("x"))).finish_reason == "length"
+
+
+def test_cancel_while_reading(make, tiny_dir, monkeypatch):
+    """Between two calls; what was read serves the next request."""
+    engine = make(model=str(tiny_dir), load={"stats": False}, prefill_step_size=64)
+    engine.load().result()
+    ticket = None
+    inner = answer._Reading._read_shared
+
+    def cancelled(self):
+        ticket.cancel()
+        return inner(self)
+
+    prompt = [1, *range(3, 1000)]
+    monkeypatch.setattr(answer._Reading, "_read_shared", cancelled)
+    with engine._changed:  # keep the engine waiting until the ticket is known
+        ticket = engine.submit(Request(prompt=prompt, max_tokens=3))
+    assert last(ticket).finish_reason == "cancelled"
+    monkeypatch.undo()
+    assert last(engine.submit(Request(prompt=prompt, max_tokens=3))).finish_reason == "length"
+
+
+def test_async(tiny_engine):
+    async def read() -> list[Piece]:
+        ticket = tiny_engine.submit(ask("x"))
+        assert await tiny_engine.submit(Request(prompt=[1], client="b", max_tokens=1)).get(60)
+        return [piece async for piece in ticket]
+
+    pieces = asyncio.run(read())
+    assert len(pieces) == 12 and pieces[-1].finish_reason == "length"
+
+
+def test_async_patience(tiny_engine):
+    async def read() -> Piece | None:
+        ticket = busy(tiny_engine)
+        waiting = tiny_engine.submit(ask("x"))
+        piece = await waiting.get(0.05)
+        ticket.cancel()
+        return piece
+
+    assert asyncio.run(read()) is None
+
+
+def test_models_change_places(make, tiny_dir):
+    """One is dropped before the next is loaded, so that the peak is not the sum."""
+    engine, before = make(allow_paths=(tiny_dir.parent,)), mx.get_active_memory()
+    text(engine.submit(ask("Hello")))
+    assert (engine.status().state, engine.status().model) == ("ready", "demo")
+    large = engine.status().memory_bytes - before
+    text(engine.submit(ask("Hello", model="tiny")))
+    assert engine.status().model == "tiny"
+    assert engine.status().memory_bytes - before < large / 2
+    text(engine.submit(ask("Hello", model="demo")))
+    assert engine.status().model == "demo"
+
+
+def test_idle_unload_frees_memory(make):
+    before = mx.get_active_memory()
+    engine = make(idle_timeout=0.3)
+    text(engine.submit(ask("Hello")))
+    loaded = mx.get_active_memory()
+    deadline = time.monotonic() + 20
+    while engine.status().state != "unloaded" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    status = engine.status()
+    assert (status.state, status.model, status.conversations, status.cache_bytes) == ("unloaded", None, 0, 0)
+    assert mx.get_active_memory() - before < (loaded - before) / 100
+    assert mx.get_cache_memory() == 0
+    assert text(engine.submit(ask("Hello")))  # and back again
+
+
+def test_requests_leave_nothing_behind(make, tiny_dir):
+    """The store of conversations is full after ten of them; from then on memory is flat."""
+    engine = make(model=str(tiny_dir), load={"stats": False})
+    held = []
+    for _ in range(3):
+        for i in range(40):
+            options = {"seed": i, "temperature": 0.7, "logprobs": True} if i % 3 == 0 else {}
+            list(engine.submit(ask(f"I need {i} hotels.", client=str(i % 7), max_tokens=5, **options)))
+        gc.collect()
+        held.append((len(gc.get_objects()), engine.status().memory_bytes))
+    assert abs(held[2][0] - held[1][0]) < 40  # less than one object for each request
+    assert abs(held[2][1] - held[1][1]) < 100_000
+
+
+def test_load_unload(demo_engine):
+    assert demo_engine.status().state == "unloaded"
+    assert demo_engine.load().result().state == "ready"
+    assert demo_engine.status().has_ranks
+    assert demo_engine.unload().result().state == "unloaded"
+    assert demo_engine.call(lambda model, tokenizer: len(model.blocks)).result() == 6
+
+
+def test_unknown_models(demo_engine):
+    for refused in (demo_engine.load, lambda name: demo_engine.submit(ask("x", model=name))):
+        with pytest.raises(UnknownModel):
+            refused("../secret")
+
+
+def test_a_model_that_cannot_be_loaded(make, model_copy, caplog):
+    """The clients' message has no paths; the log has what they need not know."""
+    (model_copy / "model.safetensors").write_bytes(b"rubbish")
+    engine = make(allow_paths=(model_copy.parent,))
+    with pytest.raises(EngineFailed) as e, caplog.at_level(logging.ERROR, "glass_mlx"):
+        text(engine.submit(ask("x", model="model")))
+    assert str(model_copy.parent) not in str(e.value)
+    assert str(model_copy) in caplog.text
+    assert engine.status().state == "failed" and "model cannot be loaded" in engine.status().error
+    assert text(engine.submit(ask("Hello")))
+    assert (engine.status().state, engine.status().error) == ("ready", None)
+
+
+def test_a_crash_fails_its_request_only(demo_engine, monkeypatch):
+    def crash(*args, **kwargs):
+        yield from list(inner(*args, **kwargs))[:2]
+        raise RuntimeError("[metal] /Users/me/secret out of memory")
+
+    inner = answer.stream_generate
+    monkeypatch.setattr(answer, "stream_generate", crash)
+    with pytest.raises(EngineFailed, match="^Generation failed: RuntimeError. The log says more.$"):
+        text(demo_engine.submit(ask("Hello")))
+    monkeypatch.undo()
+    assert demo_engine.status().state == "ready" and demo_engine.status().error
+    assert demo_engine.status().conversations == 0
+    assert text(demo_engine.submit(ask("Hello")))
+    assert demo_engine.status().error is None
+
+
+@pytest.mark.parametrize(
+    "request_, reason",
+    [
+        (Request(prompt=[]), "no tokens"),
+        (Request(prompt=[1, 4096]), "out of range"),
+        (Request(prompt=[1], logit_bias={5000: 1.0}), "out of range"),
+        (Request(prompt=[1] * 65), "65 tokens; at most 64"),
+        (Request(prompt="word " * 100), "at most 64"),
+        (ask("x", density=2.0), "density must be"),
+        (ask("x", template_args={"documents": 3, "eos_token": None}), "template"),
+    ],
+)
+def test_bad_requests(make, request_, reason, tiny_dir):
+    engine = make(model=str(tiny_dir), load={"stats": False}, max_prompt_tokens=64)
+    with pytest.raises(BadRequest, match=reason):
+        text(engine.submit(request_))
+
+
+def test_a_model_without_a_chat_template(make, model_copy):
+    (model_copy / "chat_template.jinja").unlink()
+    engine = make(model=str(model_copy), load={"stats": False})
+    with pytest.raises(BadRequest, match="no chat template"):
+        text(engine.submit(ask("x")))
+    assert text(engine.submit(Request(prompt="x", max_tokens=3)))
+
+
+def test_the_models_own_context_is_the_limit(make, model_copy):
+    config = model_copy / "config.json"
+    config.write_text(config.read_text().replace("{", '{"max_position_embeddings": 16, ', 1))
+    engine = make(model=str(model_copy), load={"stats": False})
+    with pytest.raises(BadRequest, match="at most 16"):
+        text(engine.submit(Request(prompt=[1] * 17)))
+
+
+def test_quantised_kv(make, tiny_dir):
+    engine = make(kv={"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0})
+    pieces = list(engine.submit(ask("Hello")))
+    turn = [*ask("Hello").messages, {"role": "assistant", "content": "".join(p.text for p in pieces)}, USER]
+    assert last(engine.submit(Request(messages=turn, max_tokens=5))).usage.cached_tokens > 0
+
+
+def test_close(make, tiny_dir):
+    engine = make(model=str(tiny_dir), load={"stats": False})
+    ticket, waiting = busy(engine), engine.submit(ask("x"))
+    loading = engine.load()
+    engine.close()
+    assert last(ticket).finish_reason == "cancelled"
+    with pytest.raises(EngineFailed, match="closed"):
+        text(waiting)
+    with pytest.raises((CancelledError, EngineFailed)):
+        loading.result(5)
+    for refused in (engine.load, engine.unload, lambda: engine.submit(ask("x"))):
+        with pytest.raises(EngineFailed, match="closed"):
+            refused()
+    assert not engine.alive
+    engine.close()  # again does no harm
+
+
+@pytest.mark.parametrize("closed", ["engine.close()", ""])
+def test_the_process_ends_cleanly(closed):
+    """MLX aborts a process in which a thread has left streams behind."""
+    code = (
+        "from glass_mlx.serving.engine import *; engine = Engine()\n"
+        f"list(engine.submit(Request(prompt='x', max_tokens=2)))\n{closed}\nprint('done')"
+    )
+    root = glass_mlx.__path__[0] + "/.."
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
+def test_the_engine_needs_no_server_libraries():
+    code = "import sys, glass_mlx.engine; print({'starlette', 'pydantic', 'uvicorn'} & set(sys.modules))"
+    root = glass_mlx.__path__[0] + "/.."
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stdout == "set()\n"
+
+
+def test_the_engines_models(make, tiny_dir):
+    models = make(allow_paths=(tiny_dir.parent,)).models()
+    assert [(m.id, m.kind) for m in models] == [("demo", "demo"), ("tiny", "local")]
+
+
+def test_names_of_one_model_do_not_load_it_again(make, model_copy, monkeypatch):
+    loads = []
+    monkeypatch.setattr(engine, "load", lambda path, **k: loads.append(path) or glass_mlx.load(path, **k))
+    served = make(model=str(model_copy), load={"stats": False}, allow_paths=(model_copy.parent,))
+    for name in ("default_model", "model", str(model_copy)):
+        text(served.submit(ask("x", model=name)))
+    assert len(loads) == 1
+    shutil.rmtree(model_copy)

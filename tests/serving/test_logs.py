@@ -1,0 +1,51 @@
+"""Tests of the log file."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from glass_mlx.serving.logs import LOGGERS, log_dir, log_to_file
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    before = {name: (list(logging.getLogger(name).handlers), logging.getLogger(name).level) for name in LOGGERS}
+    yield
+    for name, (handlers, level) in before.items():
+        logger = logging.getLogger(name)
+        for handler in set(logger.handlers) - set(handlers):
+            handler.close()
+        logger.handlers, logger.level = handlers, level
+        logger.manager._clear_cache()
+
+
+def test_the_platforms_directory():
+    path = log_to_file()
+    assert path == log_dir() / "server.log"
+    logging.getLogger("glass_mlx").info("hello")
+    assert "INFO glass_mlx: hello" in path.read_text()
+    assert path.stat().st_mode & 0o077 == 0  # prompts may be in it
+
+
+def test_once_is_enough(tmp_path):
+    path = [log_to_file(directory=tmp_path / name) for name in "ab"][1]
+    logging.getLogger("glass_mlx").info("hello")
+    assert path.read_text().count("hello") == 1
+    assert "hello" not in (tmp_path / "a" / "server.log").read_text()
+
+
+def test_rotation(tmp_path):
+    path = log_to_file(directory=tmp_path)
+    for _ in range(60):
+        logging.getLogger("glass_mlx").info("x" * 100_000)
+    assert sorted(p.name for p in tmp_path.glob("server*")) == ["server.log", *(f"server.log.{i}" for i in (1, 2, 3))]
+    assert path.stat().st_size <= 1_000_000
+
+
+def test_a_directory_that_cannot_be_written(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    assert log_to_file(directory=tmp_path / "file") is None
+    assert "no log file" in caplog.text

@@ -1,0 +1,125 @@
+"""Tests of reading an answer: stop words, reasoning, tool calls. The text comes in pieces of any size."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from mlx_lm.tool_parsers import json_tools
+
+from glass_mlx.serving.output_parser import Reader
+from glass_mlx.serving.request import Piece
+
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_call>'
+
+
+def tokenizer(thinking: bool = True, tools: bool = True) -> SimpleNamespace:
+    """What a reader asks of mlx-lm's tokenizer wrapper, whose own attributes these are."""
+    return SimpleNamespace(
+        has_thinking=thinking,
+        think_start="<think>",
+        think_end="</think>",
+        rfind_think_start=lambda tokens: len(tokens) - 1 - tokens[::-1].index(7) if 7 in tokens else -1,
+        rfind_think_end=lambda tokens: len(tokens) - 1 - tokens[::-1].index(8) if 8 in tokens else -1,
+        has_tool_calling=tools,
+        tool_call_start=json_tools.tool_call_start if tools else None,
+        tool_call_end=json_tools.tool_call_end if tools else None,
+        tool_parser=json_tools.parse_tool_call if tools else None,
+        structural_markers=(),
+        response_transitions={},
+        response_initial_state=None,
+    )
+
+
+def read(text: str, size: int, stop=(), prompt=(1,), **kind) -> tuple[Piece, Reader]:
+    reader = Reader(tokenizer(**kind), list(prompt), tuple(stop))
+    said, thought, calls = "", "", ()
+    pieces = [text[i : i + size] for i in range(0, len(text), size)]
+    for piece in pieces:
+        got = reader.feed(piece)
+        said, thought, calls = said + got.text, thought + got.reasoning, calls + got.tool_calls
+        if reader.stopped:
+            break
+    got = reader.finish()
+    return Piece(said + got.text, thought + got.reasoning, calls + got.tool_calls), reader
+
+
+sizes = pytest.mark.parametrize("size", [1, 3, 1000])
+
+
+@sizes
+@pytest.mark.parametrize(
+    "text, stop, said",
+    [
+        ("one two three", (), "one two three"),
+        ("one two three", ("two",), "one "),
+        ("one two three", ("three", "two"), "one "),
+        ("one two three", ("four",), "one two three"),
+        ("one two thr", ("three",), "one two thr"),  # held back, and given at the end
+        ("aaab", ("ab",), "aa"),
+        ("äöü€", ("€",), "äöü"),
+    ],
+)
+def test_stop_words(size, text, stop, said):
+    piece, reader = read(text, size, stop)
+    assert piece.text == said
+    assert reader.stopped == (said != text)
+
+
+def test_what_may_become_a_stop_word_is_held_back():
+    reader = Reader(tokenizer(), [1], ("STOP",))
+    assert [reader.feed(c).text for c in "a STx"] == ["a", " ", "", "", "STx"]
+
+
+@sizes
+def test_reasoning(size):
+    piece, _ = read("<think>let me see</think>four", size)
+    assert (piece.reasoning, piece.text) == ("let me see", "four")
+
+
+@sizes
+def test_reasoning_that_the_template_began(size):
+    piece, _ = read("let me see</think>four", size, prompt=(1, 8, 7))
+    assert (piece.reasoning, piece.text) == ("let me see", "four")
+    assert read("four", size, prompt=(1, 7, 8))[0].text == "four"
+
+
+@sizes
+def test_reasoning_cut_short(size):
+    piece, _ = read("<think>let me <", size)
+    assert (piece.reasoning, piece.text) == ("let me <", "")
+
+
+@sizes
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("ended", [True, False])
+def test_tool_calls(size, count, ended):
+    """The last one's end marker may be missing."""
+    text = "I ask. " + CALL * count
+    piece, reader = read(text if ended else text.removesuffix("</tool_call>"), size)
+    assert piece.text == "I ask. " and reader.called
+    assert [call["function"]["name"] for call in piece.tool_calls] == ["weather"] * count
+    assert json.loads(piece.tool_calls[0]["function"]["arguments"]) == {"city": "Ulm"}
+    assert len({call["id"] for call in piece.tool_calls}) == count
+
+
+@sizes
+@pytest.mark.parametrize("inner", ["{broken", "[1]", "{}", '"text"'])
+def test_a_broken_tool_call_is_passed_on_as_text(size, inner):
+    text = f"<tool_call>{inner}</tool_call>done"
+    piece, reader = read(text, size)
+    assert piece.tool_calls == () and not reader.called
+    assert piece.text == text
+
+
+def test_a_model_without_markers():
+    piece, _ = read(f"<think>{CALL}", 2, thinking=False, tools=False)
+    assert piece.text == f"<think>{CALL}"
+
+
+def test_the_real_tokenizer(demo):
+    """The attributes are there: this fails if mlx-lm renames them."""
+    reader = Reader(demo[1], [1, 2], ("x",))
+    assert reader.feed("axb").text == "a"
+    assert reader.stopped

@@ -1,0 +1,694 @@
+"""The chat page: its files, and in a headless Chromium what it does with a real server on the demo model."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+import tomllib
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from importlib.metadata import distribution
+from pathlib import Path
+
+import httpx
+import pytest
+from servers import CHAT, serving
+
+from glass_mlx.serving.app import PAGE, ApiOptions
+
+try:
+    from axe_playwright_python.sync_playwright import Axe
+    from playwright.sync_api import Browser, BrowserContext, Page, Route, expect, sync_playwright
+except ImportError:
+    sync_playwright = None
+
+ROOT = Path(__file__).parents[2]
+ASSETS = sorted(path for path in PAGE.rglob("*") if path.is_file())
+NAMES = ["chromium", "google-chrome", "google-chrome-stable", "chromium-browser", "chrome", "microsoft-edge"]
+MAC = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
+
+
+def find_browser() -> str | None:
+    """GLASS_BROWSER's, Playwright's own, or an installed Chromium that runs."""
+    if sync_playwright is None:
+        return None
+    if named := os.environ.get("GLASS_BROWSER"):
+        return named
+    try:
+        with sync_playwright() as playwright:
+            own = playwright.chromium.executable_path
+    except Exception as e:  # its driver lacks a library of the system's
+        print(f"Playwright does not start: {e}")
+        return None
+    if Path(own).is_file():
+        return own
+    return next(filter(_runs, [path for name in (*NAMES, MAC) if (path := shutil.which(name))]), None)
+
+
+def _runs(path: str) -> bool:
+    """Whether it is a browser: some distributions have a script there which says how to get one."""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        return subprocess.run([path, "--version"], capture_output=True, timeout=30).returncode == 0
+    return False
+
+
+BROWSER = find_browser()
+in_browser = pytest.mark.skipif(
+    BROWSER is None,
+    reason="no browser: install the test dependencies and chromium (or `playwright install chromium`), or set "
+    "GLASS_BROWSER to the path of one",
+)
+
+
+# ---- The files
+
+
+class Tags(HTMLParser):
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.inline: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        if self.tags and self.tags[-1][0] in ("script", "style") and data.strip():
+            self.inline.append(data)
+
+
+def test_index_keeps_to_the_policy():
+    page = Tags((PAGE / "index.html").read_text())
+    assert not page.inline and not [tag for tag, _ in page.tags if tag == "style"]
+    for tag, attributes in page.tags:
+        assert not [name for name in attributes if name == "style" or name.startswith("on")], tag
+        for name in ("src", "href"):
+            where = attributes.get(name, "#")
+            assert where.startswith("#") or (PAGE / where.removeprefix("/static/")).is_file(), where
+
+
+def test_scripts_and_styles_are_the_pages_own():
+    for path in PAGE.glob("*.*"):
+        text = path.read_text()
+        assert not re.search(r"(?:https?:)?//[a-z]+\.|@import|url\(", re.sub(r"http://www.w3.org/2000/svg", "", text))
+        assert not re.search(r"\beval\(|innerHTML|insertAdjacentHTML|document\.write|new Function", text), path
+        for imported in re.findall(r'^import .*?"([^"]+)";', text, re.M):
+            assert imported.startswith("./") and (PAGE / imported).is_file(), imported
+
+
+def test_vendored_files_are_as_released_and_licensed():
+    notes = (PAGE / "vendor/README.md").read_text()
+    listed = dict(re.findall(r"^\| `([^`]+)` \|.*\| `([0-9a-f]{64})` \|$", notes, re.M))
+    assert listed.keys() == {path.name for path in PAGE.glob("vendor/*js")}
+    for name, digest in listed.items():
+        assert hashlib.sha256((PAGE / "vendor" / name).read_bytes()).hexdigest() == digest
+    for library in re.findall(r"\[([^]]+)\]\(https://github.com", notes):
+        licence = (PAGE / "vendor/licenses" / f"{library.lower()}.txt").read_text()
+        assert "copyright" in licence.lower() and len(licence) > 900, library
+
+
+def test_files_are_in_the_wheel():
+    installed = {str(file) for file in distribution("glass_mlx").files or ()}
+    if "glass_mlx/__init__.py" in installed:  # from a wheel
+        assert {f"glass_mlx/page/{path.relative_to(PAGE)}" for path in ASSETS} <= installed
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert "glass_mlx" in wheel["packages"] and not wheel.keys() & {"exclude", "only-include"}
+    ignored = [line.strip("/\n*") for line in (ROOT / ".gitignore").read_text().splitlines()]
+    assert not [path for path in ASSETS for part in path.relative_to(ROOT).parts if part in ignored]
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving(ApiOptions(defaults={"max_tokens": 40})) as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/", "text/html"),
+        ("/static/style.css", "text/css"),
+        ("/static/app.js", "javascript"),
+        ("/static/vendor/purify.min.js", "javascript"),
+        ("/static/icon.svg", "image/svg+xml"),
+    ],
+)
+def test_served_with_type_and_policy(server, path, kind):
+    response = httpx.get(server.url + path)
+    assert response.status_code == 200 and kind in response.headers["content-type"]
+    assert "default-src 'self'" in response.headers["content-security-policy"]
+    assert response.headers["cache-control"] == "no-cache"  # or a new page would run with old scripts
+
+
+# ---- In the browser
+
+
+class Visit:
+    """A page that is open, and what happened on it."""
+
+    def __init__(self, page: Page, url: str):
+        self.page, self.url = page, url
+        self.problems: list[str] = []  # what the console complained of
+        self.asked: list[dict] = []  # bodies of requests for answers
+        self.strangers: list[str] = []  # requests to others
+        page.on("console", lambda m: m.type in ("error", "warning") and self.problems.append(m.text))
+        page.on("pageerror", lambda e: self.problems.append(str(e)))
+        page.on("request", self._requested)
+        page.on("dialog", lambda dialog: (self.problems.append("a dialog"), dialog.dismiss()))
+
+    def _requested(self, request):
+        if not request.url.startswith((self.url, "blob:")):
+            self.strangers.append(request.url)
+        if request.url.endswith(CHAT):
+            self.asked.append(json.loads(request.post_data))
+
+    def open(self) -> Visit:
+        self.page.goto(self.url)
+        expect(self.page.locator("#model option")).not_to_have_count(0)
+        return self
+
+    @property
+    def message(self):
+        return self.page.get_by_role("textbox", name="Message")
+
+    @property
+    def answers(self):
+        return self.page.locator(".answer")
+
+    @property
+    def last(self):
+        return self.answers.last
+
+    def say(self, text: str) -> None:
+        """Send a message with Enter."""
+        self.message.fill(text)
+        self.message.press("Enter")
+
+    def ask(self, text: str) -> str:
+        """Send a message, wait for the answer and give its text."""
+        count = self.page.locator(".turn").count()
+        self.say(text)
+        expect(self.page.locator(".turn")).to_have_count(count + 1)
+        self.finish()
+        return self.last.locator("> .markdown").inner_text()
+
+    def finish(self) -> None:
+        expect(self.page.get_by_role("button", name="Send")).to_be_visible(timeout=20_000)
+
+    def mode(self, name: str) -> None:
+        self.page.get_by_role("radio", name=name).check(force=True)
+
+    def expect_notice(self, words: str) -> None:
+        expect(self.page.get_by_role("alert")).to_contain_text(words)
+
+    def refused(self) -> None:
+        """Take the browser's own complaints about answers with an error's status off the list."""
+        self.problems = [text for text in self.problems if not text.startswith("Failed to load resource")]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    expect.set_options(timeout=15_000)  # on a busy machine
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--disable-dev-shm-usage"])
+        yield browser
+        browser.close()
+
+
+@contextlib.contextmanager
+def visiting(browser: Browser, url: str, **context) -> Iterator[Visit]:
+    """A visit by someone new; nothing may be complained of, and nobody else be asked for anything."""
+    made = browser.new_context(**context)
+    made.set_default_timeout(10_000)
+    visit = Visit(made.new_page(), url)
+    yield visit
+    made.close()
+    assert not visit.problems
+    assert not visit.strangers
+
+
+@pytest.fixture
+def visit(browser, server):
+    with visiting(browser, server.url, permissions=["clipboard-read", "clipboard-write"]) as visit:
+        yield visit.open()
+
+
+def events(*pieces: str, end: bool = True) -> str:
+    """A streamed answer."""
+    said = [{"choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]} for piece in pieces]
+    lines = [json.dumps(event) for event in said]
+    if end:
+        lines += [json.dumps({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}), "[DONE]"]
+    return "".join(f"data: {line}\n\n" for line in lines)
+
+
+def answer_with(visit: Visit, status: int = 200, body: str | dict = "") -> None:
+    """Have this answered instead of what the server would say."""
+    text = body if isinstance(body, str) else json.dumps(body)
+    kind = "text/event-stream" if status == 200 else "application/json"
+    visit.page.route(f"**{CHAT}", lambda route: route.fulfill(status=status, body=text, content_type=kind))
+
+
+def endless(visit: Visit) -> None:
+    """Have answers of the server go on for a long time: the demo model is not let end them."""
+
+    def longer(route: Route):
+        body = {**json.loads(route.request.post_data), "logit_bias": {"2": -100}, "max_tokens": 1900}
+        route.continue_(post_data=json.dumps(body))
+
+    visit.page.route(f"**{CHAT}", longer)
+
+
+@in_browser
+def test_opens_quietly(visit):
+    expect(visit.page).to_have_title("glass_mlx")
+    expect(visit.page.get_by_role("heading", name="What is on your mind?")).to_be_visible()
+    expect(visit.message).to_be_focused()
+    expect(visit.page.get_by_label("Model")).to_have_value("demo")
+
+
+@in_browser
+def test_answers_with_its_speed(visit):
+    text = visit.ask("I want to find a restaurant in San Jose.")
+    assert len(text) > 5
+    expect(visit.last.locator(".figures")).to_have_text(
+        re.compile(r"^[\d.,]+ tokens/s · 50 % of neurons · \d+ tokens?( · cut.*)?$")
+    )
+    expect(visit.page.locator("#spoken")).to_contain_text(text[:20])  # once, when it is complete
+    expect(visit.page.locator("#state")).to_contain_text("demo is ready")
+    (asked,) = visit.asked
+    assert asked["model"] == "demo" and asked["density"] == 0.5 and asked["stream"]
+    assert asked["messages"] == [{"role": "user", "content": "I want to find a restaurant in San Jose."}]
+    second = visit.ask("Italian, please.")
+    assert [m["role"] for m in visit.asked[1]["messages"]] == ["user", "assistant", "user"]
+    assert second and visit.asked[1]["messages"][1]["content"].strip() == text
+
+
+@in_browser
+def test_markdown_arrives_in_pieces(visit):
+    answer_with(
+        visit, body=events("# A ti", "tle\n\n- o", "ne\n- two\n\n```py", "thon\nprint(", "1)\n```\n\n|a|\n|-|\n|b|")
+    )
+    visit.ask("Show me.")
+    text = visit.last.locator("> .markdown")
+    expect(text.get_by_role("heading", name="A title")).to_have_attribute("aria-level", "4")
+    expect(text.get_by_role("listitem")).to_have_count(2)
+    expect(text.locator(".code")).to_contain_text("python")
+    expect(text.get_by_role("cell", name="b")).to_be_visible()
+    visit.page.get_by_role("button", name="Copy code").click()
+    assert visit.page.evaluate("navigator.clipboard.readText()") == "print(1)\n"
+    visit.page.get_by_role("button", name="Copy answer").click()
+    assert visit.page.evaluate("navigator.clipboard.readText()").startswith("# A title\n\n- one")
+
+
+@in_browser
+@pytest.mark.parametrize("way", ["button", "Escape"])
+def test_stop_reaches_the_server(visit, server, way):
+    endless(visit)
+    visit.say("Tell me a long story.")
+    expect(visit.last.locator("> .markdown")).to_contain_text(re.compile(r"\S+ \S+ \S+"))
+    if way == "button":
+        visit.page.get_by_role("button", name="Stop").click()
+    else:
+        visit.page.keyboard.press("Escape")
+    expect(visit.last.locator(".figures")).to_have_text(re.compile("stopped$"))
+    visit.finish()
+    expect(visit.message).to_be_focused()
+    deadline = time.monotonic() + 5
+    while server.engine.status().state == "generating" and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert server.engine.status().state == "ready"
+    assert server.engine.status().usage.completion_tokens < 1500
+    visit.page.unroute(f"**{CHAT}")
+    visit.ask("Hello")  # what had been said stays in the conversation
+    assert [m["role"] for m in visit.asked[-1]["messages"]] == ["user", "assistant", "user"]
+
+
+@in_browser
+def test_side_by_side(visit):
+    visit.mode("Side by side")
+    visit.ask("I need a hotel in London.")
+    sparse, dense = (visit.answers.nth(i) for i in (0, 1))
+    expect(visit.answers).to_have_count(2)
+    left, right = sparse.bounding_box(), dense.bounding_box()
+    assert left["x"] + left["width"] <= right["x"] and left["y"] == right["y"]
+    expect(sparse.locator(".figures")).to_have_text(
+        re.compile(r"tokens/s · \d+\.\d\d× dense · 50 % of neurons · \d+ token")
+    )
+    expect(dense.locator(".figures")).to_have_text(re.compile(r"tokens/s · 1× dense · all neurons · \d+ token"))
+    assert [body["density"] for body in visit.asked] == [0.5, 1]
+    visit.ask("For two people.")  # each column goes on with its own answers
+    said = [body["messages"][1]["content"].strip() for body in visit.asked[2:]]
+    assert said == [answer.locator("> .markdown").inner_text().strip() for answer in (sparse, dense)]
+    assert visit.asked[2]["user"] != visit.asked[3]["user"]  # and with a cache of its own
+
+
+@in_browser
+def test_density_is_sent_and_kept(visit):
+    visit.page.get_by_role("button", name="Fast").click()
+    visit.ask("Hello")
+    visit.page.get_by_label("Density", exact=True).fill("65")
+    visit.ask("Hello")
+    visit.mode("Dense")
+    expect(visit.page.get_by_label("Density", exact=True)).to_be_disabled()
+    visit.ask("Hello")
+    assert [body["density"] for body in visit.asked] == [0.3, 0.65, 1]
+    visit.page.reload()
+    expect(visit.page.get_by_role("radio", name="Dense")).to_be_checked()
+    expect(visit.page.locator("#density-words")).to_have_text("65 %")
+
+
+@in_browser
+def test_conversations_are_kept(visit):
+    page = visit.page
+    first = visit.ask("I want to find a restaurant in San Jose.")
+    page.keyboard.press("Control+Shift+O")
+    expect(visit.answers).to_have_count(0)
+    visit.ask("What is the weather like today?")
+    page.reload()
+    expect(page.locator(".said")).to_have_text(re.compile("What is the weather like today?"))
+    chats = page.get_by_role("navigation", name="Past conversations").locator(".open")
+    expect(chats).to_have_count(2)
+    chats.nth(1).click()
+    expect(visit.last.locator("> .markdown")).to_have_text(first)
+    assert "tokens/s" in visit.last.inner_text()
+    page.get_by_role("button", name="Delete I want to find").click(force=True)
+    expect(chats).to_have_count(1)
+    page.get_by_role("button", name="Undo").click()
+    expect(visit.last.locator("> .markdown")).to_have_text(first)
+    expect(chats).to_have_count(2)
+
+
+@in_browser
+def test_tabs_know_of_each_other(visit):
+    with visit.page.context.expect_page() as opened:
+        visit.page.evaluate("window.open('/', '_blank', 'noopener')")
+    other = Visit(opened.value, visit.url)
+    expect(other.page.locator("#model option")).not_to_have_count(0)
+    other.ask("Hello from the other tab")
+    expect(visit.page.locator("#chats .open")).to_have_text(["Hello from the other tab"])
+    assert not other.problems
+
+
+@in_browser
+def test_answer_goes_on_while_another_chat_is_open(visit):
+    endless(visit)
+    visit.say("Tell me a long story.")
+    expect(visit.last.locator("> .markdown")).to_contain_text(re.compile(r"\S+ \S+ \S+"))
+    visit.page.get_by_role("button", name="New chat").click()
+    expect(visit.answers).to_have_count(0)
+    visit.page.locator("#chats .open.busy").click()
+    expect(visit.last.locator("> .markdown")).to_contain_text(re.compile(r"(\S+ ){20}"))
+    visit.page.get_by_role("button", name="Delete Tell me").click(force=True)  # which stops it, and it stays deleted
+    visit.finish()
+    visit.page.reload()
+    expect(visit.page.locator("#chats .open")).to_have_count(0)
+
+
+@in_browser
+def test_settings(visit):
+    page = visit.page
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("System prompt").fill("Answer like a pirate.")
+    page.get_by_label("Temperature").fill("0.5")
+    page.get_by_label("Longest answer").fill("2")  # none is that short by itself, now and then one of 5 is
+    page.keyboard.press("Escape")
+    expect(page.locator(".system")).to_have_text("System prompt: Answer like a pirate.")
+    visit.ask("I need a hotel in London.")
+    (asked,) = visit.asked
+    assert asked["messages"][0] == {"role": "system", "content": "Answer like a pirate."}
+    assert (asked["temperature"], asked["max_tokens"]) == (0.5, 2)
+    expect(visit.last.locator(".figures")).to_have_text(re.compile("2 tokens · cut at the longest length"))
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_role("button", name="Delete all conversations").click()
+    page.get_by_role("button", name="Yes, delete all of them").click()
+    expect(page.locator("#chats .open")).to_have_count(0)
+    expect(visit.answers).to_have_count(0)
+
+
+HOSTILE = r"""<img src=x onerror="window.harmed=1"><script>window.harmed=1</script><iframe src="//evil.test"></iframe>
+<svg onload="window.harmed=1"><style>@import "//evil.test"</style><form action="//evil.test"><input name=x></form>
+<a href="javascript:window.harmed=1" onclick="window.harmed=1">a</a> <b id="turns" style="position:fixed">b</b>
+
+[script](javascript:window.harmed=1) [spaced]( java%0ascript:window.harmed=1) [data](data:text/html,<script>1</script>)
+[vb](vbscript:x) [file](file:///etc/passwd) [blob](blob:x) [local](/v1/status) [upper](JAVASCRIPT:window.harmed=1)
+[entity](java&#115;cript:window.harmed=1) <javascript:window.harmed=1> [quote](https://a.test/"onmouseover="window.harmed=1)
+
+![picture](https://evil.test/p.png) ![x" onerror="window.harmed=1](https://evil.test/q.png)
+![d](data:image/png;base64,AA)
+[good](https://example.org/ "a \" onclick=\"window.harmed=1") <https://example.org/two> https://example.org/three
+
+[ref]: javascript:window.harmed=1
+[ref] <math><mtext><table><mglyph><style><img src=x onerror=window.harmed=1>
+
+```html"onmouseover="window.harmed=1
+</code></pre><img src=x onerror=window.harmed=1>
+```
+
+| <img src=x onerror=window.harmed=1> | b |
+|:-:|--:|
+| [x](javascript:1) | <script>window.harmed=1</script> |
+"""
+
+
+@in_browser
+def test_markdown_can_do_no_harm(visit):
+    answer_with(visit, body=events(*(HOSTILE[i : i + 7] for i in range(0, len(HOSTILE), 7))))
+    visit.ask("<img src=x onerror=window.harmed=1>")
+    page = visit.page
+    page.evaluate("document.querySelectorAll('.turn *').forEach(e => e.dispatchEvent(new MouseEvent('mouseover')))")
+    assert page.evaluate("window.harmed") is None
+    tags, attributes, links = page.evaluate(
+        """() => { const all = [...document.querySelectorAll(".said *, .answer > .markdown *")];
+        return [all.map(e => e.localName), all.flatMap(e => e.getAttributeNames()), [...document.querySelectorAll(
+        ".markdown a[href]")].map(a => [a.protocol, a.rel, a.target])] }"""
+    )
+    assert not set(tags) & {"img", "script", "iframe", "style", "svg", "form", "input", "math", "b", "object", "base"}
+    assert not [name for name in attributes if name.startswith("on") or name in ("style", "id", "src", "name")]
+    assert {tuple(link) for link in links} == {("https:", "noopener noreferrer", "_blank")} and len(links) >= 6
+    expect(visit.last.get_by_role("link", name="picture")).to_have_attribute("href", "https://evil.test/p.png")
+    assert "<script>window.harmed=1</script>" in visit.last.inner_text()  # shown, as what it is
+    page.reload()  # from the history it is no more harmful
+    expect(visit.last.get_by_role("link", name="good")).to_be_visible()
+    assert page.evaluate("window.harmed") is None
+
+
+FAILURES = [
+    (429, {"error": {"message": "The queue is full"}}, "The server is busy"),
+    (413, {"error": {"message": "too large"}}, "has become too large"),
+    (404, {"error": {"message": "The model 'x' is not in the Hub cache."}}, "The model 'x' is not in the Hub cache."),
+    (500, {"error": {"message": "demo cannot be loaded. The log says why."}}, "demo cannot be loaded"),
+    (502, "<html>Bad gateway</html>", "The server answered with status 502."),
+    (200, events("Half an ans", end=False), "broke in the middle"),
+    (200, 'data: {"error": {"message": "Generation failed: ValueError."}}\n\n', "Generation failed: ValueError."),
+    (200, "data: {nonsense\n\n", "something that is no answer"),
+]
+
+
+@in_browser
+def test_failures_have_words(visit):
+    page = visit.page
+    for status, body, words in FAILURES:
+        answer_with(visit, status, body)
+        visit.ask("Hello")
+        expect(visit.last.locator(".error")).to_contain_text(words)
+        expect(page.locator("#spoken")).to_contain_text(words)
+        page.unroute(f"**{CHAT}")
+    visit.refused()
+    page.get_by_role("button", name="Try again").last.click()
+    visit.finish()
+    expect(visit.last.locator(".error")).to_be_hidden()
+    expect(visit.last.locator(".figures")).to_contain_text("tokens/s")
+    said = [message["content"] for message in visit.asked[-1]["messages"]]
+    assert said == ["Hello", "Half an ans", "Hello"]  # turns without any answer are left out
+
+
+@in_browser
+def test_server_that_goes_and_comes_back(visit):
+    context: BrowserContext = visit.page.context
+    context.set_offline(True)
+    visit.ask("Hello")
+    expect(visit.last.locator(".error")).to_contain_text("The server cannot be reached")
+    visit.expect_notice("looks again every few seconds")
+    expect(visit.page.locator("#state")).to_contain_text("not reachable")
+    context.set_offline(False)
+    expect(visit.page.get_by_role("alert")).to_be_empty()
+    expect(visit.page.locator("#state")).to_contain_text("ready")
+    visit.refused()
+
+
+@in_browser
+def test_asks_for_the_key(browser):
+    with (
+        serving(ApiOptions(api_key="open sesame", defaults={"max_tokens": 8})) as server,
+        visiting(browser, server.url) as visit,
+    ):
+        page = visit.page
+        page.goto(server.url)
+        visit.expect_notice("This server asks for an API key.")
+        for key, outcome in (("wrong", "does not accept this API key"), ("open sesame", "")):
+            page.get_by_label("API key").fill(key)
+            page.get_by_role("button", name="Use key").click()
+            visit.expect_notice(outcome) if outcome else expect(page.get_by_role("alert")).to_be_empty()
+        expect(page.get_by_label("API key")).to_be_hidden()
+        assert visit.ask("Hello")
+        page.reload()
+        assert visit.ask("Hello again")  # kept for the session, and nowhere else
+        assert page.evaluate("Object.values(localStorage).join().includes('sesame')") is False
+        visit.refused()
+
+
+@in_browser
+def test_waits_with_words(visit):
+    """A model that loads slowly, and a queue."""
+    page, held = visit.page, []
+    state = {"state": "loading", "model": "big", "queued": 0, "tokens_per_second": 0, "error": None}
+    page.route("**/v1/status", lambda route: route.fulfill(json=state))
+    page.route(f"**{CHAT}", lambda route: held.append(route))
+    visit.say("Hello")
+    expect(visit.last).to_contain_text("Loading big…")
+    expect(page.locator("#state")).to_contain_text("loading big…")
+    state |= {"state": "generating", "queued": 3}
+    expect(visit.last).to_contain_text("Waiting for its turn…")
+    expect(page.locator("#state")).to_contain_text("big is answering, 3 waiting")
+    state |= {"state": "failed", "queued": 0, "error": "big cannot be loaded. The log says why."}
+    expect(page.locator("#state")).to_contain_text("big cannot be loaded. The log says why.")
+    held[0].fulfill(body=events("Here I am."), content_type="text/event-stream")
+    expect(visit.last.locator("> .markdown")).to_have_text("Here I am.")
+
+
+DAMAGED = {
+    "glass.settings": '["nonsense"]',
+    "glass.chat.cut": '{"id": "cut", "turns": [{"sai',
+    "glass.chat.other": '{"id": "not this", "turns": []}',
+    "glass.chat.null": "null",
+    "glass.chat.odd": """{"id": "odd", "title": 5, "changed": "x", "turns": [7, null, {"said": "Hi", "answers": [
+        null, {"text": {"a": 1}, "figures": {"tps": "fast"}, "density": "much"}]}]}""",
+    "glass.chat.fine": """{"id": "fine", "title": "Fine", "changed": 1, "turns": [{"said": "Hello", "answers": [
+        {"text": "Good day"}]}]}""",
+}
+
+
+@in_browser
+def test_damaged_storage(visit):
+    page = visit.page
+    page.evaluate("items => { for (const [k, v] of Object.entries(items)) localStorage.setItem(k, v) }", DAMAGED)
+    page.reload()
+    expect(page.locator("#chats .open")).to_have_text(["Fine", "New chat"])
+    for i, text in enumerate(("Good day", "Hi")):
+        page.locator("#chats .open").nth(i).click()
+        expect(page.locator("#turns")).to_contain_text(text)
+    visit.ask("Hello")
+
+
+@in_browser
+@pytest.mark.parametrize("how", ["full", "off"])
+def test_no_room_in_the_browser(visit, how):
+    page = visit.page
+    if how == "full":
+        page.add_init_script("Storage.prototype.setItem = () => { throw new DOMException('', 'QuotaExceededError') }")
+    else:
+        for name in ("localStorage", "sessionStorage"):
+            page.add_init_script(f"Object.defineProperty(window, '{name}', {{ get() {{ throw new Error('off') }} }})")
+    page.reload()
+    visit.ask("Hello")
+    visit.expect_notice("The browser has no room to keep this conversation")
+    visit.ask("Hello again")
+
+
+@in_browser
+def test_by_keyboard_alone(visit):
+    page = visit.page
+    for _ in range(9):  # back from the message, which has the focus at first, to the top
+        page.keyboard.press("Shift+Tab")
+        if page.evaluate("document.activeElement.className") == "skip":
+            break
+    skip = page.get_by_role("link", name="Skip to the message field")
+    expect(skip).to_be_focused()
+    expect(skip).to_be_in_viewport()
+    page.keyboard.press("Enter")
+    expect(visit.message).to_be_focused()
+    page.keyboard.type("I need")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("a hotel")
+    page.keyboard.press("Enter")
+    visit.finish()
+    assert visit.asked[0]["messages"][0]["content"] == "I need\na hotel"
+    expect(visit.message).to_be_focused()
+    for _ in range(2):  # send, then the ways to answer
+        page.keyboard.press("Tab")
+    page.keyboard.press("ArrowRight")
+    expect(page.get_by_role("radio", name="Dense")).to_be_checked()
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("Tab")
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator("#density-words")).to_have_text("45 %")
+    focused = "e => getComputedStyle(e).outlineStyle"
+    assert page.locator("#density").evaluate(focused) != "none"
+    page.keyboard.press("Control+Shift+O")
+    expect(visit.message).to_be_focused()
+    expect(visit.answers).to_have_count(0)
+
+
+@in_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_accessible(browser, server, scheme):
+    with visiting(browser, server.url, color_scheme=scheme, reduced_motion="reduce") as visit:
+        page = visit.open().page
+        red, green, blue = map(
+            int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        )
+        assert (red + green + blue > 600) == (scheme == "light")
+        assert page.locator("#lamp").evaluate("e => getComputedStyle(e).animationName") == "none"
+        log = page.get_by_role("log", name="Messages")
+        expect(log).to_have_attribute("aria-live", "off")
+        violations = _violations(page)
+        answer_with(
+            visit,
+            body=events("# T\n\ntext `code` [link](https://a.test)\n\n```py\nx\n```\n\n|a|b|\n|-|-|\n|1|2|\n\n> q"),
+        )
+        visit.ask("Markdown")
+        page.unroute(f"**{CHAT}")
+        visit.mode("Side by side")
+        visit.ask("Hello")
+        answer_with(visit, 500, {"error": {"message": "Broken."}})
+        visit.ask("Fail")
+        visit.refused()
+        violations += _violations(page)
+        page.get_by_role("button", name="Settings").click()
+        violations += _violations(page)
+        assert not violations
+
+
+def _violations(page: Page) -> list[str]:
+    found = Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
+    return [f"{rule['id']}: {node['html'][:200]} {node['failureSummary']}" for rule in found for node in rule["nodes"]]
+
+
+@in_browser
+@pytest.mark.parametrize("width", [320, 390])
+def test_small_screens(browser, server, width):
+    with visiting(browser, server.url, viewport={"width": width, "height": 640}, has_touch=True) as visit:
+        page = visit.open().page
+        visit.mode("Side by side")
+        visit.ask("I need a hotel in London.")
+        upper, lower = (visit.answers.nth(i).bounding_box() for i in (0, 1))
+        assert upper["y"] + upper["height"] <= lower["y"] and upper["x"] == lower["x"]
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        for control in page.locator("header :visible, #foot button:visible, #foot input:visible").all():
+            box = control.bounding_box()
+            assert box["x"] >= 0 and box["x"] + box["width"] <= width
+        chats = page.get_by_role("complementary", name="Conversations")
+        expect(chats).to_be_hidden()
+        page.get_by_role("button", name="Conversations").click()
+        expect(chats).to_be_visible()
+        page.keyboard.press("Escape")
+        expect(chats).to_be_hidden()
+        assert not _violations(page)

@@ -1,0 +1,201 @@
+"""Tests of what clients may send, and of the published description."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from glass_mlx.serving.openapi import document
+from glass_mlx.serving.request import Piece, Request, Token, Usage
+from glass_mlx.serving.schema import BadBody, ChatBody, CompletionBody, parse
+from glass_mlx.serving.writers import ChatWriter, TextWriter
+
+USER = {"role": "user", "content": "Hello"}
+
+
+def chat(**fields) -> ChatBody:
+    return parse(ChatBody, json.dumps({"messages": [USER], **fields}).encode())
+
+
+def request(**fields) -> Request:
+    return chat(**fields).request("me", {"max_tokens": 99, "temperature": 0.5})
+
+
+def test_defaults():
+    assert request() == Request(messages=[USER], client="me", max_tokens=99, temperature=0.5)
+
+
+def test_everything():
+    sampling = {"temperature": 1, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "xtc_probability": 0.5, "xtc_threshold": 0.2}
+    sampling |= {"repetition_penalty": 1.1, "presence_penalty": -1, "frequency_penalty": 2, "seed": -1}
+    glass = {"density": 0.3, "global_weight": "auto", "signal": "activation", "allocation": "uniform"}
+    given = request(**sampling, **glass, stop=["a", "b"], logit_bias={"5": -100}, user="you", model="demo", n=1)
+    assert {k: getattr(given, k) for k in (*sampling, *glass)} == sampling | glass
+    assert (given.stop, given.logit_bias, given.client, given.model) == (("a", "b"), {5: -100.0}, "me you", "demo")
+
+
+def test_null_is_as_if_left_out():
+    fields = set(ChatBody.model_fields) - {"messages", "model"}
+    assert request(**dict.fromkeys(fields)) == request()
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_max_tokens(name):
+    assert request(**{name: 7}).max_tokens == 7
+
+
+def test_unknown_fields_are_ignored():
+    assert request(store=True, metadata={"a": 1}, service_tier="auto", parallel_tool_calls=False) == request()
+
+
+def test_messages():
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "3"},
+    ]
+    said = request(messages=messages).messages
+    assert [m["role"] for m in said] == ["system", "user", "assistant", "tool"]
+    assert [m["content"] for m in said] == ["Be brief.", "one two", "", "3"]
+    assert said[2]["tool_calls"][0]["function"]["arguments"] == {"x": 1}
+
+
+def test_tools():
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}, "strict": True}}]
+    assert request(tools=tools).tools == tools
+    assert request(tools=tools, tool_choice="none").tools is None
+
+
+@pytest.mark.parametrize("stop, words", [("a", ("a",)), (["a"], ("a",)), ([], ()), (None, ())])
+def test_stop(stop, words):
+    assert request(stop=stop).stop == words
+
+
+@pytest.mark.parametrize(
+    "field, values",
+    [
+        ("messages", [None, [], {}, "hi", [1], [{}], [{"role": "king", "content": "x"}]]),
+        ("messages", [[{"role": "user", "content": 1}], [{"role": "user", "content": [{"type": "image_url"}]}]]),
+        ("messages", [[{**USER, "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}]]),
+        ("messages", [[{**USER, "tool_calls": [{"function": {"name": "f", "arguments": "{" * 100_000}}]}]]),
+        ("model", [1, None, [], "x" * 301]),
+        ("max_tokens", [0, -1, 1.5, "9", True, 2**40]),
+        ("temperature", [-0.1, 2.1, "1", True, [], float("nan"), float("inf")]),
+        ("top_p", [-0.1, 1.1, "1", float("nan")]),
+        ("min_p", [-0.1, 1.1]),
+        ("top_k", [-1, 1.5, "1"]),
+        ("seed", ["1", 1.5, 2**64, -(2**64)]),
+        ("stop", [1, [1], "", [""], ["a"] * 17, {}]),
+        ("stream", ["true", 1]),
+        ("stream_options", [[], {"include_usage": "yes"}]),
+        ("n", [0, 2, "1"]),
+        ("logprobs", [1, "true"]),
+        ("top_logprobs", [-1, 21, "1", True]),
+        ("logit_bias", [[], {"a": 1}, {"1": 101}, {"1": "1"}, {"-1": 1}, {"²": 1}, {"1": float("nan")}]),
+        ("repetition_penalty", [-1, "1", 11]),
+        ("presence_penalty", [-3, 3]),
+        ("frequency_penalty", [-3, 3]),
+        ("density", [0, -1, 1.1, "0.5", True, float("nan")]),
+        ("global_weight", [-1, 2, "heavy", True]),
+        ("signal", ["loud", 1]),
+        ("allocation", ["loud", 1]),
+        ("tools", [{}, [{}], [{"type": "function", "function": {}}], [{"type": "web", "function": {"name": "f"}}]]),
+        ("tool_choice", ["required", {"type": "function", "function": {"name": "f"}}]),
+        ("response_format", [{"type": "json_object"}, {"type": "json_schema"}, "text", {}]),
+        ("chat_template_kwargs", [[], {"tokenize": False}, {"chat_template": "{{ x }}"}]),
+        ("user", [1, "x" * 1001]),
+    ],
+)
+def test_bad_fields(field, values):
+    for value in values:
+        with pytest.raises(BadBody) as e:
+            chat(**{field: value})
+        assert str(e.value).startswith(field) and e.value.param.startswith(field), value
+        assert len(str(e.value)) <= 500 and "pydantic" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"1",
+        b'"x"',
+        b"\xff\xfe",
+        b"{}",
+        b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"tools": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}",
+        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"seed": ' + b"9" * 100_000 + b', "messages": [{"role": "user", "content": ""}]}',
+    ],
+)
+def test_bad_bodies(body):
+    for kind in (ChatBody, CompletionBody):
+        with pytest.raises(BadBody):
+            parse(kind, body)
+
+
+@pytest.mark.parametrize("prompt, taken", [("text", "text"), (["text"], "text"), ([1, 2], [1, 2]), ("", "")])
+def test_completion_prompts(prompt, taken):
+    body = parse(CompletionBody, json.dumps({"prompt": prompt, "logprobs": 3}).encode())
+    asked = body.request("me", {})
+    assert (asked.prompt, asked.messages, asked.logprobs, asked.top_logprobs) == (taken, None, True, 3)
+
+
+@pytest.mark.parametrize("prompt", [None, 1, [], [[]], [[1]], ["a", "b"], [1, "a"], [-1], [2**31], [True], {}])
+def test_bad_completion_prompts(prompt):
+    with pytest.raises(BadBody, match="prompt"):
+        parse(CompletionBody, json.dumps({"prompt": prompt}).encode())
+
+
+@pytest.mark.parametrize("field, value", [("echo", True), ("best_of", 2), ("logprobs", 21), ("logprobs", True)])
+def test_bad_completion_fields(field, value):
+    with pytest.raises(BadBody, match=field):
+        parse(CompletionBody, json.dumps({"prompt": "x", field: value}).encode())
+
+
+def test_a_stream_adds_up_to_the_whole():
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    pieces = [
+        Piece(reasoning="hm", token=Token(1, "hm", -1.0, (Token(1, "hm", -1.0), Token(2, "\ufffd", float("-inf"))))),
+        Piece("a", token=Token(3, "a", -2.0)),
+        Piece(tool_calls=(call,)),
+        Piece("b", tool_calls=(call,), finish_reason="tool_calls", usage=Usage(prompt_tokens=3, completion_tokens=4)),
+    ]
+    writer = ChatWriter("demo", logprobs=True)
+    events = [json.loads(writer.event(piece).model_dump_json(exclude_unset=True)) for piece in pieces]
+    deltas = [event["choices"][0]["delta"] for event in events]
+    assert [d.get("content") for d in deltas] == [None, "a", None, "b"]
+    assert deltas[0]["reasoning"] == deltas[0]["reasoning_content"] == "hm"
+    assert [d["tool_calls"][0]["index"] for d in deltas[2:]] == [0, 1]
+    for piece in pieces:
+        writer.add(piece)
+    choice = json.loads(writer.whole().model_dump_json(exclude_unset=True))["choices"][0]
+    assert choice["message"]["content"] == "ab" and len(choice["message"]["tool_calls"]) == 2
+    assert choice["finish_reason"] == "tool_calls"
+    first = choice["logprobs"]["content"][0]
+    assert (first["token"], first["bytes"]) == ("hm", [104, 109])
+    assert (first["top_logprobs"][1]["bytes"], first["top_logprobs"][1]["logprob"]) == (None, -9999.0)
+
+
+def test_text_logprobs():
+    writer = TextWriter("demo", logprobs=True)
+    for text in ("one", " two"):
+        writer.add(Piece(text, token=Token(1, text, -1.0, (Token(1, text, -1.0),))))
+    writer.add(Piece(finish_reason="stop", usage=Usage()))
+    said = writer.whole().choices[0]
+    assert said.text == "one two"
+    assert (said.logprobs.text_offset, said.logprobs.tokens) == ([0, 3], ["one", " two"])
+
+
+def test_the_document_resolves():
+    text = json.dumps(document())
+    schemas = document()["components"]["schemas"]
+    for reference in {part.split('"')[0] for part in text.split('"#/components/schemas/')[1:]}:
+        assert reference in schemas
+    assert "density" in schemas["ChatBody"]["properties"]
