@@ -150,9 +150,8 @@ def assert_masked_dense(model: GlassModel, prompt: list[int] = PROMPT, **config)
     cache, reference = model.make_cache(density=0.5, **config), make_prompt_cache(model.dense)
     (read,), (expected,) = run(model, cache, prompt), run(model.dense, reference, prompt)
     assert mx.array_equal(read, expected)  # prefill is dense to the bit
-    model.session(cache).in_prompt = False  # the whole prompt came in one call
     dense = copy.deepcopy(reference)
-    sparse = run(model, cache, *steps(STEPS))
+    sparse = decoded(model, cache, *STEPS)
     with watched(model, model.kept_neurons(cache)):
         expected = run(model.dense, reference, *steps(STEPS))
     assert all(map(close, sparse, expected))
@@ -440,6 +439,7 @@ def test_input_embeddings_are_a_prompt(llama):
 
 def test_decode_of_several_tokens(llama):
     one, several = prefilled(llama), prefilled(llama)
+    llama.select(several)
     logits = llama.decode(mx.array([STEPS]), several)
     assert close(logits, mx.concatenate(decoded(llama, one, *STEPS), axis=1))
     assert llama.session(several).offset == llama.session(one).offset == len(PROMPT) + len(STEPS)
@@ -467,7 +467,7 @@ def test_quantised(name, quantisation):
     model = GlassModel(dense)
     assert_masked_dense(model)
     cache = prefilled(model)
-    run(model, cache, [8])
+    decoded(model, cache, 8)
     block, compact = model.blocks[0], model.session(cache).compact.projections[0]
     assert {type(compact[name]) for name in block.inputs} == {plain_class(block.module[block.inputs[0]])}
     in_units = quantisation.get("mode") is None and quantisation.get("group_size", 64) > 32
@@ -533,7 +533,7 @@ def test_calls_without_a_session_are_dense(llama):
 
 def test_parameters_are_the_dense_models(llama):
     cache = prefilled(llama)
-    run(llama, cache, [8])
+    decoded(llama, cache, 8)
     assert llama.session(cache).compact
     assert {name for name, _ in tree_flatten(llama.parameters())} == {
         f"dense.{name}" for name, _ in tree_flatten(llama.dense.parameters())
