@@ -13,10 +13,10 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import DryRunError
 from tqdm import tqdm
 
-from glass_mlx import stats
 from glass_mlx.errors import GlassError
 from glass_mlx.files import hub_access
 from glass_mlx.loading import _MODEL_FILES, ALIASES
+from glass_mlx.ranks import measure
 from glass_mlx.ranks.format import GlobalRanks
 from glass_mlx.ranks.sources import null_prompt
 
@@ -103,10 +103,10 @@ def build_ranks(job: Job) -> Callable[[Any, Any], None]:
             job.done = max(job.done, min(job.total, (number + 1) * sum(map(len, rows))))
             return rows
 
-        ranks = GlobalRanks.read(stats.build_ranks(model, tokenizer, source=replace(source, batch=batch)))
+        ranks = GlobalRanks.read(measure.build_ranks(model, tokenizer, source=replace(source, batch=batch)))
         ranks.use_in(model)
 
-    job.total = stats.DEFAULT_TOKENS
+    job.total = measure.DEFAULT_TOKENS
     return work
 
 

@@ -116,7 +116,7 @@ def test_interrupted_while_answering(dense, monkeypatch, after):
             yield response
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(glass_mlx.conversation, "stream_generate", stream)
+        patch.setattr(glass_mlx.decoding.conversation, "stream_generate", stream)
         _say(dense, TURNS[0])
     assert dense.messages[-1]["content"]
     _say(dense, TURNS[1])

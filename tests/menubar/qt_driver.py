@@ -1,6 +1,6 @@
 """Runs the menu-bar app on Qt, uses its menu and window, and writes what they showed to ``seen.json``.
 
-python tests/qt_driver.py DIRECTORY   with TOGA_BACKEND=toga_qt QT_QPA_PLATFORM=offscreen; leaves pictures there too
+python tests/menubar/qt_driver.py DIRECTORY   with TOGA_BACKEND=toga_qt QT_QPA_PLATFORM=offscreen; leaves pictures there too
 """
 
 from __future__ import annotations

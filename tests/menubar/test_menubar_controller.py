@@ -19,7 +19,8 @@ from apps.menubar.controller import Controller
 from apps.menubar.jobs import Job, repo_name
 from apps.menubar.settings import Settings, load_settings, save_settings
 from apps.menubar.state import status
-from glass_mlx import GlassError, stats
+from glass_mlx import GlassError
+from glass_mlx.ranks import measure
 from glass_mlx.ranks.lookup import cache_dir
 from glass_mlx.server import Server
 
@@ -277,7 +278,7 @@ def test_too_large_a_model_is_not_loaded(make, tiny_dir, hub, monkeypatch):
 def without_ranks(make, tiny_dir, hub, monkeypatch):
     """A controller that has a model without ranks, which are measured in several small steps."""
     monkeypatch.setattr(jobs, "null_prompt", partial(jobs.null_prompt, sequences=2, length=4))
-    monkeypatch.setattr(stats, "build_ranks", partial(stats.build_ranks, tokens=60, stable_at=None))
+    monkeypatch.setattr(measure, "build_ranks", partial(measure.build_ranks, tokens=60, stable_at=None))
     hub.repo(REPO, files_of(tiny_dir))
     controller = make()
     controller.download(REPO)
@@ -327,7 +328,7 @@ def test_ranks_on_a_full_disk(without_ranks, monkeypatch):
     def full(*args, **options):
         raise GlassError("Cannot write the ranks: [Errno 28] No space left on device")
 
-    monkeypatch.setattr(stats, "build_ranks", full)
+    monkeypatch.setattr(measure, "build_ranks", full)
     without_ranks.build_ranks()
     until(lambda: without_ranks.snapshot().ranks is None)
     assert "The ranks are not measured. Cannot write" in without_ranks.snapshot().notices[-1]

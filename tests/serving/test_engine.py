@@ -503,7 +503,7 @@ def test_the_process_ends_cleanly(closed):
 
 
 def test_the_engine_needs_no_server_libraries():
-    code = "import sys, glass_mlx.engine; print({'starlette', 'pydantic', 'uvicorn'} & set(sys.modules))"
+    code = "import sys, glass_mlx.serving.engine; print({'starlette', 'pydantic', 'uvicorn'} & set(sys.modules))"
     root = glass_mlx.__path__[0] + "/.."
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stdout == "set()\n"
