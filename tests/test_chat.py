@@ -137,13 +137,13 @@ def test_dense(demo, talk, chats):
 
 def test_dense_without_a_message(talk):
     done = talk("/dense", options=("--system-prompt", "Be brief."))
-    assert "nothing to answer yet" in done.out and not STATUS.search(done.out)
+    assert "There is no message to answer yet" in done.out and not STATUS.search(done.out)
 
 
 @pytest.mark.parametrize("command", ["/help", "/densityx 0.5", "/", "/quit now"])
 def test_unknown_command(talk, command):
     done = talk(command)
-    assert f"there is no {command.split()[0]};" in done.out and not STATUS.search(done.out)
+    assert f"unknown command {command.split()[0]};" in done.out and not STATUS.search(done.out)
 
 
 def test_interrupted_answer(talk, chats, interrupted, answer):

@@ -23,7 +23,8 @@ from glass_mlx.loading import ALIASES, DEFAULT_MODEL
 from glass_mlx.model.config import GlassConfig
 from glass_mlx.serving.catalogue import Catalogue
 from glass_mlx.serving.engine import Engine, EngineOptions
-from glass_mlx.serving.request import UnknownModel, Usage
+from glass_mlx.serving.errors import UnknownModel
+from glass_mlx.serving.request import Usage
 
 from . import jobs
 from .jobs import Cancelled, Job

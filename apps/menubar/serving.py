@@ -10,9 +10,9 @@ import threading
 from typing import Any
 
 from glass_mlx.errors import GlassError
-from glass_mlx.server import Server
 from glass_mlx.serving.app import ApiOptions
 from glass_mlx.serving.engine import Engine
+from glass_mlx.serving.server import Server
 
 from .state import ServerView
 

@@ -22,7 +22,7 @@ from apps.menubar.state import status
 from glass_mlx import GlassError
 from glass_mlx.ranks import measure
 from glass_mlx.ranks.lookup import cache_dir
-from glass_mlx.server import Server
+from glass_mlx.serving.server import Server
 
 REPO = "mlx-community/tiny"
 
