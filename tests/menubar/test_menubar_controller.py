@@ -111,7 +111,7 @@ def test_a_port_in_use(make):
         port = taken.getsockname()[1]
         controller = make(Settings(port=port))
         assert key(controller) == "no port"
-        assert status(controller.snapshot()).detail == "Another program on this machine listens there."
+        assert status(controller.snapshot()).detail == "Another program on this machine uses it."
         controller.use_another_port()
         assert key(controller) == "unloaded"
         assert controller.snapshot().server.port == controller.settings.port == load_settings(controller.path)[0].port
@@ -121,7 +121,7 @@ def test_a_port_in_use(make):
 def test_another_one_of_us_in_the_port(make):
     with serving() as server:
         controller = make(Settings(port=server.port))
-        assert status(controller.snapshot()).detail == "Another glass_mlx on this machine listens there."
+        assert status(controller.snapshot()).detail == "Another glass_mlx on this machine uses it."
     controller.start_server()
     assert key(controller) == "unloaded"
 
@@ -145,7 +145,7 @@ def test_a_port_that_may_not_be_used_and_missing_libraries(make, monkeypatch):
 
 def test_a_server_that_ends_by_itself(make):
     controller = make()
-    controller._serving.server._uvicorn.should_exit = True
+    controller._server.server._uvicorn.should_exit = True
     until(lambda: key(controller) == "server failed")
     controller.start_server()
     assert key(controller) == "unloaded"
@@ -202,7 +202,7 @@ def test_download_progress_and_cancelling(make, tiny_dir, hub, monkeypatch):
     controller.download(REPO)
     until(lambda: controller.snapshot().download is not None and controller.snapshot().download.total)
     controller.download("other/model")
-    assert f"Wait for {REPO}" in controller.snapshot().notices[-1]
+    assert f"{REPO} is still being downloaded" in controller.snapshot().notices[-1]
     controller.dismiss()
     assert controller.snapshot().download.total == sum(
         len(data) for name, data in files_of(tiny_dir).items() if name != "README.md"
@@ -228,12 +228,12 @@ def test_downloads_that_fail_say_why(make, tiny_dir, hub, monkeypatch):
     said("nonsense", "neither a short name nor a Hub repository")
     said("no/model", "The Hub has no repository no/model")
     hub.repo("some/dataset", {"data.csv": b"1"})
-    said("some/dataset", "no model that mlx-lm reads")
+    said("some/dataset", "not a model for mlx-lm")
     hub.repo(REPO, files_of(tiny_dir))
     usage = shutil.disk_usage("/")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-        said(REPO, "and 1 kB are free on that disk")
+        said(REPO, "only 1 kB are free on the disk")
 
     def full(repo, dry_run=False, **options):
         if dry_run:
@@ -331,7 +331,7 @@ def test_ranks_on_a_full_disk(without_ranks, monkeypatch):
     monkeypatch.setattr(measure, "build_ranks", full)
     without_ranks.build_ranks()
     until(lambda: without_ranks.snapshot().ranks is None)
-    assert "The ranks are not measured. Cannot write" in without_ranks.snapshot().notices[-1]
+    assert "The ranks could not be measured. Cannot write" in without_ranks.snapshot().notices[-1]
 
 
 def test_settings_on_a_full_disk(make, monkeypatch):
