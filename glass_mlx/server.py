@@ -155,7 +155,7 @@ def serve(args: argparse.Namespace) -> None:
         server.stop()
         engine.close()
     if not stopped.is_set():
-        raise GlassError("The server has stopped unexpectedly. Its log says why.")
+        raise GlassError("The server has stopped unexpectedly. See its log.")
 
 
 def _preload(engine: Engine) -> None:

@@ -349,5 +349,5 @@ def _error_of(work: Callable[[], Any]) -> str | None:
         return str(e)
     except Exception as e:  # nobody else would see the error of a job's thread
         logger.exception("a job failed")
-        return f"Something went wrong ({type(e).__name__}). The log says more."
+        return f"Something went wrong ({type(e).__name__}). See the log."
     return None

@@ -66,7 +66,7 @@ class ServerControl:
         if server is None:
             return ServerView(port=port)
         if not server.alive:
-            return ServerView("failed", server.port, detail="It stopped unexpectedly. The log may say why.")
+            return ServerView("failed", server.port, detail="It stopped unexpectedly. See the log.")
         return ServerView("running", server.port, server.url)
 
     def _listen(self, engine: Engine, port: int) -> ServerView | None:
@@ -78,7 +78,7 @@ class ServerControl:
             cause = e.__cause__
             if not isinstance(cause, OSError):  # not about the port
                 return ServerView("failed", port, detail=str(e))
-            detail = f"The system says: {cause.strerror}."
+            detail = f"The system reports: {cause.strerror}."
             if cause.errno == errno.EADDRINUSE:
                 program = "glass_mlx" if _is_glass_mlx(port) else "program"
                 detail = f"Another {program} on this machine uses it."

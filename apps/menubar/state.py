@@ -106,7 +106,7 @@ def status(s: Snapshot) -> Status:
     if s.closing:
         return Status("closing", "Quitting: freeing the memory…")
     if not s.alive:
-        detail = "It stopped unexpectedly, and its memory is free again. The log may say why."
+        detail = "It stopped unexpectedly, and its memory is free again. See the log."
         return Status("crashed", "The engine has stopped", detail, Fix("Restart the engine", "restart"))
     if server.state == "no port":
         fix = Fix("Use another port", "use_another_port")
@@ -115,7 +115,7 @@ def status(s: Snapshot) -> Status:
         fix = Fix("Start the server again", "start_server")
         return Status("server failed", "The server is not running", server.detail, fix)
     if e.state == "failed":
-        detail = e.error or "The log says why."
+        detail = e.error or "See the log."
         return Status("load failed", f"{model} · cannot be loaded", detail, Fix("Try again", "load"))
     if s.ranks is not None:
         return Status("measuring", f"{model} · {progress(s.ranks)}", "Requests wait until it is done.")

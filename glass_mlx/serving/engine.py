@@ -297,7 +297,7 @@ class Engine:
             last = e
         except Exception as e:
             logger.exception("generation failed")
-            self._error = f"Generation failed: {type(e).__name__}. The log says more."
+            self._error = f"Generation failed: {type(e).__name__}. See the log."
             last = EngineFailed(self._error)
         if self._worker is not None:
             self._state = "ready"
@@ -320,7 +320,7 @@ class Engine:
         except Exception as e:
             logger.error("%s cannot be loaded: %s", source.id, e, exc_info=not isinstance(e, GlassError))
             self._unload()
-            self._state, self._error = "failed", f"{source.id} cannot be loaded. The log says why."
+            self._state, self._error = "failed", f"{source.id} cannot be loaded. See the log."
             if isinstance(e, RequestError):
                 raise
             raise EngineFailed(self._error) from e

@@ -25,7 +25,7 @@ def _http_exception(_: Request, error: HTTPException) -> JSONResponse:
 
 
 def _unexpected(_: Request, error: Exception) -> JSONResponse:
-    return _response(500, "Something went wrong. The server's log says what.")
+    return _response(500, "Something went wrong. See the server's log.")
 
 
 EXCEPTION_HANDLERS = {RequestError: _request_error, HTTPException: _http_exception, Exception: _unexpected}

@@ -176,7 +176,7 @@ class _Completion:
         parser = OutputParser(self.worker.tokenizer, self.prompt, self.request.stop, self.request.tools)
         response, chunk, finish = None, Chunk(), "cancelled"
         try:
-            self._read_system_prompt()
+            self._read_beginning()
             response, chunk, finish = self._generate(parser, on_speed)
         except _Cancelled:
             pass
@@ -215,8 +215,9 @@ class _Completion:
                 self.pending.put(replace(chunk, token=self._token(response)))
         raise RuntimeError("the stream ended without a finish reason")
 
-    def _read_system_prompt(self) -> None:
-        """Read a system prompt in calls of its own, so that other chats with the same one can go on from its end."""
+    def _read_beginning(self) -> None:
+        """Read the prompt up to its last step. One call ends where the system prompt ends, so that other chats with the
+        same system prompt can go on from there."""
         session = self.conversation.session
         for end in self.call_ends[:-2]:
             if end <= session.offset:

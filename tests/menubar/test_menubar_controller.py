@@ -132,7 +132,7 @@ def test_a_port_that_may_not_be_used_and_missing_libraries(make, monkeypatch):
 
     monkeypatch.setattr(Server, "start", refuse)
     controller = make(Settings(port=80))
-    assert status(controller.snapshot()).detail == "The system says: Permission denied."
+    assert status(controller.snapshot()).detail == "The system reports: Permission denied."
 
     def lack(self):
         raise GlassError("the server needs uvicorn: pip install 'glass_mlx[server]'")
@@ -175,7 +175,7 @@ def test_a_model_that_cannot_be_loaded(make, tiny_dir, hub):
     controller = make()
     controller.download(REPO)
     until(lambda: key(controller) == "load failed")
-    assert "The log says why." in status(controller.snapshot()).detail
+    assert "See the log." in status(controller.snapshot()).detail
     controller.select_model("demo")
     until(lambda: key(controller) == "ready")
 

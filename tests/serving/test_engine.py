@@ -312,14 +312,14 @@ def test_cancel_while_reading(make, tiny_dir, monkeypatch):
     engine = make(model=str(tiny_dir), load={"stats": False}, prefill_step_size=64)
     engine.load().result()
     pending = None
-    inner = worker._Completion._read_system_prompt
+    inner = worker._Completion._read_beginning
 
     def cancelled(self):
         pending.cancel()
         return inner(self)
 
     prompt = [1, *range(3, 1000)]
-    monkeypatch.setattr(worker._Completion, "_read_system_prompt", cancelled)
+    monkeypatch.setattr(worker._Completion, "_read_beginning", cancelled)
     with engine._condition:  # keep the engine waiting until the request is known
         pending = engine.submit(Request(prompt=prompt, max_tokens=3))
     assert last(pending).finish_reason == "cancelled"
@@ -424,7 +424,7 @@ def test_a_crash_fails_its_request_only(demo_engine, monkeypatch):
 
     inner = worker.stream_generate
     monkeypatch.setattr(worker, "stream_generate", crash)
-    with pytest.raises(EngineFailed, match="^Generation failed: RuntimeError. The log says more.$"):
+    with pytest.raises(EngineFailed, match="^Generation failed: RuntimeError. See the log.$"):
         text(demo_engine.submit(ask("Hello")))
     monkeypatch.undo()
     assert demo_engine.status().state == "ready" and demo_engine.status().error
