@@ -68,7 +68,7 @@ class Chat:
             density=1.0 if args.dense else args.density,
             global_weight=args.global_weight,
             signal=args.signal,
-            allocation=args.allocation,
+            layer_budgets=args.layer_budgets,
             refresh=args.refresh,
             stats=args.stats,
             stats_repo=args.stats_repo,

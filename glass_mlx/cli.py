@@ -15,7 +15,7 @@ from mlx_lm import sample_utils
 from .core.importance import SIGNALS
 from .decoding import sampling
 from .errors import GlassError
-from .model.config import ALLOCATIONS, GlassConfig
+from .model.config import LAYER_BUDGETS, GlassConfig
 
 
 def density(text: str) -> float:
@@ -73,9 +73,9 @@ def add_glass_options(parser: argparse.ArgumentParser, build: bool) -> None:
         help="rank fusion with this weight of the model's global ranks, 0 to 1 (default: auto, by what is expected)",
     )
     group.add_argument(
-        "--allocation",
-        choices=ALLOCATIONS,
-        default=GlassConfig.allocation,
+        "--layer-budgets",
+        choices=LAYER_BUDGETS,
+        default=GlassConfig.layer_budgets,
         help="give layers their neurons by how sensitive the model is to each, or all the same share",
     )
     group.add_argument("--signal", choices=SIGNALS, default=GlassConfig.signal, help="what neurons are ranked by")

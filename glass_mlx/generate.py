@@ -66,7 +66,7 @@ def _generate(args: argparse.Namespace, template: dict[str, Any]) -> None:
         density=args.density,
         global_weight=args.global_weight,
         signal=args.signal,
-        allocation=args.allocation,
+        layer_budgets=args.layer_budgets,
         refresh=args.refresh,
         stats=False if args.dense and not args.stats else args.stats,
         stats_repo=args.stats_repo,

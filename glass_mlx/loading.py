@@ -116,7 +116,7 @@ def load(
     global_weight: float | str = GlassConfig.global_weight,
     signal: str = GlassConfig.signal,
     refresh: int | str = GlassConfig.refresh,
-    allocation: str = GlassConfig.allocation,
+    layer_budgets: str = GlassConfig.layer_budgets,
     stats: str | Path | bool | None = None,
     stats_repo: str | None = None,
     build: bool = False,
@@ -128,7 +128,7 @@ def load(
     Args:
         path_or_hf_repo (str): a directory, a Hub repository, an alias (``ALIASES``) or ``demo``.
         density (float): share of the FFN neurons to decode with, in (0, 1]. Default: ``0.5``.
-        global_weight, signal, refresh, allocation: how neurons are chosen; see :class:`glass_mlx.GlassConfig`.
+        global_weight, signal, refresh, layer_budgets: how neurons are chosen; see :class:`glass_mlx.GlassConfig`.
         stats (str or bool, optional): a global-ranks file; ``None`` looks for the model's own in ``stats/``, the
             user's cache and ``stats_repo``; ``False`` goes without.
         stats_repo (str, optional): a Hub repository of ranks, ``owner/name`` or ``owner/name@revision``. Default:
@@ -145,7 +145,7 @@ def load(
         GlassError: the model cannot be found, loaded or sparsified, or an argument is out of range.
         StatsError: the ranks file is damaged or belongs to another model.
     """
-    config = GlassConfig(density, global_weight, signal, refresh, allocation)
+    config = GlassConfig(density, global_weight, signal, refresh, layer_budgets)
     path = resolve_model(path_or_hf_repo, revision)
     dense, tokenizer, model_config = load_dense(
         path,

@@ -282,7 +282,7 @@ def engine_options(args: argparse.Namespace) -> EngineOptions:
     return EngineOptions(
         model=args.model or DEFAULT_MODEL,
         config=GlassConfig(
-            1.0 if args.dense else args.density, args.global_weight, args.signal, args.refresh, args.allocation
+            1.0 if args.dense else args.density, args.global_weight, args.signal, args.refresh, args.layer_budgets
         ),
         verify={} if args.dense else verify_options(args),
         load={

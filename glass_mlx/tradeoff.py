@@ -2,7 +2,7 @@
 
     python -m glass_mlx.tradeoff --model demo --density 0.3,0.5,0.7 --plot tradeoff.png
     python -m glass_mlx.tradeoff --ways glass,refresh --refresh 10,30,auto --tokens 1024
-    python -m glass_mlx.tradeoff --ways glass,refresh --global-weight 0.5 --allocation uniform  # rank fusion
+    python -m glass_mlx.tradeoff --ways glass,refresh --global-weight 0.5 --layer-budgets uniform  # rank fusion
     python -m glass_mlx.tradeoff --shape mistral-7b --layers 2 --bits 4 --acceptance 0.7,0.9
 
 Every way of decoding answers the same prompts, in turn with the dense model and in one process. *Speed* is in tokens a
@@ -39,7 +39,7 @@ from .evaluation.prompts import PROMPTS, read_prompts
 from .evaluation.shapes import BITS, SHAPES, random_model
 from .files import write_atomically
 from .loading import DEFAULT_MODEL, load
-from .model.config import ALLOCATIONS, GlassConfig
+from .model.config import LAYER_BUDGETS, GlassConfig
 
 
 def table(result: dict[str, Any]) -> str:
@@ -112,7 +112,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         help=f"of {', '.join(KINDS)} (default: all)",
     )
     parser.add_argument("--global-weight", type=global_weight, default=GlassConfig.global_weight, metavar="WEIGHT")
-    parser.add_argument("--allocation", choices=ALLOCATIONS, default=GlassConfig.allocation)
+    parser.add_argument("--layer-budgets", choices=LAYER_BUDGETS, default=GlassConfig.layer_budgets)
     parser.add_argument("--stats", metavar="FILE", help="global ranks (default: looked up)")
     parser.add_argument("--prompts", default=str(PROMPTS), metavar="FILE", help="one prompt a line")
     parser.add_argument("--count", type=int, default=8, help="so many prompts, from all over the file (default: 8)")
@@ -166,7 +166,7 @@ def _compare(args: argparse.Namespace) -> None:
             k=args.draft_tokens,
             refreshes=args.refresh,
             kinds=args.ways,
-            allocation=args.allocation,
+            layer_budgets=args.layer_budgets,
         )
     found = measure(model, prompts, made, args.tokens, args.temp, args.seed, fidelity=not args.shape)
     result = {

@@ -20,14 +20,13 @@ MEASURED = {"prompt_tps", "generation_tps", "peak_memory"}
 def test_densities_are_decoded_as_asked(tiny, monkeypatch):
     model, _ = tiny
     widths = []
-    decode = type(model)._decode
+    decode = type(model).decode
 
-    def spy(self, session, *args):
-        out = decode(self, session, *args)
-        widths.append(session.compact[0]["down_proj"].weight.shape[1])
-        return out
+    def spy(self, inputs, cache, **kwargs):
+        widths.append(self.session(cache).compact.projections[0]["down_proj"].weight.shape[1])
+        return decode(self, inputs, cache, **kwargs)
 
-    monkeypatch.setattr(type(model), "_decode", spy)
+    monkeypatch.setattr(type(model), "decode", spy)
     result = compare(model, [0.25, 0.5], prompt_tokens=8, tokens=4, trials=1, seed=0)
     assert set(widths) == {24, 48}
     assert set(result["glass"]) == {"0.25", "0.5"} == set(result["speedup"])

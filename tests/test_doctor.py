@@ -159,9 +159,9 @@ def case() -> cases.Case:
 @pytest.mark.parametrize(
     ("check", "broken", "what"),
     [
-        ("density 1", "_decode", "token 2: expected"),
-        ("sparse", "_decode", "relative error"),
-        ("refresh", "_unread", "expected evidence of"),
+        ("density 1", "decode", "token 2: expected"),
+        ("sparse", "decode", "relative error"),
+        ("refresh", "_take_pending", "expected evidence of"),
         ("saved", "_find_session", "has no session"),
     ],
 )
@@ -169,8 +169,8 @@ def test_each_check_can_fail(case, monkeypatch, check, broken, what):
     """A model that decodes on other weights, never reads again, or forgets its session."""
     own = getattr(type(case.model), broken)
     replacements = {
-        "_decode": lambda model, *args: own(model, *args)[..., ::-1],
-        "_unread": lambda *_: None,
+        "decode": lambda model, *args, **kwargs: own(model, *args, **kwargs)[..., ::-1],
+        "_take_pending": lambda *_: None,
         "_find_session": lambda _, cache: cache[-1] if isinstance(cache[-1], Session) else None,
     }
     monkeypatch.setattr(type(case.model), broken, replacements[broken])

@@ -144,7 +144,7 @@ def test_evidence_of_both_turns(demo, refresh):
     model, tokenizer = demo
     cache = model.make_cache(refresh=refresh)
     list(stream_generate(model, tokenizer, PROMPT, 3, prompt_cache=cache))
-    before, said = model.session(cache).energy, model.session(cache).said
+    before, said = model.session(cache).energy, model.session(cache).generated
     list(stream_generate(model, tokenizer, [500, 600], 3, prompt_cache=cache))
     assert said >= 2
     assert model.session(cache).prompt_tokens == len(tokenizer.encode(PROMPT)) + 2 + said
@@ -160,7 +160,7 @@ def test_choice_per_call(demo):
     assert response.density == 0.25
     [response] = stream_generate(model, tokenizer, [500], 1, prompt_cache=cache)
     assert response.density == 0.25  # it stays the conversation's
-    list(stream_generate(model, tokenizer, [500], 2, prompt_cache=cache, allocation="uniform"))
+    list(stream_generate(model, tokenizer, [500], 2, prompt_cache=cache, layer_budgets="uniform"))
     kept = [k.size for k in model.kept_neurons(cache).values()]
     assert kept == model.kept_counts(0.25, "uniform") != model.kept_counts(0.25, "measured")
     assert model.config == GlassConfig()
@@ -187,7 +187,13 @@ def test_draft_model(exact, tiny, draft, drafts, n):
 
 @pytest.mark.parametrize(
     "option",
-    [{"density": 0.5}, {"global_weight": 0.0}, {"signal": "impact"}, {"allocation": "uniform"}, {"prompt_cache": []}],
+    [
+        {"density": 0.5},
+        {"global_weight": 0.0},
+        {"signal": "impact"},
+        {"layer_budgets": "uniform"},
+        {"prompt_cache": []},
+    ],
 )
 def test_draft_model_takes_no_choice(demo, option):
     with pytest.raises(GlassError, match="draft"):

@@ -67,9 +67,9 @@ def fake(name: str, monkeypatch: pytest.MonkeyPatch, mode: str = "affine", group
 def step(model: GlassModel, density: float) -> tuple[list[metal.Node], list[dict[str, nn.Module]]]:
     """The graph of a decode step after one token, and the compact projections."""
     cache = model.make_cache(density=density)
-    model.prepare(cache)
+    model.select(cache)
     nodes = metal.graph(model.decode(mx.array([[1]]), cache))
-    return nodes, model.session(cache).compact
+    return nodes, model.session(cache).compact.projections
 
 
 def dense_step(model: GlassModel) -> list[metal.Node]:
@@ -116,7 +116,7 @@ def test_compact_decoding(name, monkeypatch):
 
 
 def test_a_whole_output_projection_costs_two_launches(monkeypatch):
-    """Groups of 32 cannot be cut: hidden values are spread out for the projection (``slicing.Spread``)."""
+    """Groups of 32 cannot be cut: hidden values are spread out for the projection (``slicing.ScatterLinear``)."""
     model = fake("llama-3.2-1b", monkeypatch, "mxfp4", 32)
     sparse, _ = step(model, 0.5)
     assert kernels(sparse) - kernels(dense_step(model)) == {"Gather": 1, "Select": 1}

@@ -10,7 +10,7 @@ import pytest
 
 from glass_mlx import GlassModel
 from glass_mlx.decoding.sampling import make_sampler
-from glass_mlx.evaluation.decoders import CountingPace, answer, measure, simulated, simulated_ways, strays, ways
+from glass_mlx.evaluation.decoders import CountingScheduler, answer, measure, simulated, simulated_ways, strays, ways
 from glass_mlx.evaluation.tiny_models import tiny_model
 from glass_mlx.tradeoff import main
 
@@ -50,9 +50,9 @@ def test_only_some_ways_and_more_refreshes(model):
 
 
 def test_rank_fusion_can_be_one_of_the_ways():
-    made = ways([0.3], 0.5, allocation="uniform")
+    made = ways([0.3], 0.5, layer_budgets="uniform")
     for name, way in ((n, by_density[0.3]) for n, by_density in made.items() if n not in ("dense", "griffin")):
-        assert (way.config["global_weight"], way.config["allocation"]) == (0.5, "uniform"), name
+        assert (way.config["global_weight"], way.config["layer_budgets"]) == (0.5, "uniform"), name
 
 
 def test_speeds_and_counts(found):
@@ -91,10 +91,10 @@ def test_simulated_acceptance(model):
 
 
 def test_counting():
-    pace = CountingPace()
+    scheduler = CountingScheduler()
     for drafted, accepted in ((0, 0), (3, 3), (3, 1), (2, 0)):
-        pace.saw(drafted, accepted, 0.1, 0.1)
-    assert (pace.passes, pace.kept, pace.checked) == (3, 4, 6)
+        scheduler.observe(drafted, accepted, 0.1, 0.1)
+    assert (scheduler.passes, scheduler.kept, scheduler.checked) == (3, 4, 6)
 
 
 def test_the_command_line(invoke, tmp_path):

@@ -47,7 +47,7 @@ def fuse(local_rank: mx.array, global_rank: mx.array, global_weight: float) -> m
     return local_rank.astype(mx.int64) * (_WEIGHT_STEPS - w) + global_rank.astype(mx.int64) * w
 
 
-def preference(scores: mx.array, group: int = 1) -> mx.array:
+def keep_order(scores: mx.array, group: int = 1) -> mx.array:
     """Neurons in the order in which they are kept: the first k of it, for any k, are the best k.
 
     Where a quantised projection lets neurons be kept only in units of one group (see ``slicing``), the neurons of
@@ -73,13 +73,13 @@ def preference(scores: mx.array, group: int = 1) -> mx.array:
 
 
 def select(scores: mx.array, k: int, group: int = 1) -> mx.array:
-    """The k best neurons (``preference``), where there are groups a multiple of ``UNIT``.
+    """The k best neurons (``keep_order``), where there are groups a multiple of ``UNIT``.
 
     Returns:
         mx.array: neuron indices [..., k] int32, ascending. So those of a unit follow one another, but where several
         units of a group are kept, their neurons mix.
     """
-    return mx.sort(preference(scores, group)[..., :k], axis=-1)
+    return mx.sort(keep_order(scores, group)[..., :k], axis=-1)
 
 
 def kept_count(density: float, n: int, group: int = 1) -> int:

@@ -7,7 +7,7 @@ projection (down) holds it as a column, and quantisation groups of 32, 64 or 128
 columns cannot be taken from it one by one. But any 32 columns of one group of 64 or 128, with that group's scale
 and bias, are a valid group of 32. These units (*half-groups*) are what ``ranking.select`` keeps where ``unit`` says
 so: the codes stay the same to the bit. Where a group is 32 or smaller there is no smaller one to make: the
-projection stays whole, and the hidden vector is spread out for it (``Spread``).
+projection stays whole, and the hidden values are scattered to their places for it (``ScatterLinear``).
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ def slice_columns(linear: nn.Module, columns: mx.array) -> nn.Module:
             ``UNIT`` of them must lie in one quantisation group, which is so for ascending indices of whole units.
 
     Returns:
-        nn.Module: takes [..., k]: the same kind of layer with weight [D, k], or a ``Spread``.
+        nn.Module: takes [..., k]: the same kind of layer with weight [D, k], or a ``ScatterLinear``.
     """
     if not isinstance(linear, nn.QuantizedLinear):
         return _copy(linear, {"weight": _take_columns(linear.weight, columns)})
     if unit_group(linear) == 1:
-        return Spread(linear, columns)
+        return ScatterLinear(linear, columns)
     groups = columns[::UNIT] // linear.group_size
     compact = _copy(
         linear,
@@ -75,10 +75,10 @@ def slice_columns(linear: nn.Module, columns: mx.array) -> nn.Module:
     return compact
 
 
-class Spread(nn.Module):
-    """A whole output projection for the hidden values of the kept neurons: the others' places are filled with zeros.
+class ScatterLinear(nn.Module):
+    """A whole output projection that takes the hidden values of the kept neurons: zeros fill the other places.
 
-    Costs no memory but the indices; the projection's bytes are read in full.
+    It costs no memory but the indices; the projection's bytes are read in full.
     """
 
     def __init__(self, projection: nn.Module, columns: mx.array):
@@ -89,7 +89,7 @@ class Spread(nn.Module):
         """
         super().__init__()
         size = projection.scales.shape[-1] * projection.group_size
-        self.projection = projection
+        self.projection = _copy(projection, {})
         self.place = mx.zeros((size,), mx.int32)  # of each input among those given, any for the others
         self.place[columns] = mx.arange(columns.shape[0], dtype=mx.int32)
         self.given = mx.zeros((size,), mx.bool_)
@@ -101,14 +101,6 @@ class Spread(nn.Module):
     def scatter(self, h: mx.array) -> mx.array:
         """Hidden values [..., k] of the kept neurons in their places among all, [..., F], the others zero."""
         return mx.where(self.given, mx.take(h, self.place, axis=-1), mx.array(0, h.dtype))
-
-    def __getattr__(self, name: str):  # some families read the projection's weight (its dtype, say)
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "projection":
-                raise
-            return getattr(self.projection, name)
 
 
 def take_codes(weight: mx.array, columns: mx.array, bits: int) -> mx.array:
@@ -171,15 +163,21 @@ def _pack(codes: list[mx.array], bits: int) -> list[mx.array]:
 
 
 def in_float32(linear: nn.Module) -> nn.Module:
-    """A copy of a quantised layer that computes in float32, for float32 inputs; another layer as it is."""
+    """A copy of a layer; a quantised one computes in float32, for float32 inputs."""
     if not isinstance(linear, nn.QuantizedLinear):
-        return linear
+        return _copy(linear, {})
     floats = {k: v for k, v in linear.items() if isinstance(v, mx.array) and mx.issubdtype(v.dtype, mx.floating)}
     return _copy(linear, {name: array.astype(mx.float32) for name, array in floats.items()})
 
 
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """MLX's own class of a linear layer, also where a block has made the layer replaceable."""
+    return getattr(type(module), "plain", type(module))
+
+
 def _copy(module: nn.Module, changed: dict) -> nn.Module:
-    copy = type(module).__new__(type(module))
+    kind = plain_class(module)
+    copy = kind.__new__(kind)
     copy.__dict__.update(module.__dict__)
     dict.update(copy, {**module, **changed})
     return copy

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections import deque
 
 MAX_DRAFT = 8
+# Where drafting does not pay, this many tokens are decoded densely before it is tried again; twice as many each time.
+_STRETCH, MAX_STRETCH = 64, 1024
+# Recent measurements of a time. The least of them counts, because warming up and interruptions only add to it.
+_RECENT = 5
 
 
-# tokens that are decoded densely, where drafting does not pay, before it is tried again: twice as many after each try
-_STRETCH, _MAX_STRETCH = 64, 1024
-
-
-_RECENT = 5  # measurements of a time; the least of them counts, which warming up and interruptions do not touch
-
-
-class Pace:
+class DraftScheduler:
     """How many tokens to draft: a cost model of measured times and of the acceptance so far.
 
     A pass with k drafted tokens, each accepted with probability a, emits (1 - a^(k+1)) / (1 - a) tokens on average
@@ -43,7 +40,7 @@ class Pace:
             return min(2, self.max_draft)
         return max(range(self.max_draft + 1), key=self._speed)
 
-    def saw(self, drafted: int, accepted: int, draft_seconds: float, dense_seconds: float) -> None:
+    def observe(self, drafted: int, accepted: int, draft_seconds: float, dense_seconds: float) -> None:
         """What a pass took and brought; with nothing drafted, a dense step."""
         self._dense.setdefault(drafted, deque(maxlen=_RECENT)).append(dense_seconds)
         self._probe = drafted == 0
@@ -54,7 +51,7 @@ class Pace:
         # tokens after the first rejection were not tried
         self.accepted = keep * self.accepted + accepted
         self.tried = keep * self.tried + min(drafted, accepted + 1)
-        self.stretch = _STRETCH if self.choose() else min(2 * self.stretch, _MAX_STRETCH)
+        self.stretch = _STRETCH if self.choose() else min(2 * self.stretch, MAX_STRETCH)
 
     @property
     def measured(self) -> bool:

@@ -8,19 +8,19 @@ import mlx.core as mx
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, apply_xtc, greedy_sampler
 
 
-class Chance:
-    """Random numbers by the place of a token in the answer.
+class CommonRandomNumbers:
+    """Random numbers by the place of a token in the answer (common random numbers, as in simulation).
 
-    What is sampled at a place depends neither on what was drafted nor on times, so a seed makes an answer
-    reproducible; and a draft and its check, each a sample of its own distribution, agree more often than two samples
-    drawn apart.
+    What is sampled at a place depends neither on what was drafted nor on timing, so a seed makes an answer
+    reproducible. And a draft and its check, each a sample of its own distribution, agree more often than two
+    independent samples.
     """
 
     def __init__(self):
         self._start = mx.random.randint(0, 2**31 - 1).item() << 20
 
     def at(self, place: int) -> None:
-        """What is drawn next from MLX's global random state is of this place."""
+        """Set MLX's global random state to that of a place in the answer."""
         mx.random.seed(self._start + place)
 
 
@@ -34,8 +34,7 @@ def make_sampler(
     xtc_threshold: float = 0.1,
     xtc_special_tokens: list[int] | None = None,
 ) -> Callable[[mx.array], mx.array]:
-    """A sampler as ``mlx_lm.sample_utils.make_sampler`` makes it, with the same arguments and distribution, that
-    samples by Gumbel noise.
+    """A sampler with the arguments and the distribution of ``mlx_lm.sample_utils.make_sampler``, by Gumbel noise.
 
     By the same noise two distributions at total variation d give the same token with probability (1 - d) / (1 + d) or
     more. MLX's own ``categorical`` searches in the summed-up probabilities, where a little more for one token shifts

@@ -27,8 +27,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..errors import GlassError
 from ..model.glass_model import GlassModel
 from ..model.session import next_choice
-from .draft_scheduler import _MAX_STRETCH, Pace
-from .sampling import Chance
+from .draft_scheduler import MAX_STRETCH, DraftScheduler
+from .sampling import CommonRandomNumbers
 
 
 class _Decoder:
@@ -42,19 +42,18 @@ class _Decoder:
     def __init__(self, model: GlassModel, cache: list[Any], sampler: Callable, processors: list[Callable], kv: tuple):
         self.model, self.cache, self.sampler, self.processors, self.kv = model, cache, sampler, processors, kv
         self.session = model.session(cache)
-        self.chance, self.place = Chance(), 0
+        self.randomness, self.place = CommonRandomNumbers(), 0
         self.step_seconds = 0.0
         self.seen = mx.zeros((0,), mx.int32)  # the tokens that logits processors see, if there are any
 
     def read_prompt(self, prompt: mx.array, step_size: int, progress: Callable[[int, int], None]) -> tuple:
         """Prefill as mlx-lm does: in steps, and the last token by itself. Returns the first token [1] and its
         log-probabilities [1, vocabulary]."""
-        self.session.begin_prompt(prompt.size)
         done, logits = 0, None
         progress(0, prompt.size)
         while done < prompt.size:
             stop = min(done + step_size, prompt.size - 1) if done < prompt.size - 1 else prompt.size
-            logits = self.model(prompt[done:stop][None], cache=self.cache)
+            logits = self.model.prefill(prompt[done:stop][None], self.cache)
             self._quantise()
             mx.eval([entry.state for entry in self.cache])
             done = stop
@@ -111,7 +110,7 @@ class _Decoder:
     def _dense_step(self, y: mx.array) -> tuple[mx.array, mx.array]:
         with mx.stream(generation_stream):
             logits = self.model.dense(y[None], cache=self.cache[:-1])
-            self.session.offset += 1
+            self.session.draft(1)
             self._quantise()
             step = self._next(logits[:, -1], y)
             mx.async_eval(*step)
@@ -130,7 +129,7 @@ class _Decoder:
             for processor in self.processors:
                 logits = processor(seen, logits)
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        self.chance.at(place)
+        self.randomness.at(place)
         return self.sampler(logprobs), logprobs, seen
 
     def _quantise(self) -> None:
@@ -151,7 +150,7 @@ def verified_generate_step(
     kv_group_size: int = 64,
     quantized_kv_start: int = 0,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
-    pace: Pace | None = None,
+    scheduler: DraftScheduler | None = None,
 ) -> Iterator[tuple[int, mx.array, bool]]:
     """Generate tokens as ``mlx_lm.generate.generate_step`` does with the dense model, drafting sparsely.
 
@@ -163,8 +162,9 @@ def verified_generate_step(
         sampler, logits_processors, prefill_step_size, prompt_progress_callback, kv_bits, kv_group_size,
             quantized_kv_start: as in mlx-lm. MLX's global random state, from which a sampler draws, is seeded for each
             place of the answer. Samplers of ``sampling.make_sampler`` accept more of the drafts than mlx-lm's.
-        draft_tokens (int, optional): draft always so many. Default: as many as pay, by ``Pace``.
-        pace (Pace, optional): the cost model. Default: the one that the model's answers at this density share.
+        draft_tokens (int, optional): draft always so many. Default: as many as pay, by ``DraftScheduler``.
+        scheduler (DraftScheduler, optional): the cost model. Default: the one that this model's
+            answers at this density share.
 
     Yields:
         tuple: a token, its log-probabilities [vocabulary] by the dense model, and whether it was drafted.
@@ -178,33 +178,33 @@ def verified_generate_step(
     kv = (quantized_kv_start, kv_group_size, kv_bits)
     decoder = _Decoder(model, prompt_cache, sampler, logits_processors or [], kv)
     session = decoder.session
-    pace = pace or model.paces.setdefault(session.config.density, Pace())
+    scheduler = scheduler or model.draft_schedulers.setdefault(session.config.density, DraftScheduler())
     with mx.stream(generation_stream):
         first, logprobs = decoder.read_prompt(prompt, prefill_step_size, prompt_progress_callback or (lambda *_: None))
         token = first.item()
     yield token, logprobs[0], False
     emitted, due = 1, next_choice(session.config.refresh or "auto", 1)
     while emitted != max_tokens:
-        left = max_tokens - emitted if max_tokens > 0 else _MAX_STRETCH
-        k = min(pace.choose() if draft_tokens is None else draft_tokens, left - 1)
-        if k == 0 or not pace.measured or not _can_take_back(prompt_cache[:-1], k + 1):
-            steps = min(left, pace.stretch if pace.measured else 1)
+        left = max_tokens - emitted if max_tokens > 0 else MAX_STRETCH
+        k = min(scheduler.choose() if draft_tokens is None else draft_tokens, left - 1)
+        if k == 0 or not scheduler.measured or not _can_take_back(prompt_cache[:-1], k + 1):
+            steps = min(left, scheduler.stretch if scheduler.measured else 1)
             for said, logprobs in decoder.densely(token, steps):
                 token, emitted = said, emitted + 1
                 yield token, logprobs, False
-            pace.saw(0, 0, 0.0, decoder.step_seconds)
+            scheduler.observe(0, 0, 0.0, decoder.step_seconds)
             continue
         with mx.stream(generation_stream):
-            model.prepare(prompt_cache)
+            model.select(prompt_cache)
             start = time.perf_counter()
             tokens = decoder.draft(token, k)
             drafted = time.perf_counter()
             said, kept = decoder.check(tokens)
-        pace.saw(k, kept, drafted - start, time.perf_counter() - drafted)
-        session.said += kept + 1
-        if session.said >= due:
-            session.choose_again()
-            due = next_choice(session.config.refresh or "auto", session.said + 1)
+        scheduler.observe(k, kept, drafted - start, time.perf_counter() - drafted)
+        session.accept(kept + 1)
+        if session.generated >= due:
+            session.drop_choice()
+            due = next_choice(session.config.refresh or "auto", session.generated + 1)
         token = said[-1][0]
         for i, one in enumerate(said):
             emitted += 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import GlassError
 from ..model.glass_model import GlassModel
+from ..model.session import Session
 from .prompt import encode
 from .speculative import stream_verified
 
@@ -37,6 +39,25 @@ class GenerationResponse(DenseResponse):
     signal: str = ""
 
 
+class PhasedModel(nn.Module):
+    """What mlx-lm's generation loop calls in a GlassModel's place, for one prompt and its answer.
+
+    It knows how many tokens the prompt has, so each call is the phase that it is: prefill to the prompt's last token,
+    then select once, then decode, with the rereads that the session's schedule asks for.
+    """
+
+    def __init__(self, model: GlassModel, prompt_tokens: int):
+        super().__init__()
+        self.model, self.prompt_left = model, prompt_tokens
+
+    def __call__(self, inputs: mx.array, cache: list[Any], **kwargs: Any) -> mx.array:
+        if self.prompt_left > 0:
+            embeddings = kwargs.get("input_embeddings")
+            self.prompt_left -= (inputs if embeddings is None else embeddings).shape[1]
+            return self.model.prefill(inputs, cache, **kwargs)
+        return self.model.run_phase(self.model.session(cache).decoding_phase(), inputs, cache, **kwargs)
+
+
 def stream_generate(
     model: nn.Module,
     tokenizer: Any,
@@ -47,7 +68,7 @@ def stream_generate(
     density: float | None = None,
     global_weight: float | str | None = None,
     signal: str | None = None,
-    allocation: str | None = None,
+    layer_budgets: str | None = None,
     refresh: int | str | None = None,
     verify: bool = False,
     draft_tokens: int | None = None,
@@ -57,33 +78,34 @@ def stream_generate(
 ) -> Iterator[GenerationResponse]:
     """Generate text as ``mlx_lm.stream_generate`` does, with the same arguments, decoding sparsely.
 
-    The prompt is prefilled densely to its last token; then the neurons are chosen, and every further token is
-    decoded on their weights. With a prompt cache of an earlier turn the evidence of both turns counts.
-    A plain mlx-lm model is passed on to mlx-lm as it is.
+    The prompt is prefilled densely to its last token. Then the neurons are chosen, and every further token is decoded
+    on their weights. With a prompt cache of an earlier turn, the evidence of both turns counts. A plain mlx-lm model is
+    passed on to mlx-lm.
 
     Args:
         model (nn.Module): a GlassModel.
         tokenizer: its tokenizer.
         prompt: text or tokens.
-        max_tokens (int): at most so many tokens; -1 for no limit.
-        draft_model (nn.Module, optional): for mlx-lm's speculative decoding, which verifies several tokens at
-            once, and those run dense: the result is the dense model's.
-        density, global_weight, signal, allocation, refresh: where this and later answers of the conversation differ
+        max_tokens (int): the longest answer; -1 for no limit.
+        draft_model (nn.Module, optional): for mlx-lm's speculative decoding. The model checks several tokens at once,
+            and those calls are dense, so the answer is the dense model's.
+        density, global_weight, signal, layer_budgets, refresh: where this and later answers of the conversation differ
             from the model's configuration (:class:`glass_mlx.GlassConfig`).
-        verify (bool): draft sparsely and check with the dense model, whose answer it then is; see ``verify.py``.
-        draft_tokens (int, optional): draft always so many before they are checked. Default: as many as pay.
+        verify (bool): draft sparsely and check with the dense model, whose answer it then is
+            (``decoding/speculative.py``).
+        draft_tokens (int, optional): how many tokens to draft before each check. Default: as many as pay.
         prompt_cache (list, optional): from ``model.make_cache()``; updated in place.
         max_kv_size (int, optional): for a new cache, as in mlx-lm.
         kwargs: the remaining options of mlx-lm's ``generate_step``.
 
     Yields:
-        GenerationResponse: a piece of text and what mlx-lm and GLASS say of it.
+        GenerationResponse: a piece of text, with what mlx-lm and GLASS report.
 
     Raises:
         GlassError: an argument is out of range, or the prompt is empty.
     """
     choice = {"density": density, "global_weight": global_weight, "signal": signal}
-    choice |= {"allocation": allocation, "refresh": refresh}
+    choice |= {"layer_budgets": layer_budgets, "refresh": refresh}
     if isinstance(prompt, str):
         prompt = encode(tokenizer, prompt)
     prompt = prompt if isinstance(prompt, mx.array) else mx.array(prompt, dtype=mx.int32)
@@ -95,21 +117,15 @@ def stream_generate(
             f"give neither prompt_cache nor {', '.join(choice)}."
         )
     if verify and (draft_model is not None or not isinstance(model, GlassModel)):
-        raise GlassError("To verify needs a GlassModel, and no draft model: it drafts by itself.")
-    session = None
-    if isinstance(model, GlassModel) and draft_model is None:
-        if prompt_cache is None:
-            prompt_cache = model.make_cache(max_kv_size)
-        session = model.session(prompt_cache)
-        session.configure(**choice)
-        embedded = kwargs.get("input_embeddings")
-        session.begin_prompt(prompt.size if embedded is None else embedded.shape[0])
-        kwargs["prompt_cache"] = prompt_cache
-    else:
-        kwargs.update(max_kv_size=max_kv_size)
-        if prompt_cache is not None:
-            kwargs["prompt_cache"] = prompt_cache
-    said = None
+        raise GlassError("verify needs a GlassModel and no draft model: it drafts by itself.")
+    if draft_model is not None or not isinstance(model, GlassModel):
+        kwargs |= {"max_kv_size": max_kv_size} | ({} if prompt_cache is None else {"prompt_cache": prompt_cache})
+        responses = stream_dense(model, tokenizer, prompt, max_tokens, draft_model, **kwargs)
+        return _described(responses, lambda: _describe_dense(model))
+    prompt_cache = model.make_cache(max_kv_size) if prompt_cache is None else prompt_cache
+    session = model.session(prompt_cache)
+    session.configure(**choice)
+    kwargs["prompt_cache"] = prompt_cache
     if verify and session.config.density < 1:
         if kwargs.pop("input_embeddings", None) is not None:
             raise GlassError("Verified decoding does not take input embeddings.")
@@ -117,10 +133,21 @@ def stream_generate(
             tokenizer = TokenizerWrapper(tokenizer)
         responses = stream_verified(model, tokenizer, prompt, max_tokens, draft_tokens=draft_tokens, **kwargs)
     else:
-        responses = stream_dense(model, tokenizer, prompt, max_tokens, draft_model, **kwargs)
-    for response in responses:
-        said = said or _describe(model, session)  # after the prompt, which decides the global weight
-        yield GenerationResponse(**vars(response), **said)
+        embeddings = kwargs.get("input_embeddings")
+        phased = PhasedModel(model, prompt.size if embeddings is None else embeddings.shape[0])
+        responses = stream_dense(phased, tokenizer, prompt, max_tokens, **kwargs)
+    return _described(responses, lambda: _describe(model, session))
+
+
+def _described(
+    responses: Iterator[DenseResponse], describe: Callable[[], dict[str, Any]]
+) -> Iterator[GenerationResponse]:
+    """mlx-lm's responses with what GLASS reports; ``describe`` is asked after the prompt, which decides it."""
+    with closing(responses):
+        fields = None
+        for response in responses:
+            fields = fields or describe()
+            yield GenerationResponse(**vars(response), **fields)
 
 
 def generate(
@@ -144,21 +171,24 @@ def generate(
     return text
 
 
-def _describe(model: nn.Module, session: Any) -> dict[str, Any]:
+def _describe(model: GlassModel, session: Session) -> dict[str, Any]:
     """The fields of a response that say how GLASS decodes it."""
-    if not isinstance(model, GlassModel):
-        return {}
-    sizes = [block.size for block in model.blocks]
-    if session is None:
-        return {"kept_neurons": sum(sizes), "total_neurons": sum(sizes)}
     config = session.config
     return {
         "density": config.density,
-        "kept_neurons": sum(model.kept_counts(config.density, config.allocation)),
-        "total_neurons": sum(sizes),
+        "kept_neurons": sum(model.kept_counts(config.density, config.layer_budgets)),
+        "total_neurons": sum(block.size for block in model.blocks),
         "global_weight": model.global_weight(session),
         "signal": config.signal,
     }
+
+
+def _describe_dense(model: nn.Module) -> dict[str, Any]:
+    """The same for a model that decodes densely."""
+    if not isinstance(model, GlassModel):
+        return {}
+    neurons = sum(block.size for block in model.blocks)
+    return {"kept_neurons": neurons, "total_neurons": neurons}
 
 
 def _statistics(r: GenerationResponse) -> str:

@@ -18,25 +18,26 @@ from mlx_lm.models.cache import make_prompt_cache
 from tqdm import tqdm
 
 from ..core.metrics import divergence
-from ..decoding.draft_scheduler import Pace
-from ..decoding.sampling import Chance, make_sampler
+from ..decoding.draft_scheduler import DraftScheduler
+from ..decoding.sampling import CommonRandomNumbers, make_sampler
 from ..decoding.speculative import verified_generate_step
+from ..decoding.stream import PhasedModel
 from ..model.config import GlassConfig
 from ..model.glass_model import GlassModel
 from .free_running import speak
 from .intervals import windows
-from .teacher_forcing import Text
+from .teacher_forcing import Text, decode_given
 
 
-class CountingPace(Pace):
+class CountingScheduler(DraftScheduler):
     """A cost model that also counts."""
 
     def __init__(self):
         super().__init__()
         self.passes = self.kept = self.checked = 0
 
-    def saw(self, drafted: int, accepted: int, draft_seconds: float, dense_seconds: float) -> None:
-        super().saw(drafted, accepted, draft_seconds, dense_seconds)
+    def observe(self, drafted: int, accepted: int, draft_seconds: float, dense_seconds: float) -> None:
+        super().observe(drafted, accepted, draft_seconds, dense_seconds)
         if drafted:
             self.passes += 1
             self.kept += accepted
@@ -52,14 +53,14 @@ class Way:
         verified (bool): only draft, and check.
         acceptance (float | None): the simulated one.
         draft_tokens (int | None): as in ``stream_generate``.
-        pace (CountingPace): what its answers have learnt, if it verifies.
+        scheduler (CountingScheduler): what its answers have learnt, if it verifies.
     """
 
     config: dict[str, Any] | None = None
     verified: bool = False
     acceptance: float | None = None
     draft_tokens: int | None = None
-    pace: CountingPace = field(default_factory=CountingPace)
+    scheduler: CountingScheduler = field(default_factory=CountingScheduler)
 
     def steps(self, model: GlassModel, prompt: list[int], tokens: int, sampler: Sampler) -> Iterator[tuple[int, Any]]:
         """Tokens of an answer, and the session that they are decoded in."""
@@ -72,13 +73,13 @@ class Way:
         session = model.session(cache)
         if self.verified:
             sampler = sampler if self.acceptance is None else simulated(self.acceptance)
-            options = {"max_tokens": tokens, "sampler": sampler, "prompt_cache": cache, "pace": self.pace}
+            options = {"max_tokens": tokens, "sampler": sampler, "prompt_cache": cache, "scheduler": self.scheduler}
             options |= {"draft_tokens": self.draft_tokens}
             steps = verified_generate_step(given, model, **options)
             return ((token, session) for token, *_ in steps)
-        session.begin_prompt(len(prompt))
         options = {"max_tokens": tokens, "sampler": _by_place(sampler), "prompt_cache": cache}
-        return ((int(token), session) for token, _ in generate_step(given, model, **options))
+        phased = PhasedModel(model, len(prompt))
+        return ((int(token), session) for token, _ in generate_step(given, phased, **options))
 
 
 KINDS = ("griffin", "glass", "refresh", "verified")
@@ -90,7 +91,7 @@ def ways(
     k: int | None = None,
     refreshes: tuple[int | str, ...] | list[int | str] = ("auto",),
     kinds: tuple[str, ...] | list[str] = KINDS,
-    allocation: str = GlassConfig.allocation,
+    layer_budgets: str = GlassConfig.layer_budgets,
 ) -> dict[str, dict[float, Way]]:
     """Ways of decoding by name and density, the dense model first.
 
@@ -100,10 +101,10 @@ def ways(
         k (int, optional): draft always so many tokens.
         refreshes (list): as ``GlassConfig.refresh``.
         kinds (list[str]): of ``KINDS``.
-        allocation (str): of all but GRIFFIN, as ``GlassConfig.allocation``.
+        layer_budgets (str): of all but GRIFFIN, as ``GlassConfig.layer_budgets``.
     """
-    glass = {"global_weight": weight, "refresh": 0, "allocation": allocation}
-    griffin = {"global_weight": 0.0, "signal": "activation", "refresh": 0, "allocation": "uniform"}
+    glass = {"global_weight": weight, "refresh": 0, "layer_budgets": layer_budgets}
+    griffin = {"global_weight": 0.0, "signal": "activation", "refresh": 0, "layer_budgets": "uniform"}
     refreshed = {**glass, "refresh": "auto"}
     made: dict[str, dict[float, Way]] = {"dense": {1.0: Way()}}
     named = {"griffin": {"griffin": (griffin,)}, "glass": {"glass": (glass,)}}
@@ -142,10 +143,10 @@ def simulated(acceptance: float) -> Sampler:
 
 def _by_place(sampler: Sampler) -> Sampler:
     """A sampler for mlx-lm's loop, which calls it once for each place, that draws as verified decoding does."""
-    chance, place = Chance(), itertools.count()
+    randomness, place = CommonRandomNumbers(), itertools.count()
 
     def sample(logprobs: mx.array) -> mx.array:
-        chance.at(next(place))
+        randomness.at(next(place))
         return sampler(logprobs)
 
     return sample
@@ -186,9 +187,8 @@ def forced_kl(model: GlassModel, way: Way, prompt: list[int], said: list[int], d
         dense (mx.array): the dense model's logits [1, T, vocabulary] of its tokens.
     """
     cache = model.make_cache(**way.config)
-    model.session(cache).begin_prompt(len(prompt))
-    first = model(mx.array([prompt]), cache=cache)[:, -1:]
-    rest = model.decode(mx.array([said[:-1]]), cache)
+    first = model.prefill(mx.array([prompt]), cache)[:, -1:]
+    rest = decode_given(model, mx.array([said[:-1]]), cache)
     return np.array(divergence(dense, mx.concatenate([first, rest], axis=1).astype(mx.float32))[0])
 
 
@@ -224,7 +224,7 @@ def measure(
     }
     for _, _, way in pairs:  # warming up
         answer(model, way, prompts[0], min(tokens, 16), sampler, seed)
-        way.pace = CountingPace()
+        way.scheduler = CountingScheduler()
     for i, prompt in enumerate(tqdm(prompts, unit="prompt", file=sys.stderr, disable=None)):
         answers = {}
         for name, d, way in pairs:  # the dense one first
@@ -261,9 +261,9 @@ def _summary(row: dict[str, list], way: Way) -> dict[str, Any]:
     result: dict[str, Any] = {key: statistics.median(row[key]) for key in ("tps", "speedup")}
     result["range"] = {key: [min(row[key]), max(row[key])] for key in ("tps", "speedup")}
     if way.verified:
-        pace = way.pace
-        result["acceptance"] = pace.kept / pace.checked if pace.checked else None
-        result["tokens_per_pass"] = (pace.kept + pace.passes) / pace.passes if pace.passes else None
+        scheduler = way.scheduler
+        result["acceptance"] = scheduler.kept / scheduler.checked if scheduler.checked else None
+        result["tokens_per_pass"] = (scheduler.kept + scheduler.passes) / scheduler.passes if scheduler.passes else None
     if row["strays"]:
         kl = np.stack(row["kl"])  # [prompts, T]
         ends = windows(kl.shape[1])

@@ -85,8 +85,8 @@ class Case:
     def read(self, **config: Any) -> list[Any]:
         """A prompt cache after the prompt."""
         cache = self.model.make_cache(density=0.5, **config)
-        self.model.session(cache).begin_prompt(len(self.prompt))
-        mx.eval(self.model(mx.array([self.prompt]), cache=cache))
+        mx.eval(self.model.prefill(mx.array([self.prompt]), cache))
+        self.model.select(cache)
         return cache
 
 

@@ -9,21 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 
 from ..core.importance import dense_weight
 from ..core.ranking import kept_count, rank, select
-from ..core.slicing import UNIT, Spread
+from ..core.slicing import UNIT, ScatterLinear
 from ..decoding.stream import generate
 from ..loading import DEMO_PATH, wrap
-from ..model.blocks import Block, Tap, swapped
+from ..model.blocks import Block, hooked, run_with
 from ..ranks.format import GlobalRanks
 from ..ranks.lookup import STATS_DIR
 from ..serving.engine import Engine
 from ..serving.request import Request
 from .doctor_cases import FORMATS, SHIPPED, TOKENS, Case, CheckFailed
+from .teacher_forcing import decode_given
 
 MESSAGES = [{"role": "user", "content": "I want to find a restaurant in San Jose."}]
 
@@ -72,7 +72,7 @@ def check_slices(case: Case) -> str:
         kept = mx.array(neurons[some].reshape(-1).astype(np.int32))
         for name, compact in block.compact(kept).items():
             weight = dense_weight(layer.mlp[name])
-            if isinstance(compact, Spread):  # is not cut: the hidden values are put in their places
+            if isinstance(compact, ScatterLinear):  # is not cut: the hidden values are put in their places
                 expected = np.zeros(size)
                 expected[np.array(kept)] = values = np.arange(1, kept.size + 1)
                 if not np.array_equal(np.array(compact.scatter(mx.array(values))), expected):
@@ -147,7 +147,7 @@ def check_density_1(case: Case) -> str:
 
 def check_selection(case: Case) -> str:
     """NumPy keeps the same neurons after a prompt, from the same energies."""
-    model, cache = case.model, case.read(global_weight=0.0, allocation="uniform")
+    model, cache = case.model, case.read(global_weight=0.0, layer_budgets="uniform")
     energies = np.split(np.array(model.session(cache).energy), np.cumsum([b.size for b in model.blocks])[:-1])
     kept, counts = model.kept_neurons(cache), model.kept_counts(0.5, "uniform")
     for block, energy, k in zip(model.blocks, energies, counts):
@@ -161,17 +161,15 @@ def check_sparse(case: Case) -> str:
     model, cache = case.model, case.read(refresh=0)
     masked, dense = copy.deepcopy(cache[:-1]), copy.deepcopy(cache[:-1])
 
-    def taps(block: Block, kept: mx.array) -> dict[str, Tap]:
-        mask = mx.array(np.isin(np.arange(block.size), np.array(kept)))
-        zeroed = Tap(block.module[block.output], lambda h: mx.where(mask, h, mx.zeros((), h.dtype)))
-        return {block.output: zeroed}
+    kept = model.kept_neurons(cache).values()
+    masks = [mx.array(np.isin(np.arange(b.size), np.array(k))) for b, k in zip(model.blocks, kept)]
+    zeroed = hooked(model.blocks, lambda i, h: mx.where(masks[i], h, mx.zeros((), h.dtype)))
 
-    def logits(run: nn.Module, cache: list[Any]) -> mx.array:
+    def logits(run: Callable, cache: list[Any]) -> mx.array:
         return mx.concatenate([run(mx.array([[token]]), cache=cache) for token in case.continuation[:4]])
 
-    found, unmasked = logits(model, cache), logits(case.dense, dense)
-    with swapped(model.blocks, [taps(b, kept) for b, kept in zip(model.blocks, model.kept_neurons(cache).values())]):
-        expected = logits(case.dense, masked)
+    found, unmasked = logits(model.decode, cache), logits(case.dense, dense)
+    expected = run_with(zeroed, logits, case.dense, masked)
     error, effect = distance(found, expected), distance(unmasked, expected)
     _near("logits against the dense model with neurons zeroed", error, case.tolerance)
     _differs("logits against the dense model", effect, case.tolerance)
@@ -189,7 +187,7 @@ def check_refresh(case: Case) -> str:
     never = case.read(refresh=0)
     cache, dense = copy.deepcopy(never), copy.deepcopy(never[:-1])
     model.session(cache).configure(refresh=4)
-    mx.eval(model.decode(said, never), model.decode(said, cache))
+    mx.eval(decode_given(model, said, never), decode_given(model, said, cache))
     case.dense(said[:, :5], cache=dense)  # the fifth token is read together with the four before it
     recorded = model.session(cache).prompt_tokens
     if recorded != n + 5:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
-from ..model.blocks import Tap, swapped
+from ..model.blocks import hooked, run_with
 from ..model.glass_model import GlassModel
 from .teacher_forcing import Text
 
@@ -66,23 +65,20 @@ def _decode(
 ) -> list[list[int]]:
     """Go on from the logits [B, vocabulary] of the prompts' last tokens; ``given`` [B, tokens] is -1 where a token is
     to be sampled."""
-    taps = []
-    if masks is not None:
-        taps = [{b.output: Tap(b.module[b.output], _masked(mask))} for b, mask in zip(model.blocks, masks)]
+    masked = {} if masks is None else hooked(model.blocks, lambda i, h: _masked(h, masks[i]))
     said: list[mx.array] = []
-    with swapped(model.blocks, taps):
-        for place, forced in enumerate(mx.array(given.T)):
-            if place:
-                logits = model.dense(said[-1][:, None], cache=cache)[:, -1]
-            logits = logits.astype(mx.float32)
-            token = mx.random.categorical(logits / temperature) if temperature else mx.argmax(logits, axis=-1)
-            said.append(mx.where(forced < 0, token.astype(mx.int32), forced.astype(mx.int32)))
-            mx.async_eval(said[-1])
+    for place, forced in enumerate(mx.array(given.T)):
+        if place:
+            logits = run_with(masked, model.dense, said[-1][:, None], cache=cache)[:, -1]
+        logits = logits.astype(mx.float32)
+        token = mx.random.categorical(logits / temperature) if temperature else mx.argmax(logits, axis=-1)
+        said.append(mx.where(forced < 0, token.astype(mx.int32), forced.astype(mx.int32)))
+        mx.async_eval(said[-1])
     return mx.stack(said, axis=1).tolist()
 
 
-def _masked(mask: mx.array) -> Callable[[mx.array], mx.array]:
-    return lambda h: h * mask.astype(h.dtype).reshape(mask.shape[0], *[1] * (h.ndim - 2), mask.shape[1])
+def _masked(h: mx.array, mask: mx.array) -> mx.array:
+    return h * mask.astype(h.dtype).reshape(mask.shape[0], *[1] * (h.ndim - 2), mask.shape[1])
 
 
 def readability(said: list[list[int]]) -> dict[str, np.ndarray]:

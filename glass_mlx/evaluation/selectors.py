@@ -64,13 +64,13 @@ class Evidence:
 Arm = Callable[[Evidence], list[mx.array]]
 
 
-def product(signal: str, global_weight: float | str, allocation: str = "uniform") -> Arm:
+def product(signal: str, global_weight: float | str, layer_budgets: str = "uniform") -> Arm:
     """The arm that decoding itself is: the choice of a session that read the prompt."""
 
     def choose(evidence: Evidence) -> list[mx.array]:
         model, chosen = evidence.model, []
         for b, prompt in enumerate(evidence.prompts):
-            choice = {"global_weight": global_weight, "signal": signal, "allocation": allocation}
+            choice = {"global_weight": global_weight, "signal": signal, "layer_budgets": layer_budgets}
             cache = model.make_cache(density=evidence.density, **choice)
             model.session(cache).record(mx.concatenate([e[b] for e in evidence.local[signal]]), len(prompt))
             chosen.append(list(model.kept_neurons(cache).values()))

@@ -15,7 +15,8 @@ from mlx_lm.generate import generate_step, generation_stream, wired_limit
 from mlx_lm.models.cache import make_prompt_cache
 from tqdm import tqdm
 
-from ..core.slicing import Spread
+from ..core.slicing import ScatterLinear
+from ..decoding.stream import PhasedModel
 from ..model.glass_model import GlassModel
 from ..model.memory import model_bytes
 from .machine import backend, machine
@@ -36,14 +37,13 @@ def measure(model: nn.Module, prompt: mx.array, tokens: int, cache: list[Any], s
         ``step_seconds`` of a decode step, refreshes included; ``peak_memory`` in bytes.
     """
     session = model.session(cache) if isinstance(model, GlassModel) else None
-    if session is not None:
-        session.begin_prompt(prompt.size)
+    driven = model if session is None else PhasedModel(model, prompt.size)
     mx.clear_cache()
     mx.reset_peak_memory()
     times, select = [], 0.0
     with wired_limit(model, [generation_stream]):
         tic = time.perf_counter()
-        for _ in generate_step(prompt, model, max_tokens=tokens, prompt_cache=cache, prefill_step_size=step_size):
+        for _ in generate_step(prompt, driven, max_tokens=tokens, prompt_cache=cache, prefill_step_size=step_size):
             times.append(time.perf_counter())
             if len(times) == 1 and session is not None:
                 select = session.selection_time  # mlx-lm's loop has begun the second token by now
@@ -61,10 +61,10 @@ def bytes_per_token(model: GlassModel, cache: list[Any], sparse: bool) -> int:
     total = model_bytes(model.dense) - _unread_embedding(model.dense)
     total += sum(a.nbytes for entry in cache[:-1] for _, a in tree_flatten(entry.state) if isinstance(a, mx.array))
     if sparse:
-        model.prepare(cache)  # the last token may have been one to refresh at
-        for block, projections in zip(model.blocks, model.session(cache).compact):
+        model.select(cache)  # the last token may have been one to refresh at
+        for block, projections in zip(model.blocks, model.session(cache).compact.projections):
             for name, compact in projections.items():
-                read = model_bytes(compact.projection if isinstance(compact, Spread) else compact)
+                read = model_bytes(compact.projection if isinstance(compact, ScatterLinear) else compact)
                 total += read - model_bytes(block.module[name])
     return total
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..core.importance import SIGNALS, energy, output_norms
 from ..core.metrics import divergence
-from ..model.blocks import Tap, swapped
+from ..model.blocks import hooked, run_with
 from ..model.glass_model import GlassModel
 from .selectors import Arm, Evidence, by_oracle
 
@@ -175,13 +176,7 @@ def as_masks(model: GlassModel, kept: list[mx.array]) -> list[mx.array]:
 
 def _run(model: GlassModel, text: Text, observe: Callable[[int, mx.array], mx.array]) -> mx.array:
     """The dense model on a text, each block's hidden vectors [B, L, F] passed through ``observe``."""
-
-    def tap(i: int) -> Callable[[mx.array], mx.array]:
-        return lambda h: observe(i, h).reshape(h.shape)
-
-    taps = [{b.output: Tap(b.module[b.output], tap(i))} for i, b in enumerate(model.blocks)]
-    with swapped(model.blocks, taps):
-        return model.dense(text.tokens)
+    return run_with(hooked(model.blocks, lambda i, h: observe(i, h).reshape(h.shape)), model.dense, text.tokens)
 
 
 def _score(text: Text, dense: mx.array, sparse: mx.array, masks: list[mx.array], best: list[mx.array]) -> Scores:
@@ -193,3 +188,15 @@ def _score(text: Text, dense: mx.array, sparse: mx.array, masks: list[mx.array],
     pairs = [(k, np.array(b)) for k, b in zip(kept, best)]
     jaccard = np.stack([(k & b).sum(axis=1) / (k | b).sum(axis=1) for k, b in pairs], axis=1)
     return Scores(np.array(nll, np.float64), np.array(kl, np.float64), np.array(agree), jaccard, kept)
+
+
+def decode_given(model: GlassModel, tokens: mx.array, cache: list[Any]) -> mx.array:
+    """Logits [B, L, vocabulary] of a given continuation [B, L], decoded with the rereads that it would have had if its
+    tokens had come one by one."""
+    session, logits = model.session(cache), []
+    while tokens.shape[1]:
+        left = session.until_reread()
+        length = tokens.shape[1] if left is None else max(1, left)
+        now, tokens = tokens[:, :length], tokens[:, length:]
+        logits.append(model.run_phase(session.decoding_phase(), now, cache))
+    return mx.concatenate(logits, axis=1)

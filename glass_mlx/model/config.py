@@ -8,7 +8,7 @@ from typing import Any
 from ..core.importance import SIGNALS
 from ..errors import GlassError
 
-ALLOCATIONS = ("measured", "uniform")
+LAYER_BUDGETS = ("measured", "uniform")
 
 
 @dataclass(frozen=True)
@@ -17,22 +17,22 @@ class GlassConfig:
 
     Attributes:
         density: share of the FFN neurons to keep, in (0, 1]; 1 decodes with the model's own weights.
-        global_weight: ``"auto"``: by what is expected after the prompt (``prior``); or the weight of the model's global
-            ranks against the prompt's in rank fusion, in [0, 1]: GLASS's own form.
+        global_weight: weight of the model's global ranks against the prompt's in rank fusion, in [0, 1], which is
+            GLASS's own form; or ``"auto"``: choose by the energy that is expected after the prompt (``core/prior.py``).
         signal: ``"impact"`` (activation times output-weight norm) or ``"activation"``.
-        refresh: how often what was said is read again densely while an answer goes on, which repairs its keys and
-            values in the cache, adds it to the evidence and chooses the neurons again: every so many tokens; 0: only
-            with the next prompt; ``"auto"``: every 16 tokens, and as making compact weights costs more than reading,
-            neurons are chosen only after 32, 96, 224, 352, ...
-        allocation: ``"measured"``: blocks get their neurons by how sensitive the model is to each
-            (``allocation``), where the ranks file says it; ``"uniform"``: the same share of every block.
+        refresh: how often an answer in the making is read again densely. That repairs its keys and values in the
+            cache, adds it to the evidence and chooses the neurons again. Every so many tokens; 0: only with the next
+            prompt; ``"auto"``: every 16 tokens, with a new choice after 32, 96, 224, 352, ... of them, because making
+            compact weights costs more than reading.
+        layer_budgets: ``"measured"``: each block gets neurons by how sensitive the model is to it, where the
+            statistics say so (``core/layer_budgets.py``); ``"uniform"``: the same share of every block.
     """
 
     density: float = 0.5
     global_weight: float | str = "auto"
     signal: str = "impact"
     refresh: int | str = 0
-    allocation: str = "measured"
+    layer_budgets: str = "measured"
 
     def __post_init__(self):
         if not _is_number(self.density) or not 0 < self.density <= 1:
@@ -45,8 +45,8 @@ class GlassConfig:
         r = self.refresh
         if r != "auto" and (not isinstance(r, int) or isinstance(r, bool) or r < 0):
             raise GlassError(f'refresh must be "auto", 0 or a number of tokens, not {r!r}.')
-        if self.allocation not in ALLOCATIONS:
-            raise GlassError(f"allocation must be one of {', '.join(ALLOCATIONS)}, not {self.allocation!r}.")
+        if self.layer_budgets not in LAYER_BUDGETS:
+            raise GlassError(f"layer_budgets must be one of {', '.join(LAYER_BUDGETS)}, not {self.layer_budgets!r}.")
 
     def updated(self, **changes: Any) -> GlassConfig:
         """A copy with the given fields changed; None leaves a field as it is."""

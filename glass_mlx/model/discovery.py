@@ -1,4 +1,9 @@
-"""Find the feed-forward blocks of any mlx-lm model, and check that they can do with some of their neurons."""
+"""Find the feed-forward blocks of any mlx-lm model, and check that they work on some of their neurons.
+
+Nearly every family writes its FFN as projections around an elementwise activation, so a block works on any subset of
+its neurons once its projections are sliced. No family needs code of its own here, only its projection names in
+``PROJECTIONS``. What the names promise is checked on each distinct kind of block (``check``) before it is used.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..core.ranking import kept_count, rank, select
-from ..core.slicing import SLICEABLE, in_float32
-from .blocks import HALVES, INTERLEAVED, Block, Tap, swapped
+from ..core.slicing import SLICEABLE, in_float32, plain_class
+from .blocks import HALVES, INTERLEAVED, Block, Projection, hooked, run_with
 
 # (input projections, output projection) by the names that mlx-lm's families give them, most specific first.
 PROJECTIONS = (
@@ -30,12 +35,9 @@ PROJECTIONS = (
     (("input_linear",), "output_linear"),  # granitemoehybrid: fused
 )
 
-
-# Blocks below these are no dense decoder FFNs: routed experts see few tokens each and already read little
+# Modules below these are not dense decoder FFNs: routed experts see few tokens each and already read little
 # memory per token; vision and audio towers do not run while decoding.
 _SKIPPED_PARTS = {"experts", "switch_mlp"}
-
-
 _SKIPPED_PREFIXES = ("vision", "visual", "audio")
 
 
@@ -65,6 +67,7 @@ def find_blocks(model: nn.Module) -> tuple[list[Block], dict[str, str]]:
                     checked[kind] = check(block)
                 layout, reason = checked[kind]
                 if reason:
+                    block.let_go()
                     dense[path] = reason
                 else:
                     block.fused = layout
@@ -91,9 +94,8 @@ def check(block: Block) -> tuple[str, str]:
     layouts = (HALVES, INTERLEAVED) if block.fused else ("",)
     reason = ""
     for layout in layouts:
-        candidate = Block(block.path, block.module, block.inputs, block.output, block.size, layout)
         try:
-            reason = _try(candidate)
+            reason = _compare(_precise(block, layout))
         except _Refused as e:
             reason = str(e)
         except (RuntimeError, ValueError) as e:
@@ -150,7 +152,7 @@ def _structure(path: str, module: nn.Module, inputs: tuple[str, ...], output: st
     """A block if the shapes fit, else why not ("" where the names mean something else altogether)."""
     projections = [module[name] for name in (*inputs, output)]
     for p in projections:
-        if type(p) not in SLICEABLE:
+        if plain_class(p) not in SLICEABLE:
             if "Switch" in type(p).__name__:
                 return ""  # routed experts
             if hasattr(p, "linear") or hasattr(p, "fuse"):
@@ -165,32 +167,34 @@ def _structure(path: str, module: nn.Module, inputs: tuple[str, ...], output: st
     return ""
 
 
-def _try(block: Block) -> str:
-    # MLX's CPU backend sums quantised products in their 16-bit type: too coarse to compare by.
-    precise = {name: in_float32(block.module[name]) for name in (*block.inputs, block.output)}
-    with swapped([block], [precise]):
-        return _compare(block)
+def _precise(block: Block, layout: str) -> Block:
+    """A copy of a block that computes in float32: MLX's CPU backend sums quantised products in their 16-bit type, which
+    is too coarse to compare by."""
+    module = type(block.module).__new__(type(block.module))
+    module.__dict__.update(block.module.__dict__)
+    dict.update(module, {**block.module, **{name: in_float32(block.module[name]) for name in block.names}})
+    return Block(block.path, module, block.inputs, block.output, block.size, layout)
 
 
 def _compare(block: Block) -> str:
     module, n = block.module, block.size
-    projection = module[block.output]
     dtype = _float_dtype(module[block.inputs[0]])
     x = mx.random.normal((1, 4, _dims(module[block.inputs[0]])[0]), key=mx.random.key(0)).astype(dtype)
-    hidden = []
-    with swapped([block], [{block.output: Tap(projection, hidden.append)}]):
-        dense = _run(module, x, "on its own")
+
+    def run(replacements: dict[int, Projection], how: str) -> mx.array:
+        return run_with(replacements, _run, module, x, how)
+
+    hidden: list[mx.array] = []
+    dense = run(hooked([block], lambda _, h: hidden.append(h)), "on its own")
     if len(hidden) != 1 or hidden[0].shape[-1] != n:
         return "its output projection does not see the neurons once"
     scores = rank(mx.sum(mx.abs(hidden[0].astype(mx.float32)), axis=(0, 1)))
     half = select(scores, kept_count(0.5, n, block.group), block.group)
     mask = mx.zeros((n,), dtype).at[half].add(1)
-    with swapped([block], [{block.output: Tap(projection, lambda h: h * mask)}]):
-        masked = _run(module, x, "with hidden values set to zero")
-    with swapped([block], [block.compact(half)]):
-        sliced = _run(module, x, "on half of its neurons")
-    with swapped([block], [block.compact(_shuffled(scores, block.group))]):
-        permuted = _run(module, x, "with its neurons in another order")
+    masked = run(hooked([block], lambda _, h: h * mask), "with hidden values set to zero")
+    sliced = run(block.replacing(block.compact(half)), "on half of its neurons")
+    permuted = block.compact(_shuffled(scores, block.group))
+    permuted = run(block.replacing(permuted), "with its neurons in another order")
     if not _close(permuted, dense):
         return "its output depends on the order of its neurons"
     if not _close(sliced, masked):
@@ -217,3 +221,23 @@ def _close(a: mx.array, b: mx.array) -> bool:
     tolerance = 1e-3 if a.dtype == mx.float32 else 3e-2
     a, b = a.astype(mx.float32), b.astype(mx.float32)
     return bool(mx.max(mx.abs(a - b)) <= tolerance * mx.max(mx.abs(b)))
+
+
+def why_none(dense: nn.Module, left_dense: dict[str, str]) -> str:
+    """Why a model has no block to sparsify, in words."""
+    if left_dense:
+        return "; ".join(summarise(left_dense))
+    if any("Switch" in type(m).__name__ or "experts" in path.split(".") for path, m in dense.named_modules()):
+        return "its FFNs are routed experts"
+    return "none of its modules has the projections of an FFN: an SSM, or not a text model"
+
+
+def summarise(left_dense: dict[str, str]) -> list[str]:
+    """One line for each reason why blocks stay dense."""
+    reasons: dict[str, list[str]] = {}
+    for path, reason in left_dense.items():
+        reasons.setdefault(reason, []).append(path)
+    return [
+        f"left dense: {paths[0]}{f' and {len(paths) - 1} more' if paths[1:] else ''} ({reason})"
+        for reason, paths in reasons.items()
+    ]

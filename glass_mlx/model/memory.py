@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..core.slicing import Spread
+from ..core.slicing import ScatterLinear
 from .blocks import Block
 from .session import Session
 
@@ -56,7 +56,7 @@ class SessionMemory:
         holding = [s for s in sessions if s.compact is not None]
         # deep copies of a session share its weights
         while holding and needed + self._held([*holding, session]) > self.limit:
-            holding.pop(0).compact = None
+            holding.pop(0).drop_weights()
         self._sessions = [weakref.ref(s) for s in (*holding, session)]
 
     def held(self) -> int:
@@ -105,7 +105,7 @@ class WeightFiles:
             stored (dict): from ``read``, nothing of it used so far.
         """
         for name, key in self._names[index]:
-            if not isinstance(compact[name], Spread):
+            if not isinstance(compact[name], ScatterLinear):
                 dict.__setitem__(block.module[name], key, stored[_path(block, name, key)])
 
     @staticmethod

@@ -1,30 +1,45 @@
-"""What GLASS remembers of one conversation. It travels with the prompt cache, as its last element."""
+"""What a model remembers of one conversation. It travels with the prompt cache, as its last element."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from enum import Enum
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache
 
+from ..errors import GlassError
+from .blocks import CompactWeights
 from .config import GlassConfig
 
-_SAVED = "glass_mlx session 2"
-_MAX_MARKS = 8
-# By "auto", what was said is read again every so many tokens; the neurons are chosen after the second number of tokens,
-# after three times as many, and from then on every so many as the third.
-_READ_GAP, _FIRST_CHOICE, _CHOICE_GAP = 16, 32, 128
-# Evidence counts half after so many tokens said: an answer leaves behind what it began with.
+_FORMAT = "glass_mlx session"
+_VERSION = 3
+_MAX_SPANS = 8
+# With refresh "auto", generated tokens are read again every _REREAD_GAP tokens. Neurons are chosen again after
+# _FIRST_CHOICE tokens, after three times as many, and from then on every _CHOICE_GAP.
+_REREAD_GAP, _FIRST_CHOICE, _CHOICE_GAP = 16, 32, 128
+# Evidence counts half after this many generated tokens: an answer moves away from what it began with.
 _HALF_LIFE = 128
 
 
+class Phase(Enum):
+    """What a call of the model is for."""
+
+    PREFILL = "prefill"  # dense, recorded: the tokens of a prompt
+    DECODE = "decode"  # on the kept neurons
+    REREAD = "reread"  # dense, recorded: generated tokens once more, with the next one
+
+
 @dataclass(frozen=True)
-class Mark:
-    """A recorded stretch of the prompt cache, from token ``start`` to before ``end``, of which ``tokens`` were
-    recorded; ``energy`` is the session's evidence after it."""
+class EvidenceSpan:
+    """Tokens ``start`` to before ``end`` of the prompt cache, read in dense calls.
+
+    Attributes:
+        tokens: how many of them were recorded.
+        energy: the session's evidence after them, [sum of F] float32.
+    """
 
     start: int
     end: int
@@ -32,24 +47,18 @@ class Mark:
     energy: mx.array
 
 
-def bytes_of(compact: list[dict[str, nn.Module]]) -> int:
-    """Size of compact projections, without what a ``Spread`` only refers to."""
-    modules = [module for projections in compact for module in projections.values()]
-    return sum(value.nbytes for module in modules for value in module.values() if isinstance(value, mx.array))
+def next_reread(refresh: int | str, generated: int) -> int:
+    """After how many generated tokens the next reread is due, at or after ``generated``."""
+    gap = _REREAD_GAP if refresh == "auto" else refresh
+    return max(1, -(-generated // gap)) * gap
 
 
-def next_refresh(refresh: int | str, said: int) -> int:
-    """After how many tokens said the next refresh is due, not before ``said``."""
-    gap = _READ_GAP if refresh == "auto" else refresh
-    return max(1, -(-said // gap)) * gap
-
-
-def next_choice(refresh: int | str, said: int) -> int:
-    """After how many tokens said a refresh chooses the neurons again, not before ``said``."""
+def next_choice(refresh: int | str, generated: int) -> int:
+    """After how many generated tokens a reread chooses the neurons again, at or after ``generated``."""
     if refresh != "auto":
-        return next_refresh(refresh, said)
+        return next_reread(refresh, generated)
     due = _FIRST_CHOICE
-    while due < said:
+    while due < generated:
         due = min(3 * due, due + _CHOICE_GAP)
     return due
 
@@ -57,125 +66,162 @@ def next_choice(refresh: int | str, said: int) -> int:
 class Session:
     """A conversation's evidence, its kept neurons and their compact weights.
 
-    It has the interface of an mlx-lm cache entry, so that whatever mlx-lm does to a prompt cache (evaluate, deep-copy,
-    trim, save, load) is done to the session as well. It has no ``merge``: a session's weights are its own, so
-    conversations are not batched together.
-
-    The phase of a call is explicit after ``begin_prompt``. Without it (mlx-lm's own loops drive the model) it is
-    inferred: a call of several tokens is prefill, and so is the first one-token call after one, which is how
-    mlx-lm runs a prompt's last token. Where a prefill chunk's remainder is a single token, that one is taken
-    for the last, and the real last token is then decoded on the compact weights; and a later turn whose prompt
-    is a single token is taken for decoding.
+    It has the interface of an mlx-lm cache entry, so whatever mlx-lm does to a prompt cache (evaluate, deep-copy, trim,
+    save, load) it does to the session too. It has no ``merge``: its weights are its own, so conversations cannot be
+    batched together.
 
     Attributes:
         config (GlassConfig): how this conversation chooses its neurons.
         offset (int): tokens in the prompt cache.
-        prompt_tokens (int): tokens whose evidence was recorded.
-        energy (mx.array | None): evidence of all blocks, concatenated, [sum of F] float32: a sum of 1 in each block for
-            each recorded token, or what is left of it.
+        energy (mx.array | None): evidence of all blocks, [sum of F] float32: a sum of 1 in each block for each recorded
+            token, less what has faded.
+        spans (list[EvidenceSpan]): where the evidence is from; what trimming falls back to.
         kept (list[mx.array] | None): kept neurons of each block, [k] int32, ascending.
-        compact (list[dict[str, nn.Module]] | None): compact projections of each block.
-        said (int): tokens decoded since the last prompt.
-        unread (list[mx.array]): those of them that no dense call has read yet, [B, L] each.
-        selection_time (float): seconds that choosing the neurons and making their compact weights last took.
+        compact (CompactWeights | None): their weights.
+        generated (int): tokens decoded since the last prompt.
+        pending_reread (list[mx.array]): the last of them, which no dense call has read yet, [B, L] each.
+        in_prompt (bool): whether a single token would still be taken for one of a prompt (``infer_phase``).
+        selection_time (float): seconds that the last choice of neurons and making their compact weights took.
     """
 
-    def __init__(self, config: GlassConfig):
+    def __init__(self, config: GlassConfig, offset: int = 0):
+        """
+        Args:
+            config (GlassConfig): how neurons are chosen.
+            offset (int): tokens that are in the cache already; they left no evidence.
+        """
         self.config = config
-        self.offset = 0
+        self.offset = offset
         self.energy: mx.array | None = None
-        self.marks: list[Mark] = []  # what trimming falls back to
-        self.prompt_left = 0
-        self.in_prompt = True
+        self.spans: list[EvidenceSpan] = []
         self.kept: list[mx.array] | None = None
-        self.compact: list[dict[str, nn.Module]] | None = None
-        self.said = 0
-        self.unread: list[mx.array] = []
+        self.compact: CompactWeights | None = None
+        self.generated = 0
+        self.pending_reread: list[mx.array] = []
+        self.in_prompt = True
         self.selection_time = 0.0
 
     @property
     def prompt_tokens(self) -> int:
-        return sum(mark.tokens for mark in self.marks)
+        """Tokens whose evidence was recorded."""
+        return sum(span.tokens for span in self.spans)
 
     def configure(self, **changes: Any) -> None:
-        """Change fields of the configuration from the next decoded token on. A change of signal discards the recorded
-        evidence, which is of the other signal."""
+        """Change fields of the configuration, from the next decoded token on. A change of signal discards the evidence,
+        which is of the other signal."""
         config = self.config.updated(**changes)
         if config.signal != self.config.signal:
-            self.energy, self.marks = None, []
+            self.energy, self.spans = None, []
         if config != self.config:
             self.config = config
-            self.choose_again()
+            self.drop_choice()
 
-    def begin_prompt(self, tokens: int) -> None:
-        """Announce that the next ``tokens`` tokens are a prompt: dense and recorded, to the last one."""
-        self.prompt_left = tokens
+    # Which phase a call is in.
 
-    def is_prefill(self, length: int) -> bool:
-        """Whether a call of ``length`` tokens is prefill."""
-        return self.prompt_left > 0 or length > 1 or self.in_prompt
+    def infer_phase(self, length: int) -> Phase:
+        """The phase of a call of ``length`` tokens, where the caller does not say: mlx-lm's own loops, for example.
 
-    def record(self, energy: mx.array, length: int, prompt: int | None = None, choose: bool = True) -> None:
-        """Add the evidence of a dense call: energy [sum of F] float32 over ``length`` tokens, the last ``prompt``
-        (default: all) of which are of a prompt, and the others said before. By what is said, earlier evidence
-        fades. The neurons are chosen again unless not ``choose``."""
+        Several tokens are a prompt, and so is the single token after them, because mlx-lm runs a prompt's last token by
+        itself. Two cases look alike: where the rest of a prompt after whole prefill chunks is one token, it is taken
+        for the last, and the real last token is decoded; and a later turn of a single token is taken for decoding.
+        """
+        if length > 1 or self.in_prompt:
+            return Phase.PREFILL
+        return self.decoding_phase()
+
+    def decoding_phase(self) -> Phase:
+        """Whether the next generated token is to be decoded, or read densely with those that wait for it."""
+        due = self.pending_reread and self.until_reread() == 0
+        return Phase.REREAD if due else Phase.DECODE
+
+    def until_reread(self) -> int | None:
+        """How many tokens may be decoded before the next reread; None for any number."""
+        if self.config.refresh == 0 or self.config.density == 1:
+            return None
+        return next_reread(self.config.refresh, self.generated) - self.generated
+
+    def choice_is_due(self) -> bool:
+        """Whether a reread now chooses the neurons again."""
+        return next_choice(self.config.refresh, self.generated) == self.generated
+
+    # What calls of the model change.
+
+    def record(self, energy: mx.array, length: int, prompt: int | None = None) -> None:
+        """Add the evidence of a dense call.
+
+        Args:
+            energy (mx.array): [sum of F] float32.
+            length (int): tokens read.
+            prompt (int, optional): how many of them, the last ones, are of a prompt. Default: all. The others were
+                generated, and earlier evidence fades by them.
+        """
         prompt = length if prompt is None else prompt
         if self.energy is not None:
             energy = 0.5 ** ((length - prompt) / _HALF_LIFE) * self.energy + energy
         self.energy = energy
-        self.marks.append(Mark(self.offset, self.offset + length, length, energy))
-        if len(self.marks) > _MAX_MARKS:
-            a, b = self.marks[:2]
-            self.marks[:2] = [Mark(a.start, b.end, a.tokens + b.tokens, b.energy)]
-        if prompt > 0:
-            self.said = 0
-            if self.prompt_left > 0:
-                self.prompt_left = max(0, self.prompt_left - prompt)
-                self.in_prompt = self.prompt_left > 0
-            else:
-                self.in_prompt = prompt > 1
+        self.spans.append(EvidenceSpan(self.offset, self.offset + length, length, energy))
+        if len(self.spans) > _MAX_SPANS:
+            a, b = self.spans[:2]
+            self.spans[:2] = [EvidenceSpan(a.start, b.end, a.tokens + b.tokens, b.energy)]
         self.offset += length
-        if choose:
-            self.choose_again()
+        if prompt > 0:
+            self.generated, self.in_prompt = 0, prompt > 1
 
-    def retract(self, n: int) -> None:
-        """Take back the last n tokens and their share of the evidence; the choice of neurons stays."""
-        self.offset -= n
+    def advance(self, length: int, tokens: mx.array | None) -> None:
+        """Count decoded tokens, which end a prompt.
+
+        Args:
+            length (int): how many.
+            tokens (mx.array, optional): [B, length], to be read again later. None: they cannot be, and so nothing
+                before them can.
+        """
+        self.offset += length
+        self.generated += length
+        self.in_prompt = False
+        self.pending_reread = [] if tokens is None else [*self.pending_reread, tokens]
+
+    def draft(self, length: int) -> None:
+        """Count drafted tokens: :meth:`retract` takes them back."""
+        self.offset += length
+
+    def retract(self, length: int) -> None:
+        """Take back the last tokens and their share of the evidence; the choice of neurons stays."""
+        self.offset -= length
         self._cut_evidence()
 
-    def advance(self, length: int, tokens: mx.array | None = None) -> None:
-        """Count decoded tokens; they end a prompt. ``tokens`` [B, length] are to be read again later; without them,
-        nothing before can be read again either."""
-        self.offset += length
-        self.said += length
-        self.in_prompt, self.prompt_left = False, 0
-        if tokens is None:
-            self.unread = []
-        else:
-            self.unread.append(tokens)
+    def accept(self, length: int) -> None:
+        """Count tokens of an answer that the dense model has read already."""
+        self.generated += length
+        self.in_prompt = False
 
-    def take_unread(self) -> mx.array | None:
-        """Go back to before the unread tokens; returns them, [B, n], or None if there are none. The caller
-        trims the other entries of the cache by as many, and reads them again."""
-        if not self.unread:
+    def take_pending(self) -> mx.array | None:
+        """Go back to before the tokens that wait to be read again, and return them, [B, n]; None if there are none. The
+        caller trims the cache's other entries."""
+        if not self.pending_reread:
             return None
-        tokens, self.unread = mx.concatenate(self.unread, axis=1), []
+        tokens, self.pending_reread = mx.concatenate(self.pending_reread, axis=1), []
         self.offset -= tokens.shape[1]
         return tokens
 
-    def until_refresh(self) -> int | None:
-        """How many tokens may be decoded before what was said is to be read again; None for any number."""
-        if self.config.refresh == 0 or self.config.density == 1:
-            return None
-        return next_refresh(self.config.refresh, self.said) - self.said
+    def forget_pending(self) -> None:
+        """Nothing waits to be read again."""
+        self.pending_reread = []
 
-    def chooses_now(self) -> bool:
-        """Whether a refresh that is due chooses the neurons again."""
-        return next_choice(self.config.refresh, self.said) == self.said
+    def choose(self, kept: list[mx.array]) -> None:
+        """Keep these neurons."""
+        self.kept, self.compact = kept, None
 
-    def choose_again(self) -> None:
-        """Choose the neurons anew when they are next needed."""
+    def hold(self, compact: CompactWeights, seconds: float) -> None:
+        """Keep the compact weights, which took so long to choose and make."""
+        self.compact, self.selection_time = compact, seconds
+
+    def drop_choice(self) -> None:
+        """Choose neurons anew when they are next needed."""
         self.kept = self.compact = None
+
+    def drop_weights(self) -> None:
+        """Make the compact weights anew when they are next needed."""
+        self.compact = None
 
     # The interface of an mlx-lm cache entry.
 
@@ -183,34 +229,34 @@ class Session:
         return True
 
     def trim(self, n: int) -> int:
-        """Take back the last n tokens. Generated tokens left no evidence. Those of a prompt take their
-        average share of the recorded call's evidence with them, all of it if the whole call goes."""
+        """Take back the last n tokens. Decoded tokens left no evidence. Those of a dense call take their average share
+        of its evidence with them."""
         n = min(n, self.offset)
         self.offset -= n
-        self.said = max(0, self.said - n)
-        if self.unread:
-            tokens = mx.concatenate(self.unread, axis=1)
+        self.generated = max(0, self.generated - n)
+        if self.pending_reread:
+            tokens = mx.concatenate(self.pending_reread, axis=1)
             left = tokens.shape[1] - n
-            self.unread = [tokens[:, :left]] if left > 0 else []
+            self.pending_reread = [tokens[:, :left]] if left > 0 else []
         if self._cut_evidence():
-            self.in_prompt, self.prompt_left = True, 0
-            self.choose_again()
+            self.in_prompt = True
+            self.drop_choice()
         return n
 
     def _cut_evidence(self) -> bool:
         """Leave the evidence of the first ``offset`` tokens; returns whether there was more."""
-        if not self.marks or self.offset >= self.marks[-1].end:
+        if not self.spans or self.offset >= self.spans[-1].end:
             return False
-        while self.marks and self.offset <= self.marks[-1].start:
-            self.marks.pop()
-        if self.marks and self.offset < self.marks[-1].end:
-            cut = self.marks.pop()
+        while self.spans and self.offset <= self.spans[-1].start:
+            self.spans.pop()
+        if self.spans and self.offset < self.spans[-1].end:
+            cut = self.spans.pop()
             share = (self.offset - cut.start) / (cut.end - cut.start)
-            before = self.marks[-1].energy if self.marks else mx.zeros_like(cut.energy)
+            before = self.spans[-1].energy if self.spans else mx.zeros_like(cut.energy)
             energy = before + share * (cut.energy - before)
             tokens = max(1, round(share * cut.tokens))
-            self.marks.append(Mark(cut.start, self.offset, tokens, energy))
-        self.energy = self.marks[-1].energy if self.marks else None
+            self.spans.append(EvidenceSpan(cut.start, self.offset, tokens, energy))
+        self.energy = self.spans[-1].energy if self.spans else None
         return True
 
     def size(self) -> int:
@@ -222,49 +268,83 @@ class Session:
     @property
     def compact_bytes(self) -> int:
         """Size of the compact weights."""
-        return bytes_of(self.compact or [])
+        return 0 if self.compact is None else self.compact.nbytes
 
     @property
     def nbytes(self) -> int:
-        arrays = [mark.energy for mark in self.marks] + self.unread + (self.kept or [])
+        arrays = [span.energy for span in self.spans] + self.pending_reread + (self.kept or [])
         return sum(a.nbytes for a in arrays) + self.compact_bytes
 
     @property
     def state(self) -> tuple:
-        unread = [mx.concatenate(self.unread, axis=1)] if self.unread else []
+        pending = [mx.concatenate(self.pending_reread, axis=1)] if self.pending_reread else []
         header = {
             "config": asdict(self.config),
             "offset": self.offset,
-            "marks": [(mark.start, mark.end, mark.tokens) for mark in self.marks],
+            "spans": [(span.start, span.end, span.tokens) for span in self.spans],
             "in_prompt": self.in_prompt,
-            "said": self.said,
-            "unread": len(unread),
+            "generated": self.generated,
+            "pending": len(pending),
         }
-        arrays = [mark.energy for mark in self.marks] + unread + (self.kept or [])
-        return [_SAVED, json.dumps(header), *arrays], None, None
+        arrays = [span.energy for span in self.spans] + pending + (self.kept or [])
+        return [f"{_FORMAT} {_VERSION}", json.dumps(header), *arrays], None, None
 
     def __deepcopy__(self, memo: dict) -> Session:
         # MLX arrays are never changed in place here, so copies share them, the compact weights above all.
         copy = Session(self.config)
         copy.__dict__.update(self.__dict__)
-        copy.marks, copy.unread = list(self.marks), list(self.unread)
+        copy.spans, copy.pending_reread = list(self.spans), list(self.pending_reread)
         return copy
 
     @classmethod
     def restore(cls, entry: Any) -> Session | None:
-        """The session that mlx-lm's ``load_prompt_cache`` read as an ArraysCache, or None if it is none."""
-        if type(entry) is not ArraysCache or entry.cache[:1] != [_SAVED]:
+        """The session that mlx-lm's ``load_prompt_cache`` read as an ArraysCache; None if the entry is not one.
+
+        Raises:
+            GlassError: it is damaged, or was saved by another version.
+        """
+        if type(entry) is not ArraysCache or not entry.cache or not str(entry.cache[0]).startswith(_FORMAT):
             return None
-        header, arrays = json.loads(entry.cache[1]), entry.cache[2:]
+        if entry.cache[0] != f"{_FORMAT} {_VERSION}":
+            raise GlassError(f"the session was saved by another version of glass_mlx ({entry.cache[0][:40]!r})")
+        try:
+            return cls._restore(json.loads(entry.cache[1]), entry.cache[2:])
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, GlassError) as e:
+            raise GlassError(f"the session is damaged ({(str(e).splitlines() or ['empty'])[0][:80]})") from e
+
+    @classmethod
+    def _restore(cls, header: dict[str, Any], arrays: list[Any]) -> Session:
+        if not all(isinstance(a, mx.array) for a in arrays):
+            raise ValueError("an entry is not an array")
         session = cls(GlassConfig(**header["config"]))
-        session.offset, session.in_prompt = header["offset"], header["in_prompt"]
-        spans = header["marks"]
-        session.marks = [Mark(*span, energy) for span, energy in zip(spans, arrays)]
-        if session.marks:
-            session.energy = session.marks[-1].energy
-        said, rest = header["unread"], arrays[len(spans) :]
-        session.said, session.unread = header["said"], rest[:said]
-        session.kept = rest[said:] or None
+        session.offset, session.generated = header["offset"], header["generated"]
+        session.in_prompt = header["in_prompt"] is True
+        spans, pending = header["spans"], header["pending"]
+        if not all(type(n) is int and n >= 0 for n in (session.offset, session.generated, pending)) or pending > 1:
+            raise ValueError("a count is out of range")
+        end = 0
+        for span, energy in zip(spans, arrays):
+            start, stop, tokens = span
+            if not all(type(n) is int for n in span) or not end <= start < stop or not 1 <= tokens <= stop - start:
+                raise ValueError("a span of evidence is out of order")
+            if energy.dtype != mx.float32 or energy.ndim != 1 or not mx.all((energy >= 0) & mx.isfinite(energy)).item():
+                raise ValueError("evidence has values that are not energies")
+            session.spans.append(EvidenceSpan(start, stop, tokens, energy))
+            end = stop
+        if len(session.spans) != len(spans) or end > session.offset:
+            raise ValueError("evidence is missing, or is of tokens that are not in the cache")
+        if session.spans:
+            session.energy = session.spans[-1].energy
+        rest = arrays[len(spans) :]
+        session.pending_reread, kept = rest[:pending], rest[pending:]
+        for tokens in session.pending_reread:
+            if (
+                tokens.ndim != 2
+                or not mx.issubdtype(tokens.dtype, mx.integer)
+                or tokens.shape[1] > session.offset - end
+            ):
+                raise ValueError("the tokens to be read again do not fit the cache")
+        session.kept = kept or None
         return session
 
 

@@ -28,7 +28,7 @@ from ..core.importance import SIGNALS, energy, output_norms
 from ..core.ranking import rank
 from ..errors import GlassError
 from ..files import write_atomically
-from ..model.blocks import Tap, swapped
+from ..model.blocks import hooked, run_with
 from ..model.glass_model import GlassModel
 from .format import FORMAT_VERSION, GlobalRanks
 from .identity import describe, fingerprint
@@ -238,16 +238,11 @@ def _record(
         weights = mx.array([[1.0] * len(row) + [0.0] * (width - len(row)) for row in part])
         energies = {signal: [mx.zeros((n,)) for n in sums.sizes] for signal in SIGNALS}
 
-        def tap(j: int, projection: Any, energies=energies, weights=weights) -> Tap:
-            def observe(h: mx.array) -> None:
-                for signal, scale in (("impact", norms[j]), ("activation", None)):
-                    energies[signal][j] = energies[signal][j] + energy(h, scale, weights)
+        def observe(j: int, h: mx.array, energies=energies, weights=weights) -> None:
+            for signal, scale in (("impact", norms[j]), ("activation", None)):
+                energies[signal][j] = energies[signal][j] + energy(h, scale, weights)
 
-            return Tap(projection, observe)
-
-        taps = [{b.output: tap(j, b.module[b.output])} for j, b in enumerate(model.blocks)]
-        with swapped(model.blocks, taps):
-            model.dense(tokens, cache=make_prompt_cache(model.dense))
+        run_with(hooked(model.blocks, observe), model.dense, tokens, cache=make_prompt_cache(model.dense))
         mx.eval(energies)
         for s, signal in enumerate(SIGNALS):
             sums.sums[s, half, domain] += np.concatenate([np.array(e) for e in energies[signal]])

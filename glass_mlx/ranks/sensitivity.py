@@ -2,7 +2,7 @@
 
 For every block by itself: keep the better half of its neurons by their global energies, run a sample of text, and
 divide KL(dense || sparse) of the next-token distributions by the share of the block's energy that was lost.
-``allocation`` gives the blocks their neurons by it.
+``core/layer_budgets.py`` gives the blocks their neurons by it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import mlx.core as mx
 from ..core.importance import output_norms
 from ..core.metrics import divergence
 from ..core.ranking import kept_count, rank, select
-from ..model.blocks import Tap, swapped
+from ..model.blocks import hooked, run_with
 from ..model.glass_model import GlassModel
 
 # A sample: at most so many rows of so many tokens, and so many logits at once (2**25 are 128 MB in float32).
@@ -50,14 +50,13 @@ def sensitivity(
         scale = mx.square(output_norms(block.module[block.output]))
         lost: list[mx.array] = []
 
-        def observe(h: mx.array, mask=mask, scale=scale, lost=lost) -> mx.array:
+        def observe(_: int, h: mx.array, mask=mask, scale=scale, lost=lost) -> mx.array:
             squares = mx.square(h.reshape(*tokens.shape, -1).astype(mx.float32)) * scale
             gone = mx.sum((1 - mask) * squares, axis=-1) / mx.maximum(mx.sum(squares, axis=-1), 1e-12)
             lost.append(mx.sum(gone * real) / mx.sum(real))
             return h * mask.astype(h.dtype)
 
-        with swapped([block], [{block.output: Tap(block.module[block.output], observe)}]):
-            sparse = model.dense(tokens).astype(mx.float32)
+        sparse = run_with(hooked([block], observe), model.dense, tokens).astype(mx.float32)
         kl = mx.sum(divergence(dense, sparse) * real) / mx.sum(real)
         share = mx.mean(mx.stack(lost))
         mx.eval(kl, share)

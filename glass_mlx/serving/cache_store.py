@@ -112,7 +112,7 @@ class Conversations:
     def put(self, entry: Entry) -> None:
         """Keep a conversation for its next turn. That one reads at least one token and then chooses anew, so the
         compact weights are let go; then the oldest entries, as far as the budget demands."""
-        entry.session.kept = entry.session.compact = None
+        entry.session.drop_choice()
         mx.eval([c.state for c in entry.cache])
         self._entries.append(entry)
         while len(self._entries) > self.max_entries or self.nbytes > self.max_bytes:
@@ -144,7 +144,7 @@ def _reusable(entry: Entry, prompt: list[int], bounds: list[int], exact: bool) -
         same = takewhile(lambda pair: pair[0] == pair[1], zip(entry.bounds, bounds))
         common = max((bound for bound, _ in same if bound <= common), default=0)
     # the session's evidence up to a point within a stretch that was read in one call is not known
-    for mark in reversed(entry.session.marks):
+    for mark in reversed(entry.session.spans):
         if mark.start < common < mark.end:
             return 0 if exact else mark.start
     return common

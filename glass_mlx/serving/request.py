@@ -46,7 +46,7 @@ class Request:
         max_tokens: at most so many tokens.
         stop: texts that end the answer and are left out of it.
         seed: with one, the answer is a function of the request alone: see ``conversations.py``.
-        density, global_weight, signal, allocation, refresh, verify: where they differ from the engine's.
+        density, global_weight, signal, layer_budgets, refresh, verify: where they differ from the engine's.
         logprobs: give each token's log-probability, and of the ``top_logprobs`` most likely ones.
         The others are mlx-lm's, of ``make_sampler`` and ``make_logits_processors``.
     """
@@ -63,7 +63,7 @@ class Request:
     density: float | None = None
     global_weight: float | str | None = None
     signal: str | None = None
-    allocation: str | None = None
+    layer_budgets: str | None = None
     refresh: int | str | None = None
     verify: bool | None = None
     temperature: float = 0.0

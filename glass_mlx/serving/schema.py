@@ -147,7 +147,7 @@ class _Body(_Model):
     density: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
     global_weight: Literal["auto"] | _Unit | None = None
     signal: Literal["impact", "activation"] | None = None
-    allocation: Literal["measured", "uniform"] | None = None
+    layer_budgets: Literal["measured", "uniform"] | None = None
     refresh: Literal["auto"] | Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     verify: bool | None = Field(None, description="draft sparsely and check with the dense model, whose answer it is")
 

@@ -84,7 +84,7 @@ class Answerer:
                 density=request.density,
                 global_weight=request.global_weight,
                 signal=request.signal,
-                allocation=request.allocation,
+                layer_budgets=request.layer_budgets,
                 refresh=request.refresh,
             )
         except GlassError as e:
@@ -203,8 +203,7 @@ class _Reading:
             if self.ticket.cancelled:
                 raise _Stop
             start = session.offset
-            session.begin_prompt(end - start)
-            self.of.model(mx.array(self.prompt[start:end], dtype=mx.int32)[None], cache=self.entry.cache)
+            self.of.model.prefill(mx.array(self.prompt[start:end], dtype=mx.int32)[None], self.entry.cache)
             mx.eval([c.state for c in self.entry.cache])
 
     def _stream(self):
@@ -292,7 +291,7 @@ class _Reading:
 def _unread(entry: Entry) -> int:
     """How many of a cache's last tokens wait to be read again densely."""
     can_go_back = can_trim_prompt_cache(entry.cache[:-1])
-    return sum(tokens.shape[1] for tokens in entry.session.unread) if can_go_back else 0
+    return sum(tokens.shape[1] for tokens in entry.session.pending_reread) if can_go_back else 0
 
 
 def _render(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> list[int]:

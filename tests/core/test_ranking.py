@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glass_mlx.core.ranking import fuse, kept_count, preference, rank, select
+from glass_mlx.core.ranking import fuse, keep_order, kept_count, rank, select
 from glass_mlx.core.slicing import UNIT
 
 props = settings(deadline=None, max_examples=100)
@@ -149,7 +149,7 @@ def test_blocks_are_chosen_for_together_as_one_by_one(group):
 def test_preference_holds_every_selection(group):
     """Its first k are what is selected, for any k, and all of it is every neuron once."""
     scores = rank(mx.array(np.random.default_rng(2).random((2, 256)).astype(np.float32)))
-    order = preference(scores, group)
+    order = keep_order(scores, group)
     assert np.array_equal(np.sort(order, axis=1), [range(256)] * 2)
     for k in range(UNIT, 257, UNIT):
         assert mx.array_equal(mx.sort(order[:, :k], axis=-1), select(scores, k, group))

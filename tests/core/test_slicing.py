@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from glass_mlx.core.importance import dense_weight
 from glass_mlx.core.ranking import kept_count, select
-from glass_mlx.core.slicing import UNIT, Spread, slice_columns, slice_rows, take_codes, unit_group
+from glass_mlx.core.slicing import UNIT, ScatterLinear, slice_columns, slice_rows, take_codes, unit_group
 
 INPUTS, OUTPUTS = 256, 128
 AFFINE = [("affine", bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
@@ -69,14 +69,14 @@ def test_columns(quantisation, bias, density):
     layer, x = make(quantisation, bias)
     columns, before = chosen(layer, density), snapshot(layer)
     sliced = slice_columns(layer, columns)
-    if isinstance(sliced, Spread):
+    if isinstance(sliced, ScatterLinear):
         assert unit_group(layer) == 1 and quantisation[0] != "affine" or quantisation[2] == UNIT
         assert sliced.projection is layer and sliced.weight is layer.weight
     else:
         assert type(sliced) is type(layer)
         assert mx.array_equal(dense_weight(sliced), dense_weight(layer)[:, columns])
         assert "bias" not in sliced or mx.array_equal(sliced.bias, layer.bias)
-    if quantisation and not isinstance(sliced, Spread):
+    if quantisation and not isinstance(sliced, ScatterLinear):
         assert (sliced.bits, sliced.group_size) == (layer.bits, UNIT)
         assert sliced.weight.nbytes * INPUTS == layer.weight.nbytes * columns.size  # still packed
     mask = mx.zeros((INPUTS,)).at[columns].add(1)
@@ -104,7 +104,7 @@ def test_spread_leaves_no_trace_of_what_is_not_finite():
     """The places of dropped neurons are filled with zeros, not with a kept neuron's value times zero."""
     layer, _ = make(("mxfp4", 4, 32), False)
     h = mx.full((1, 2), mx.inf)
-    spread = Spread(layer, mx.array([3, 200]))
+    spread = ScatterLinear(layer, mx.array([3, 200]))
     spread.projection = lambda x: x
     assert mx.isinf(spread(h)).sum().item() == 2 and not mx.any(mx.isnan(spread(h)))
 

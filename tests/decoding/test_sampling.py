@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mlx_lm.sample_utils import make_sampler as make_mlx_lm_sampler
 
-from glass_mlx.decoding.sampling import Chance, make_sampler
+from glass_mlx.decoding.sampling import CommonRandomNumbers, make_sampler
 
 
 def distribution(seed: int, n: int = 50) -> mx.array:
@@ -17,11 +17,11 @@ def distribution(seed: int, n: int = 50) -> mx.array:
 def agreement(make, n: int = 1000) -> float:
     """How often samples of two distributions agree at the same place."""
     mx.random.seed(0)
-    chance, sampler, same = Chance(), make(temp=1.0), 0
+    randomness, sampler, same = CommonRandomNumbers(), make(temp=1.0), 0
     for place in range(n):
         said = []
         for seed in range(2):
-            chance.at(place)
+            randomness.at(place)
             said.append(sampler(distribution(seed)[None]).item())
         same += said[0] == said[1]
     return same / n
@@ -60,10 +60,10 @@ def test_at_temperature_0_the_most_likely():
 
 def test_places():
     mx.random.seed(2)
-    chance = Chance()
+    randomness = CommonRandomNumbers()
     drawn = {}
     for place in (0, 1, 2, 1, 0):
-        chance.at(place)
+        randomness.at(place)
         value = mx.random.uniform().item()
         assert drawn.setdefault(place, value) == value
     assert len(set(drawn.values())) == 3

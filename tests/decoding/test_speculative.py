@@ -12,8 +12,8 @@ from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_logits_processors
 
 from glass_mlx import GlassError, GlassModel, stream_generate
-from glass_mlx.decoding.draft_scheduler import Pace
-from glass_mlx.decoding.sampling import Chance, make_sampler
+from glass_mlx.decoding.draft_scheduler import DraftScheduler
+from glass_mlx.decoding.sampling import CommonRandomNumbers, make_sampler
 from glass_mlx.decoding.speculative import verified_generate_step
 from glass_mlx.evaluation.tiny_models import tiny_model
 from glass_mlx.generate import main
@@ -131,8 +131,8 @@ def test_a_seed_gives_one_answer_however_much_is_drafted(k):
     """Each place of an answer has random numbers of its own, and the dense model with the same ones says the same."""
     model, sampler = GlassModel(tiny_model("llama")), make_sampler(temp=1.0, top_p=0.95)
     mx.random.seed(3)
-    chance, place = Chance(), itertools.count()
-    expected = dense(model, PROMPT, sampler=lambda logprobs: (chance.at(next(place)), sampler(logprobs))[1])
+    randomness, place = CommonRandomNumbers(), itertools.count()
+    expected = dense(model, PROMPT, sampler=lambda logprobs: (randomness.at(next(place)), sampler(logprobs))[1])
     mx.random.seed(3)
     assert verified(model, PROMPT, draft_tokens=k, sampler=sampler) == expected
 
@@ -225,13 +225,13 @@ def test_needs_a_glass_model(demo):
 
 def paced(acceptance: float, sparse: float, marginal: float) -> int:
     """What the cost model settles on where a dense step takes 1, and each token more in a call so much more."""
-    pace, rng = Pace(), np.random.default_rng(0)
+    scheduler, rng = DraftScheduler(), np.random.default_rng(0)
     for _ in range(400):
-        k = pace.choose() if pace.measured else 0
+        k = scheduler.choose() if scheduler.measured else 0
         right = (rng.random(k) < acceptance).tolist()
         accepted = right.index(False) if False in right else k
-        pace.saw(k, accepted, k * sparse, 1 + k * marginal)
-    return pace.choose() if not pace._probe else max(range(9), key=pace._speed)
+        scheduler.observe(k, accepted, k * sparse, 1 + k * marginal)
+    return scheduler.choose() if not scheduler._probe else max(range(9), key=scheduler._speed)
 
 
 def test_pace():
@@ -245,50 +245,50 @@ def test_pace():
 @pytest.mark.parametrize(("acceptance", "sparse", "marginal"), [(0.0, 0.65, 0.15), (0.3, 0.6, 0.05), (0.9, 1.1, 0.1)])
 def test_pace_costs_little_where_drafting_does_not_pay(acceptance, sparse, marginal):
     """In the time of dense steps, with the compact weights made once (2 steps) and slow first calls."""
-    pace, rng = Pace(), np.random.default_rng(0)
+    scheduler, rng = DraftScheduler(), np.random.default_rng(0)
     said, spent, slow = 0, 2.0, 3.0
     while said < 1000:
-        k = pace.choose() if pace.measured else 0
+        k = scheduler.choose() if scheduler.measured else 0
         if k == 0:
-            n = pace.stretch if pace.measured else 1
-            pace.saw(0, 0, 0.0, 1.0)
+            n = scheduler.stretch if scheduler.measured else 1
+            scheduler.observe(0, 0, 0.0, 1.0)
             said, spent = said + n, spent + n
             continue
         right = (rng.random(k) < acceptance).tolist()
         accepted = right.index(False) if False in right else k
         draft, dense_call = k * sparse * slow, (1 + k * marginal) * slow
-        pace.saw(k, accepted, draft, dense_call)
+        scheduler.observe(k, accepted, draft, dense_call)
         said, spent, slow = said + accepted + 1, spent + draft + dense_call, 1.0
     assert spent / said < 1.03
 
 
 def test_a_slow_first_call_is_forgotten():
-    pace = Pace()
-    pace.saw(0, 0, 0.0, 1.0)
-    pace.saw(2, 2, 20.0, 10.0)
-    assert pace.choose() == 0
+    scheduler = DraftScheduler()
+    scheduler.observe(0, 0, 0.0, 1.0)
+    scheduler.observe(2, 2, 20.0, 10.0)
+    assert scheduler.choose() == 0
     for _ in range(3):
-        pace.saw(0, 0, 0.0, 1.0)
-        pace.saw(2, 2, 0.6, 1.1)
-    assert pace.choose() > 0
+        scheduler.observe(0, 0, 0.0, 1.0)
+        scheduler.observe(2, 2, 0.6, 1.1)
+    assert scheduler.choose() > 0
 
 
 def test_what_was_learnt_serves_the_next_answer():
     model = GlassModel(tiny_model("llama"))
     verified(model, PROMPT)
-    assert model.paces[0.5].measured
-    pace = model.paces[0.5]
+    assert model.draft_schedulers[0.5].measured
+    scheduler = model.draft_schedulers[0.5]
     verified(model, PROMPT)
-    assert model.paces == {0.5: pace}
+    assert model.draft_schedulers == {0.5: scheduler}
 
 
 def test_it_drafts_at_the_conversations_density(demo):
     model, tokenizer = demo
-    model.paces.clear()
+    model.draft_schedulers.clear()
     for density in (0.3, 0.6):
         *_, last = stream_generate(model, tokenizer, "The ship", 5, density=density, verify=True)
         assert last.density == density
-    assert set(model.paces) == {0.3, 0.6}
+    assert set(model.draft_schedulers) == {0.3, 0.6}
 
 
 def test_the_command_line(invoke):

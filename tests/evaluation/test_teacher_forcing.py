@@ -31,11 +31,11 @@ SAID = [[12, 700, 41, 5, 99, 3000], [8, 8, 1500, 23, 610, 4], [444, 10, 32, 2, 1
 
 # What decoding can do by itself.
 CONFIGS = {
-    "griffin": GlassConfig(0.4, 0.0, "activation", allocation="uniform"),
-    "static": GlassConfig(0.4, 1.0, allocation="uniform"),
-    "glass-a": GlassConfig(0.4, 0.5, "activation", allocation="uniform"),
-    "glass-i": GlassConfig(0.4, 0.5, allocation="uniform"),
-    "glass-uniform": GlassConfig(0.4, allocation="uniform"),
+    "griffin": GlassConfig(0.4, 0.0, "activation", layer_budgets="uniform"),
+    "static": GlassConfig(0.4, 1.0, layer_budgets="uniform"),
+    "glass-a": GlassConfig(0.4, 0.5, "activation", layer_budgets="uniform"),
+    "glass-i": GlassConfig(0.4, 0.5, layer_budgets="uniform"),
+    "glass-uniform": GlassConfig(0.4, layer_budgets="uniform"),
     "glass": GlassConfig(0.4),
 }
 
@@ -43,10 +43,10 @@ CONFIGS = {
 def decoded(model, prompt: list[int], said: list[int], config: GlassConfig) -> tuple[mx.array, list[mx.array]]:
     """Logits of a continuation as decoding computes them, and the neurons that it keeps."""
     cache = model.make_cache(**vars(config))
-    model.session(cache).begin_prompt(len(prompt))
-    logits = [model(mx.array([prompt]), cache=cache)[0, -1]]
+    logits = [model.prefill(mx.array([prompt]), cache)[0, -1]]
+    model.select(cache)
     for token in said[:-1]:
-        logits.append(model(mx.array([[token]]), cache=cache)[0, -1])
+        logits.append(model.decode(mx.array([[token]]), cache)[0, -1])
         mx.eval(logits[-1])
     return mx.stack(logits), list(model.kept_neurons(cache).values())
 
@@ -100,8 +100,7 @@ def test_evidence_is_what_a_session_records(exact, signal):
     evidence, _ = record(model, Text(PROMPTS, SAID))
     for b, prompt in enumerate(PROMPTS):
         cache = model.make_cache(signal=signal)
-        model.session(cache).begin_prompt(len(prompt))
-        mx.eval(model(mx.array([prompt]), cache=cache))
+        mx.eval(model.prefill(mx.array([prompt]), cache))
         mine = mx.concatenate([e[b] for e in evidence.local[signal]])
         np.testing.assert_allclose(mine, model.session(cache).energy, rtol=1e-3, atol=1e-5)
     for energy, oracle in zip(evidence.local[signal], evidence.oracle[signal]):

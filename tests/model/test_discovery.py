@@ -9,7 +9,7 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from glass_mlx.errors import GlassError
 from glass_mlx.evaluation.tiny_models import tiny_model
-from glass_mlx.model.blocks import Block, Tap, swapped
+from glass_mlx.model.blocks import Block
 from glass_mlx.model.discovery import check, find_blocks
 from glass_mlx.model.glass_model import GlassModel
 
@@ -187,23 +187,3 @@ def test_sparse_layers_of_gemma3n_stay_dense(caplog):
     assert [b.path for b in model.blocks] == ["model.language_model.layers.1.mlp"]
     assert list(model.left_dense) == ["model.language_model.layers.0.mlp"]
     assert "left dense: model.language_model.layers.0.mlp" in caplog.text
-
-
-def test_swapped_puts_the_own_projections_back():
-    module = Mlp()
-    own, new = dict(module), {"down_proj": nn.Linear(SIZE, 16)}
-    with swapped([block(module)], [new]):
-        assert module.down_proj is new["down_proj"] and module.up_proj is own["up_proj"]
-    assert dict(module) == own
-    with pytest.raises(KeyboardInterrupt), swapped([block(module)], [new]):
-        raise KeyboardInterrupt
-    assert dict(module) == own
-
-
-def test_tap():
-    linear, seen = nn.Linear(SIZE, 16), []
-    h = mx.random.normal((2, SIZE))
-    assert mx.array_equal(Tap(linear, seen.append)(h), linear(h))
-    assert seen[0] is h
-    assert mx.array_equal(Tap(linear, lambda h: 0 * h)(h), linear(mx.zeros_like(h)))
-    assert Tap(linear, seen.append).weight is linear.weight

@@ -20,8 +20,11 @@ from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_promp
 
 import glass_mlx
 from glass_mlx import GlassError, GlassModel
-from glass_mlx.core.slicing import Spread
+from glass_mlx.core.prior import Prior
+from glass_mlx.core.slicing import ScatterLinear, plain_class
 from glass_mlx.evaluation.tiny_models import Unbuildable, model_types, tiny_model
+from glass_mlx.ranks.format import GlobalRanks
+from glass_mlx.ranks.lookup import STATS_DIR
 
 PROMPT = [3, 14, 15, 9, 26, 5, 35]
 OTHER = [8, 97, 9, 32, 38, 46]
@@ -113,10 +116,20 @@ def run(model: nn.Module, cache: list | None, *calls: list[int]) -> list[mx.arra
 def prefilled(model: GlassModel, prompt: list[int] = PROMPT, chunk: int | None = None, **config) -> list:
     """A prompt cache after a prompt."""
     cache = model.make_cache(**config)
-    model.session(cache).begin_prompt(len(prompt))
     chunk = chunk or len(prompt)
-    run(model, cache, *(prompt[i : i + chunk] for i in range(0, len(prompt), chunk)))
+    for i in range(0, len(prompt), chunk):
+        mx.eval(model.prefill(mx.array([prompt[i : i + chunk]]), cache))
     return cache
+
+
+def decoded(model: GlassModel, cache: list, *tokens: int) -> list[mx.array]:
+    """The logits of tokens that are decoded one by one."""
+    logits = []
+    for token in tokens:
+        model.select(cache)
+        logits.append(model.decode(mx.array([[token]]), cache))
+    mx.eval(logits)
+    return logits
 
 
 def say(model: nn.Module, prompt: list[int], cache: list, n: int = 6) -> list[int]:
@@ -137,9 +150,8 @@ def assert_masked_dense(model: GlassModel, prompt: list[int] = PROMPT, **config)
     cache, reference = model.make_cache(density=0.5, **config), make_prompt_cache(model.dense)
     (read,), (expected,) = run(model, cache, prompt), run(model.dense, reference, prompt)
     assert mx.array_equal(read, expected)  # prefill is dense to the bit
-    model.session(cache).in_prompt = False  # the whole prompt came in one call
     dense = copy.deepcopy(reference)
-    sparse = run(model, cache, *steps(STEPS))
+    sparse = decoded(model, cache, *STEPS)
     with watched(model, model.kept_neurons(cache)):
         expected = run(model.dense, reference, *steps(STEPS))
     assert all(map(close, sparse, expected))
@@ -261,8 +273,7 @@ def test_short_prompts(llama, prompt, weight, by_the_model):
     """With nothing local but one token, fixed weights leave the choice to the global ranks, unless they are not to."""
     cache = llama.make_cache(global_weight=weight)
     if prompt:
-        llama.session(cache).begin_prompt(prompt)
-        run(llama, cache, PROMPT[:prompt])
+        mx.eval(llama.prefill(mx.array([PROMPT[:prompt]]), cache))
     assert (kept_lists(llama, cache) == top(llama, 0.5)) == by_the_model
     assert (llama.global_weight(llama.session(cache)) == 1) == by_the_model
 
@@ -270,7 +281,7 @@ def test_short_prompts(llama, prompt, weight, by_the_model):
 def test_without_global_ranks_the_prompt_decides(llama):
     model = GlassModel(llama.dense)
     cache = model.make_cache(global_weight=0.9)
-    with pytest.raises(GlassError, match="read a prompt first"):
+    with pytest.raises(GlassError, match="prefill a prompt first"):
         model.kept_neurons(cache)
     say(model, PROMPT, cache, 1)
     assert model.global_weight(model.session(cache)) == 0
@@ -284,14 +295,13 @@ def test_evidence_of_two_turns_adds_up(llama):
     cache = prefilled(llama, refresh=0)
     session, prompt = llama.session(cache), copy.deepcopy(cache[:-1])
     first = np.array(session.energy)
-    run(llama, cache, *steps(STEPS))
+    decoded(llama, cache, *STEPS)
     compact = session.compact
-    run(llama, cache, *steps(STEPS))
+    decoded(llama, cache, *STEPS)
     assert session.compact is compact  # one choice for each answer
     with watched(llama) as seen:
         run(llama.dense, prompt, [*STEPS, *STEPS, *OTHER])
-    session.begin_prompt(len(OTHER))
-    run(llama, cache, OTHER)
+    mx.eval(llama.prefill(mx.array([OTHER]), cache))
     expected = 0.5 ** (2 * len(STEPS) / 128) * first + np.concatenate(energies_by_hand(llama, seen, "impact"))
     np.testing.assert_allclose(session.energy, expected, rtol=1e-4, atol=1e-8)
     assert session.prompt_tokens == len(PROMPT) + 2 * len(STEPS) + len(OTHER)
@@ -429,8 +439,9 @@ def test_input_embeddings_are_a_prompt(llama):
 
 def test_decode_of_several_tokens(llama):
     one, several = prefilled(llama), prefilled(llama)
+    llama.select(several)
     logits = llama.decode(mx.array([STEPS]), several)
-    assert close(logits, mx.concatenate(run(llama, one, *steps(STEPS)), axis=1))
+    assert close(logits, mx.concatenate(decoded(llama, one, *STEPS), axis=1))
     assert llama.session(several).offset == llama.session(one).offset == len(PROMPT) + len(STEPS)
     assert llama.session(several).prompt_tokens == len(PROMPT)
 
@@ -456,11 +467,11 @@ def test_quantised(name, quantisation):
     model = GlassModel(dense)
     assert_masked_dense(model)
     cache = prefilled(model)
-    run(model, cache, [8])
-    block, compact = model.blocks[0], model.session(cache).compact[0]
-    assert {type(compact[name]) for name in block.inputs} == {type(block.module[block.inputs[0]])}
+    decoded(model, cache, 8)
+    block, compact = model.blocks[0], model.session(cache).compact.projections[0]
+    assert {type(compact[name]) for name in block.inputs} == {plain_class(block.module[block.inputs[0]])}
     in_units = quantisation.get("mode") is None and quantisation.get("group_size", 64) > 32
-    assert type(compact[block.output]) is (nn.QuantizedLinear if in_units else Spread)
+    assert type(compact[block.output]) is (nn.QuantizedLinear if in_units else ScatterLinear)
 
 
 def test_mixed_precision():
@@ -522,7 +533,7 @@ def test_calls_without_a_session_are_dense(llama):
 
 def test_parameters_are_the_dense_models(llama):
     cache = prefilled(llama)
-    run(llama, cache, [8])
+    decoded(llama, cache, 8)
     assert llama.session(cache).compact
     assert {name for name, _ in tree_flatten(llama.parameters())} == {
         f"dense.{name}" for name, _ in tree_flatten(llama.dense.parameters())
@@ -553,7 +564,7 @@ def test_compact_weights_go_with_their_conversation(llama):
 def test_auto_expects_what_the_model_says_after_prompts_like_it(demo):
     """The demo's domains are prose and answers; each prompt is taken for one of its own kind."""
     model, tokenizer = demo
-    prior = model._plan.priors["impact"]
+    prior = Prior(GlobalRanks.read(STATS_DIR / "demo.safetensors").domains["impact"])
     for text, domain in (
         ("The old house at the end of the lane had stood empty for many", 0),
         ("<|user|> I want to find a restaurant in San Jose.<|assistant|>", 1),
@@ -571,6 +582,6 @@ def test_measured_allocation(llama):
     assert counts[1] > counts[0] and sum(counts) == sum(model.kept_counts(0.5, "uniform"))
     assert len(set(model.kept_counts(0.5, "uniform"))) == 1
     for allocation in ("measured", "uniform"):
-        cache = model.make_cache(allocation=allocation)
+        cache = model.make_cache(layer_budgets=allocation)
         say(model, PROMPT, cache, 4)
         assert [len(k) for k in model.kept_neurons(cache).values()] == model.kept_counts(0.5, allocation)

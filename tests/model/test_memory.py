@@ -15,9 +15,10 @@ from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 from mlx_lm.utils import save_model
 
 from glass_mlx import GlassError, GlassModel, load, stream_generate
-from glass_mlx.core.slicing import Spread
+from glass_mlx.core.slicing import ScatterLinear
 from glass_mlx.evaluation.tiny_models import tiny_model
 from glass_mlx.loading import DEMO_PATH
+from glass_mlx.model.blocks import CompactWeights
 from glass_mlx.model.config import GlassConfig
 from glass_mlx.model.memory import SessionMemory, WeightFiles, default_limit, model_bytes
 from glass_mlx.model.session import Session
@@ -28,20 +29,20 @@ PROMPT = [3, 14, 15, 9, 26, 5, 35]
 def holding(values: int) -> Session:
     """A session with compact weights of so many float32."""
     session = Session(GlassConfig())
-    session.compact = [{"down_proj": nn.Linear(values, 1, bias=False)}]
+    session.hold(CompactWeights([{"down_proj": nn.Linear(values, 1, bias=False)}], {}, 4 * values), 0.0)
     return session
 
 
 def step(model: GlassModel, cache: list, token: int = 8) -> mx.array:
-    logits = model(mx.array([[token]]), cache=cache)
+    model.select(cache)
+    logits = model.decode(mx.array([[token]]), cache)
     mx.eval(logits, [entry.state for entry in cache])
     return logits
 
 
 def read(model: GlassModel, prompt: list[int] = PROMPT, **config) -> list:
     cache = model.make_cache(**config)
-    model.session(cache).begin_prompt(len(prompt))
-    mx.eval(model(mx.array([prompt]), cache=cache), [entry.state for entry in cache])
+    mx.eval(model.prefill(mx.array([prompt]), cache), [entry.state for entry in cache])
     return cache
 
 
@@ -51,10 +52,10 @@ def test_the_session_not_used_for_longest_gives_way():
     memory.use(b)
     assert a.compact and b.compact and memory.held() == 800
     memory.use(a)  # b has now waited for longest
-    c.compact = None
+    c.drop_weights()
     memory.use(c, needed=400)
     assert a.compact and b.compact is None
-    c.compact = holding(100).compact
+    c.hold(holding(100).compact, 0.0)
     assert memory.held() == 800
 
 
@@ -152,15 +153,17 @@ def test_without_dense_weights_in_memory(which, request):
     cache = read(model)
     before = mx.get_active_memory()
     step(model, cache)
-    compact = model.session(cache).compact
+    compact = model.session(cache).compact.projections
     gone = sum(
         a.nbytes
         for block, projections in zip(model.blocks, compact)
         for name, projection in projections.items()
-        if not isinstance(projection, Spread)
+        if not isinstance(projection, ScatterLinear)
         for a in block.module[name].parameters().values()
     )
-    assert any(isinstance(p, Spread) for projections in compact for p in projections.values()) == (which == "saved")
+    assert any(isinstance(p, ScatterLinear) for projections in compact for p in projections.values()) == (
+        which == "saved"
+    )
     active = mx.get_active_memory() - before
     assert active <= model.session(cache).compact_bytes - gone + 200_000  # the KV cache grew
 

@@ -13,6 +13,8 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache, load_prompt_cache, make_prompt_cache, save_prompt_cache, trim_prompt_cache
 
 from glass_mlx import GlassConfig, GlassError, GlassModel, stream_generate
+from glass_mlx.decoding.stream import PhasedModel
+from glass_mlx.evaluation.teacher_forcing import decode_given
 from glass_mlx.evaluation.tiny_models import tiny_model
 from glass_mlx.model.session import Session
 
@@ -24,16 +26,19 @@ FAMILIES = "llama qwen2 qwen3 gemma gemma2 gemma3_text phi3 gpt2 gpt_neox phi ol
 
 def read(model: GlassModel, prompt: list[int], cache: list | None = None, **config) -> list:
     cache = cache or model.make_cache(**config)
-    model.session(cache).begin_prompt(len(prompt))
-    mx.eval(model(mx.array([prompt]), cache=cache), [entry.state for entry in cache])
+    mx.eval(model.prefill(mx.array([prompt]), cache), [entry.state for entry in cache])
     return cache
+
+
+def step(model: GlassModel, cache: list, inputs: mx.array | None, **kwargs) -> mx.array:
+    return model.run_phase(model.session(cache).decoding_phase(), inputs, cache, **kwargs)
 
 
 def say(model: GlassModel, cache: list, tokens: list[int]) -> list[mx.array]:
     """One token a call, as mlx-lm's loop decodes."""
     logits = []
     for token in tokens:
-        logits.append(model(mx.array([[token]]), cache=cache)[0, -1])
+        logits.append(step(model, cache, mx.array([[token]]))[0, -1])
         mx.eval(logits[-1], [entry.state for entry in cache])
     return logits
 
@@ -64,7 +69,7 @@ def test_a_refresh_is_dense_reading(name):
     theirs.energy = theirs.energy - (1 - 0.5 ** (5 / 128)) * before
     assert close([np.array(ours.energy)], [np.array(theirs.energy)], 1e-3)
     assert ours.offset == theirs.offset == ours.prompt_tokens == 12
-    assert not ours.unread and not ours.in_prompt
+    assert not ours.pending_reread and not ours.in_prompt
     dense = model.dense(mx.array([PROMPT + SAID[:5]]))[0, -1]
     assert close([np.array(logits[-1])], [np.array(dense)])
     assert not close([np.array(logits[-2])], [np.array(model.dense(mx.array([PROMPT + SAID[:4]]))[0, -1])], 1e-3)
@@ -95,10 +100,10 @@ def test_schedule(refresh, expected):
 def test_neurons_are_chosen_at_some_refreshes():
     session, read, chosen = Session(GlassConfig(refresh="auto")), [], []
     for _ in range(500):
-        session.advance(1)
-        if session.until_refresh() == 0:
-            read.append(session.said)
-            chosen += [session.said] * session.chooses_now()
+        session.advance(1, mx.array([[1]]))
+        if session.until_reread() == 0:
+            read.append(session.generated)
+            chosen += [session.generated] * session.choice_is_due()
     assert read == list(range(16, 501, 16)) and chosen == [32, 96, 224, 352, 480]
 
 
@@ -125,14 +130,13 @@ def test_a_next_prompt_reads_the_answer_as_well(refresh):
     cache = read(model, PROMPT, refresh=refresh)
     say(model, cache, SAID[:3])
     unread = copy.deepcopy(cache)
-    model.session(unread).begin_prompt(2)
-    logits = model(mx.array([SAID[3:5]]), cache=unread)
+    logits = model.prefill(mx.array([SAID[3:5]]), unread)
     assert logits.shape[1] == 2
     whole = read(model, PROMPT + SAID[:5])
     assert close(contents(unread), contents(whole))
     assert not close(contents(cache), contents(read(model, PROMPT + SAID[:3])), 1e-3)  # without: what was sparse stays
     session = model.session(unread)
-    assert (session.prompt_tokens, session.said, session.prompt_left, session.in_prompt) == (12, 0, 0, False)
+    assert (session.prompt_tokens, session.generated, session.pending_reread) == (12, 0, [])
 
 
 def test_a_long_answer_is_read_again_in_several_calls(monkeypatch):
@@ -140,8 +144,7 @@ def test_a_long_answer_is_read_again_in_several_calls(monkeypatch):
     model = GlassModel(tiny_model("llama"))
     cache = read(model, PROMPT)
     say(model, cache, SAID[:7])
-    model.session(cache).begin_prompt(2)
-    logits = model(mx.array([[50, 60]]), cache=cache)
+    logits = model.prefill(mx.array([[50, 60]]), cache)
     dense = model.dense(mx.array([[*PROMPT, *SAID[:7], 50, 60]]))[0, -2:]
     assert close([np.array(logits[0])], [np.array(dense)])
     assert close(contents(cache), contents(read(model, [*PROMPT, *SAID[:7], 50, 60])))
@@ -152,9 +155,8 @@ def test_a_next_prompt_of_embeddings_reads_the_answer_as_well():
     model = GlassModel(tiny_model("llama"))
     cache = read(model, PROMPT)
     say(model, cache, SAID[:3])
-    model.session(cache).begin_prompt(2)
     embeddings = model.dense.model.embed_tokens(mx.array([SAID[3:5]]))
-    mx.eval(model(None, cache=cache, input_embeddings=embeddings), [entry.state for entry in cache])
+    mx.eval(model.prefill(None, cache, input_embeddings=embeddings), [entry.state for entry in cache])
     assert close(contents(cache), contents(read(model, PROMPT + SAID[:5])))
 
 
@@ -163,9 +165,9 @@ def test_embeddings_that_are_decoded_cannot_be_read_again():
     model = GlassModel(tiny_model("llama"))
     cache = read(model, PROMPT)
     say(model, cache, SAID[:2])
-    model(None, cache=cache, input_embeddings=model.dense.model.embed_tokens(mx.array([SAID[2:3]])))
+    step(model, cache, None, input_embeddings=model.dense.model.embed_tokens(mx.array([SAID[2:3]])))
     say(model, cache, SAID[3:4])
-    assert [tokens.tolist() for tokens in model.session(cache).unread] == [[SAID[3:4]]]
+    assert [tokens.tolist() for tokens in model.session(cache).pending_reread] == [[SAID[3:4]]]
     read(model, [50, 60], cache)
     assert model.session(cache).offset == cache[0].offset == len(PROMPT) + 6
 
@@ -186,9 +188,9 @@ def test_a_given_continuation_is_refreshed_as_if_it_came_token_by_token(refresh)
     cache = read(model, PROMPT, refresh=refresh)
     one_by_one = say(model, cache, tokens)
     at_once = read(model, PROMPT, refresh=refresh)
-    logits = model.decode(mx.array([tokens]), at_once)[0]
+    logits = decode_given(model, mx.array([tokens]), at_once)[0]
     assert close([np.array(logits)], [np.array(mx.stack(one_by_one))])
-    assert model.session(at_once).said == model.session(cache).said == 37
+    assert model.session(at_once).generated == model.session(cache).generated == 37
 
 
 def test_mlx_lms_own_loop_refreshes(demo):
@@ -210,7 +212,7 @@ def test_caches_that_cannot_be_trimmed_are_left_as_they_are():
     cache = model.make_cache(max_kv_size=8, refresh=2)
     read(model, PROMPT, cache)
     assert refreshes(model, cache, 12) == []
-    assert len(model.session(cache).unread) <= 2
+    assert len(model.session(cache).pending_reread) <= 2
 
 
 @pytest.mark.parametrize("n", range(1, 11))
@@ -218,8 +220,8 @@ def test_an_answer_may_end_anywhere(n):
     """At a refresh, before or after it: the next turn reads on from exact keys and values."""
     model = GlassModel(tiny_model("llama"))
     cache = model.make_cache(refresh=4)
-    model.session(cache).begin_prompt(len(PROMPT))
-    said = [int(token) for token, _ in generate_step(mx.array(PROMPT), model, max_tokens=n, prompt_cache=cache)]
+    phased = PhasedModel(model, len(PROMPT))
+    said = [int(token) for token, _ in generate_step(mx.array(PROMPT), phased, max_tokens=n, prompt_cache=cache)]
     in_cache = [*PROMPT, *said][: model.session(cache).offset]
     assert len(in_cache) == cache[0].offset >= len(PROMPT) + n - 1
     read(model, [50, 60], cache)
@@ -252,11 +254,11 @@ def test_trimming_takes_unread_tokens_along(refresh):
     say(model, cache, SAID[:5])
     trim_prompt_cache(cache, 2)
     session = model.session(cache)
-    assert mx.concatenate(session.unread, axis=1).tolist() == [SAID[:3]] and session.said == 3
+    assert mx.concatenate(session.pending_reread, axis=1).tolist() == [SAID[:3]] and session.generated == 3
     read(model, SAID[3:5], cache)
     assert close(contents(cache), contents(read(model, PROMPT + SAID[:5])))
     trim_prompt_cache(cache, 10)
-    assert not session.unread and session.offset == 2
+    assert not session.pending_reread and session.offset == 2
 
 
 def test_unread_tokens_are_saved(tmp_path):
@@ -276,7 +278,7 @@ def test_a_saved_answer_is_read_again_with_the_next_prompt(tmp_path):
     say(model, cache, SAID[:4])
     save_prompt_cache(str(tmp_path / "cache.safetensors"), cache)
     loaded = load_prompt_cache(str(tmp_path / "cache.safetensors"))
-    assert mx.concatenate(model.session(loaded).unread, axis=1).tolist() == [SAID[:4]]
+    assert mx.concatenate(model.session(loaded).pending_reread, axis=1).tolist() == [SAID[:4]]
     trim_prompt_cache(loaded, 1)
     read(model, [50, 60], loaded)
     assert close(contents(loaded), contents(read(model, [*PROMPT, *SAID[:3], 50, 60])))
@@ -288,7 +290,7 @@ def test_copies_have_their_own_unread_tokens():
     say(model, cache, SAID[:2])
     twin = copy.deepcopy(cache)
     say(model, twin, SAID[2:4])
-    assert len(model.session(cache).unread) == 2 and len(model.session(twin).unread) == 4
+    assert len(model.session(cache).pending_reread) == 2 and len(model.session(twin).pending_reread) == 4
 
 
 def test_a_quantised_kv_cache_is_repaired_too(demo):

@@ -90,7 +90,7 @@ def test_pieces(demo_engine):
 def test_settings_of_a_request(demo_engine):
     usage = last(demo_engine.submit(ask("Hello", density=0.25, global_weight=1.0, signal="activation"))).usage
     assert (usage.density, usage.kept_neurons, usage.global_weight, usage.signal) == (0.25, 1536, 1.0, "activation")
-    last(demo_engine.submit(ask("Hello", allocation="uniform", client="u")))
+    last(demo_engine.submit(ask("Hello", layer_budgets="uniform", client="u")))
     assert demo_engine._answerer.conversations._entries[-1].session.config.allocation == "uniform"
     usage = last(demo_engine.submit(ask("Hello", density=1.0))).usage
     assert (usage.kept_neurons, usage.selection_ms) == (6144, 0)

@@ -29,7 +29,7 @@ def test_defaults():
 def test_everything():
     sampling = {"temperature": 1, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "xtc_probability": 0.5, "xtc_threshold": 0.2}
     sampling |= {"repetition_penalty": 1.1, "presence_penalty": -1, "frequency_penalty": 2, "seed": -1}
-    glass = {"density": 0.3, "global_weight": "auto", "signal": "activation", "allocation": "uniform"}
+    glass = {"density": 0.3, "global_weight": "auto", "signal": "activation", "layer_budgets": "uniform"}
     given = request(**sampling, **glass, stop=["a", "b"], logit_bias={"5": -100}, user="you", model="demo", n=1)
     assert {k: getattr(given, k) for k in (*sampling, *glass)} == sampling | glass
     assert (given.stop, given.logit_bias, given.client, given.model) == (("a", "b"), {5: -100.0}, "me you", "demo")
@@ -101,7 +101,7 @@ def test_stop(stop, words):
         ("density", [0, -1, 1.1, "0.5", True, float("nan")]),
         ("global_weight", [-1, 2, "heavy", True]),
         ("signal", ["loud", 1]),
-        ("allocation", ["loud", 1]),
+        ("layer_budgets", ["loud", 1]),
         ("tools", [{}, [{}], [{"type": "function", "function": {}}], [{"type": "web", "function": {"name": "f"}}]]),
         ("tool_choice", ["required", {"type": "function", "function": {"name": "f"}}]),
         ("response_format", [{"type": "json_object"}, {"type": "json_schema"}, "text", {}]),

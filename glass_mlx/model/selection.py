@@ -1,0 +1,161 @@
+"""Which neurons a conversation keeps: chosen by its evidence and by what is known of the model.
+
+    evidence + global statistics -> scores -> layer budgets -> kept neurons
+
+All of it stays on the device, and the number of neurons kept depends on nothing but the model and the configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate
+
+import mlx.core as mx
+import numpy as np
+
+from ..core.layer_budgets import allocate, uniform
+from ..core.prior import Prior
+from ..core.ranking import fuse, keep_order, rank
+from ..core.slicing import UNIT
+from ..errors import GlassError
+from .config import GlassConfig
+
+
+class NeuronSelector:
+    """Chooses neurons for one model.
+
+    Attributes:
+        sizes: F of each block.
+        groups: how many neurons share a quantisation group, for each block (``Block.group``).
+        ranks: for each signal the global ranks [F] of every block; None without global statistics.
+    """
+
+    def __init__(
+        self,
+        sizes: list[int],
+        groups: list[int],
+        ranks: dict[str, list[mx.array]] | None = None,
+        domains: dict[str, list[mx.array]] | None = None,
+        sensitivity: list[float] | None = None,
+    ):
+        """
+        Args:
+            sizes, groups (list[int]): of the model's blocks.
+            ranks (dict, optional): for each signal the global ranks [F] of every block.
+            domains (dict, optional): for each signal the energies [K, F] of every block on each kind of text that the
+                ranks come from. Default: made from the ranks, with half the energy at twice the rank.
+            sensitivity (list, optional): of every block (``ranks/sensitivity.py``). Default: all alike.
+        """
+        self.sizes, self.groups, self.ranks, self._sensitivity = sizes, groups, ranks, sensitivity
+        domains = domains or {signal: [_shares(r) for r in rs] for signal, rs in (ranks or {}).items()}
+        self._priors = {signal: Prior(rows) for signal, rows in domains.items()}
+        self._counts: dict[tuple[float, str], list[int]] = {}
+
+    def counts(self, density: float, layer_budgets: str) -> list[int]:
+        """How many neurons each block keeps: density * F, rounded to what the block can be cut into; or, with the
+        budgets ``"measured"`` and where sensitivities are known, as many in all (``core/layer_budgets.py``)."""
+        key = (density, layer_budgets)
+        if key not in self._counts:
+            if self._sensitivity is None or layer_budgets == "uniform":
+                self._counts[key] = uniform(density, self.sizes, self.groups)
+            else:
+                energies = [np.array(e) for e in self.by_block(self._priors["impact"].expected(None))]
+                self._counts[key] = allocate(density, energies, self._sensitivity, self.groups)
+        return self._counts[key]
+
+    def choose(self, config: GlassConfig, energy: mx.array | None, prompt_tokens: int) -> list[mx.array]:
+        """The neurons to keep.
+
+        Args:
+            config (GlassConfig): how to choose.
+            energy (mx.array, optional): the evidence, [sum of F] float32.
+            prompt_tokens (int): how many tokens it is from.
+
+        Returns:
+            list[mx.array]: for each block the kept neurons [k] int32, ascending.
+
+        Raises:
+            GlassError: there is nothing to choose by.
+        """
+        if config.density == 1:
+            return [mx.arange(size, dtype=mx.int32) for size in self.sizes]
+        counts = self.counts(config.density, config.layer_budgets)
+        scores = self._scores(config, energy, prompt_tokens)
+        kept: list[mx.array] = [None] * len(self.sizes)
+        for (_, group), members in self._alike().items():  # blocks of one shape at once
+            for i, order in zip(members, keep_order(scores(members), group)):
+                kept[i] = mx.sort(order[: counts[i]])
+        return kept
+
+    def fits(self, kept: list[mx.array], config: GlassConfig) -> bool:
+        """Whether neurons [k] that were kept elsewhere, in a file say, can be kept in these blocks."""
+        counts = self.counts(config.density, config.layer_budgets)
+        if [(k.shape, k.dtype) for k in kept] != [((count,), mx.int32) for count in counts]:
+            return False
+        for neurons, size, group in zip(map(np.array, kept), self.sizes, self.groups):
+            if neurons[0] < 0 or neurons[-1] >= size or (np.diff(neurons) <= 0).any():
+                return False
+            units = neurons.reshape(-1, UNIT) // group if group > 1 else neurons[:, None]
+            if (units != units[:, :1]).any():
+                return False
+        return True
+
+    def global_weight(self, config: GlassConfig, energy: mx.array | None, prompt_tokens: int) -> float:
+        """How much what is known of the model counts in a choice against the prompt, in [0, 1].
+
+        It is the configured weight; with ``"auto"``, the global statistics' share of the tokens that the expectation
+        rests on. It is 0 without global statistics, and 1 where nothing, or a single token, is known of the prompt.
+        """
+        weight = self._weight(config, energy, prompt_tokens)
+        if weight != "auto":
+            return weight
+        if energy is None:
+            return 1.0
+        tokens = self._priors[config.signal].tokens(energy)
+        return (tokens / (tokens + mx.sum(energy) / len(self.sizes))).item()
+
+    def by_block(self, energy: mx.array) -> list[mx.array]:
+        """Evidence [sum of F], block by block."""
+        return mx.split(energy, list(accumulate(self.sizes))[:-1])
+
+    def _scores(self, config: GlassConfig, energy: mx.array | None, prompt_tokens: int) -> Callable:
+        """A function from indices of blocks of one shape to their scores [blocks, F]: integers, smaller is better."""
+        prior = self._priors.get(config.signal)
+        if prior is None and energy is None:
+            raise GlassError("No neurons can be chosen yet: prefill a prompt first, or load global ranks.")
+        weight = self._weight(config, energy, prompt_tokens)
+        if weight == "auto":
+            expected = self.by_block(prior.expected(energy))
+            return lambda members: rank(mx.stack([expected[i] for i in members]))
+        ranks = self.ranks and self.ranks[config.signal]
+        if weight == 1:
+            return lambda members: mx.stack([ranks[i] for i in members])
+        local = self.by_block(energy)
+
+        def fused(members: list[int]) -> mx.array:
+            own = rank(mx.stack([local[i] for i in members]))
+            return own if weight == 0 else fuse(own, mx.stack([ranks[i] for i in members]), weight)
+
+        return fused
+
+    def _weight(self, config: GlassConfig, energy: mx.array | None, prompt_tokens: int) -> float | str:
+        """The configured global weight, as far as there is something to weigh."""
+        if not self._priors:
+            return 0.0
+        if config.global_weight == "auto":
+            return "auto"
+        alone = energy is None or (prompt_tokens <= 1 and config.global_weight > 0)
+        return 1.0 if alone else float(config.global_weight)
+
+    def _alike(self) -> dict[tuple[int, int], list[int]]:
+        """Indices of the blocks by their size and group."""
+        alike: dict[tuple[int, int], list[int]] = {}
+        for i, key in enumerate(zip(self.sizes, self.groups)):
+            alike.setdefault(key, []).append(i)
+        return alike
+
+
+def _shares(ranks: mx.array) -> mx.array:
+    """Energies [1, F] that would rank like this."""
+    shares = 1 / ranks.astype(mx.float32)
+    return (shares / mx.sum(shares))[None]
