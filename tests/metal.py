@@ -168,6 +168,7 @@ class Evaluation:
     nodes: list[Node] = field(default_factory=list)
 
 
+_SMALL = 60  # primitives
 _passed: set[int] = set()
 _recordings: list[tuple[int, list[Evaluation]]] = []
 
@@ -203,17 +204,21 @@ def check(*trees: Any) -> None:
 
 
 def _likeness(arrays: list[mx.array]) -> int | None:
-    """A number for what a graph consists of: the dtypes of its outputs and its primitives, each with the number of
-    arrays that it takes and gives and with the primitive listed before it. None if there is nothing to run.
+    """A number that graphs share if listing one of them is enough. None if there is nothing to run.
 
-    No rule asks for a shape, or how often something is done: longer texts and more layers look alike.
+    Small graphs, which tests of a single function make, share it if their primitives, one by one, and the shapes and
+    dtypes of their outputs are the same. No rule asks for a shape, or how often something is done: of a model's graph
+    only the set of its primitives counts, each with its neighbour and the number of arrays that it takes and gives, and
+    the dtypes of the outputs. So longer texts and more layers look alike.
     """
     drawn = io.StringIO()
     mx.export_to_dot(drawn, *arrays)
     primitives = [(text[: text.index('"')], text.count("->")) for text in drawn.getvalue().split('label ="')[1:]]
     if not primitives:
         return None
-    return hash((frozenset(zip(primitives, [None, *primitives])), frozenset(a.dtype for a in arrays)))
+    if len(primitives) < _SMALL:
+        return hash((*primitives, *((a.shape, a.dtype) for a in arrays)))
+    return hash((frozenset(zip(primitives, primitives[1:])), frozenset(a.dtype for a in arrays)))
 
 
 def _written(node: Node) -> str:
