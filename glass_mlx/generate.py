@@ -84,7 +84,10 @@ def _generate(args: argparse.Namespace, template: dict[str, Any]) -> None:
         options["num_draft_tokens"] = args.num_draft_tokens
     used: nn.Module = model.dense if args.dense else model
     if cached is not None:
-        cached = model.add_session(cached)
+        try:
+            cached = model.add_session(cached)
+        except GlassError as e:
+            raise GlassError(f"{args.prompt_cache_file} is not a usable prompt cache. {e}") from e
         if len(cached) != len(model.make_cache()):
             raise GlassError(f"{args.prompt_cache_file} is the prompt cache of another model.")
         options["prompt_cache"] = cached[:-1] if args.dense else cached
@@ -153,8 +156,9 @@ def _prompt(args: argparse.Namespace, tokenizer: Any, template: dict[str, Any], 
 def _read_cache(path: str) -> list[Any]:
     try:
         return load_prompt_cache(path)
-    except (OSError, RuntimeError, ValueError, KeyError) as e:
-        raise GlassError(f"{path} is no prompt cache: {str(e).splitlines()[0]}") from e
+    except (OSError, RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise GlassError(f"{path} is not a usable prompt cache: {reason}") from e
 
 
 def _as_json(text: str, tokens: list[int], r: GenerationResponse) -> dict[str, Any]:
