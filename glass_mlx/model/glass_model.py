@@ -181,8 +181,17 @@ class GlassModel(nn.Module):
 
     # The phases. Calls with a prompt cache return logits [B, L, vocabulary] of tokens [B, L].
 
-    def __call__(self, inputs: mx.array, cache: list[Any] | None = None, **kwargs: Any) -> mx.array:
+    # mlx-lm looks for input_embeddings in the signature
+    def __call__(
+        self,
+        inputs: mx.array,
+        cache: list[Any] | None = None,
+        input_embeddings: mx.array | None = None,
+        **kwargs: Any,
+    ) -> mx.array:
         """One step of a foreign loop, mlx-lm's for example: the phase is inferred (``Session.infer_phase``)."""
+        if input_embeddings is not None:
+            kwargs["input_embeddings"] = input_embeddings
         session = self._find_session(cache)
         if session is None:
             return self.dense(inputs, cache=cache, **kwargs)

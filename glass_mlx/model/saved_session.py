@@ -9,30 +9,37 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache
 
-from ..errors import GlassError
+from ..errors import GlassError, printable
 from .config import GlassConfig
 from .selection import NeuronSelector
 from .session import SAVED_AS, EvidenceSpan, Session
 
-_UNUSABLE = "The prompt cache cannot be used: "
 _NAME = SAVED_AS.rpartition(" ")[0]
+
+
+class UnusableCache(GlassError):
+    """A prompt cache out of a file is damaged, or another model's; ``reason`` says what is wrong."""
+
+    def __init__(self, reason: str):
+        super().__init__(f"The prompt cache cannot be used: {reason}")
+        self.reason = printable(reason)
 
 
 def restore(entry: Any) -> Session | None:
     """The session that mlx-lm's ``load_prompt_cache`` read as an ArraysCache; None if the entry is not one.
 
     Raises:
-        GlassError: it is damaged, or another version saved it.
+        UnusableCache: it is damaged, or another version saved it.
     """
     if type(entry) is not ArraysCache or not entry.cache or not str(entry.cache[0]).startswith(_NAME):
         return None
     if entry.cache[0] != SAVED_AS:
-        raise GlassError(f"{_UNUSABLE}another version of glass_mlx saved it.")
+        raise UnusableCache("another version of glass_mlx saved it.")
     try:
         return _session(json.loads(entry.cache[1]), entry.cache[2:])
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, GlassError) as e:
         reason = (str(e).splitlines() or [type(e).__name__])[0][:80]
-        raise GlassError(f"{_UNUSABLE}its session is damaged ({reason}).") from e
+        raise UnusableCache(f"its session is damaged ({reason}).") from e
 
 
 def _session(header: dict[str, Any], arrays: list[Any]) -> Session:
@@ -81,17 +88,17 @@ def check_restored(session: Session, entries: list[Any], selector: NeuronSelecto
         dense (nn.Module): the model.
 
     Raises:
-        GlassError: the session is of another model, or its indices are out of range.
+        UnusableCache: the session is of another model, or its indices are out of range.
     """
     if any(span.energy.shape != (sum(selector.sizes),) for span in session.spans):
-        raise GlassError(f"{_UNUSABLE}its session is of another model.")
+        raise UnusableCache("its session is of another model.")
     offsets = {entry.offset for entry in entries if isinstance(getattr(entry, "offset", None), int)}
     if offsets and session.offset not in offsets:
-        raise GlassError(f"{_UNUSABLE}its session is of {session.offset} tokens, its keys and values are not.")
+        raise UnusableCache(f"its session is of {session.offset} tokens, its keys and values are not.")
     tables = [m for m in dense.modules() if isinstance(m, (nn.Embedding, nn.QuantizedEmbedding))]
     vocabulary = max((table.weight.shape[0] for table in tables), default=2**31)
     for tokens in session.pending_reread:
         if not mx.all((tokens >= 0) & (tokens < vocabulary)).item():
-            raise GlassError(f"{_UNUSABLE}it has token ids that the model does not have.")
+            raise UnusableCache("it has token ids that the model does not have.")
     if session.kept is not None and not selector.fits(session.kept, session.config):
         session.drop_choice()  # chosen for weights in another quantisation, or damaged
