@@ -22,8 +22,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
 import glass_mlx
-from glass_mlx import stats
 from glass_mlx.loading import DEMO_PATH
+from glass_mlx.ranks import measure
 from glass_mlx.ranks.format import GlobalRanks
 from glass_mlx.ranks.measure import calibrate
 from glass_mlx.ranks.sources import given_sequences
@@ -128,9 +128,9 @@ def written(ranks, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def small_builds(monkeypatch):
-    """Ranks are measured on few tokens."""
-    monkeypatch.setattr(stats, "null_prompt", partial(stats.null_prompt, sequences=4, length=8))
-    monkeypatch.setattr(stats, "build_ranks", partial(stats.build_ranks, tokens=60))
+    """Ranks that are built where a model has none are measured on few tokens."""
+    monkeypatch.setattr(measure, "null_prompt", partial(measure.null_prompt, sequences=4, length=8))
+    monkeypatch.setattr(measure, "build_ranks", partial(measure.build_ranks, tokens=60))
 
 
 @pytest.fixture

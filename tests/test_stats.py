@@ -14,8 +14,8 @@ from functools import partial
 import numpy as np
 import pytest
 from conftest import ROOT
+from global_statistics import same
 from hub_server import HubServer
-from test_measure import same
 
 import glass_mlx
 from glass_mlx import chat, stats

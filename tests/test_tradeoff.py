@@ -11,6 +11,7 @@ import pytest
 from glass_mlx import GlassModel
 from glass_mlx.decoding.sampling import make_sampler
 from glass_mlx.evaluation.decoders import CountingScheduler, answer, measure, simulated, simulated_ways, strays, ways
+from glass_mlx.evaluation.shapes import SHAPES
 from glass_mlx.evaluation.tiny_models import tiny_model
 from glass_mlx.tradeoff import main
 
@@ -113,7 +114,7 @@ def test_the_command_line(invoke, tmp_path):
 def test_a_shape_says_that_acceptance_is_simulated(invoke, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("glass_mlx.tradeoff.random_model", lambda *_: GlassModel(tiny_model("llama")))
-    monkeypatch.setitem(__import__("glass_mlx.evaluation.shapes").shapes.SHAPES, "qwen3-0.6b", {"vocab_size": 90})
+    monkeypatch.setitem(SHAPES, "qwen3-0.6b", {"vocab_size": 90})
     options = ["--shape", "qwen3-0.6b", "--density", "0.5", "--acceptance", "0.6,0.9", "--count", 2, "--tokens", 9]
     ran = invoke(main, *options, "--json", "-", "--plot", str(tmp_path / "t.png"))
     assert ran.code == 0, ran.err

@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from global_statistics import same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -50,15 +51,6 @@ def fits(value, schema) -> bool:
     if isinstance(schema, list):
         return isinstance(value, list) and all(fits(v, schema[0]) for v in value)
     return isinstance(value, str) and re.fullmatch(schema, value) is not None
-
-
-def same(a: GlobalRanks, b: GlobalRanks) -> bool:
-    arrays = [[*r.ranks[s], *r.energies[s]] for s in SIGNALS for r in (a, b)]
-    return a.metadata == b.metadata and all(
-        x.dtype == y.dtype and mx.array_equal(x, y)
-        for xs, ys in zip(arrays[::2], arrays[1::2], strict=True)
-        for x, y in zip(xs, ys, strict=True)
-    )
 
 
 def test_round_trip(ranks, written):

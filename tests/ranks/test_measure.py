@@ -11,12 +11,14 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
+from global_statistics import same
 from safetensors.numpy import save_file
 
 import glass_mlx
 from glass_mlx import GlassError
 from glass_mlx.core.importance import SIGNALS
 from glass_mlx.ranks import measure as module
+from glass_mlx.ranks import sources
 from glass_mlx.ranks.format import GlobalRanks
 from glass_mlx.ranks.identity import fingerprint
 from glass_mlx.ranks.measure import build_ranks, calibrate, compare
@@ -42,14 +44,6 @@ def energies(model, signal: str, rows: list[list[int]]) -> list[np.ndarray]:
                 h = h * np.linalg.norm(np.array(mlp.down_proj.weight, np.float64), axis=0)
             seen.append(h**2 / (h**2).sum(axis=1, keepdims=True))
     return [np.concatenate(seen).mean(axis=0) for seen in shares]
-
-
-def same(a: GlobalRanks, b: GlobalRanks) -> bool:
-    pairs = [
-        (x, y) for k in ("ranks", "energies", "domains") for s in SIGNALS for x, y in zip(vars(a)[k][s], vars(b)[k][s])
-    ]
-    equal = a.metadata == b.metadata and all(mx.array_equal(x, y) for x, y in pairs)
-    return equal and np.allclose(a.sensitivity, b.sensitivity, rtol=1e-3)
 
 
 @pytest.fixture
@@ -279,8 +273,8 @@ def test_mlx_lm_gives_token_ids(tiny):
 def caches(request, monkeypatch):
     """Caches that mlx-lm can batch, and such as it cannot."""
     if request.param == "one by one":
-        monkeypatch.setattr(module, "make_prompt_cache", lambda model: [SimpleNamespace()])
-        monkeypatch.setattr(module, "batch_generate", None)
+        monkeypatch.setattr(sources, "make_prompt_cache", lambda model: [SimpleNamespace()])
+        monkeypatch.setattr(sources, "batch_generate", None)
 
 
 def test_null_prompt(tiny, caches):
