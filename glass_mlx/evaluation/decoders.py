@@ -17,7 +17,7 @@ from mlx_lm.generate import generate_step, generation_stream, wired_limit
 from mlx_lm.models.cache import make_prompt_cache
 from tqdm import tqdm
 
-from ..core.metrics import divergence
+from ..core.metrics import kl_divergence
 from ..decoding.draft_scheduler import DraftScheduler
 from ..decoding.sampling import CommonRandomNumbers, make_sampler
 from ..decoding.speculative import verified_generate_step
@@ -189,7 +189,7 @@ def forced_kl(model: GlassModel, way: Way, prompt: list[int], said: list[int], d
     cache = model.make_cache(**way.config)
     first = model.prefill(mx.array([prompt]), cache)[:, -1:]
     rest = decode_given(model, mx.array([said[:-1]]), cache)
-    return np.array(divergence(dense, mx.concatenate([first, rest], axis=1).astype(mx.float32))[0])
+    return np.array(kl_divergence(dense, mx.concatenate([first, rest], axis=1).astype(mx.float32))[0])
 
 
 def measure(

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..core.importance import SIGNALS, energy, output_norms
-from ..core.metrics import divergence
+from ..core.metrics import kl_divergence
 from ..model.blocks import hooked, run_with
 from ..model.glass_model import GlassModel
 from .selectors import Arm, Evidence, by_oracle
@@ -182,7 +182,7 @@ def _run(model: GlassModel, text: Text, observe: Callable[[int, mx.array], mx.ar
 def _score(text: Text, dense: mx.array, sparse: mx.array, masks: list[mx.array], best: list[mx.array]) -> Scores:
     nll = text.nll(sparse)
     agree = mx.argmax(dense, axis=-1) == mx.argmax(sparse, axis=-1)
-    kl = divergence(dense, sparse)
+    kl = kl_divergence(dense, sparse)
     mx.eval(nll, kl, agree)
     kept = [np.array(mask) for mask in masks]
     pairs = [(k, np.array(b)) for k, b in zip(kept, best)]

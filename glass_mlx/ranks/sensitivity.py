@@ -12,7 +12,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from ..core.importance import output_norms
-from ..core.metrics import divergence
+from ..core.metrics import kl_divergence
 from ..core.ranking import kept_count, rank, select
 from ..model.blocks import hooked, run_with
 from ..model.glass_model import GlassModel
@@ -57,7 +57,7 @@ def sensitivity(
             return h * mask.astype(h.dtype)
 
         sparse = run_with(hooked([block], observe), model.dense, tokens).astype(mx.float32)
-        kl = mx.sum(divergence(dense, sparse) * real) / mx.sum(real)
+        kl = mx.sum(kl_divergence(dense, sparse) * real) / mx.sum(real)
         share = mx.mean(mx.stack(lost))
         mx.eval(kl, share)
         found.append(max(0.0, kl.item()) / share.item() if share.item() > 0 else 0.0)

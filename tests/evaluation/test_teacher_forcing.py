@@ -11,7 +11,7 @@ from mlx_lm.models.cache import KVCache
 import glass_mlx
 from glass_mlx import GlassConfig, stream_generate
 from glass_mlx.core.importance import SIGNALS
-from glass_mlx.core.metrics import divergence
+from glass_mlx.core.metrics import kl_divergence
 from glass_mlx.evaluation import teacher_forcing as fidelity
 from glass_mlx.evaluation.free_running import readability, self_nll, speak
 from glass_mlx.evaluation.selectors import (
@@ -144,8 +144,8 @@ def test_batches_make_no_difference(exact, monkeypatch):
 
 def test_divergence_of_the_same_is_zero():
     logits = 30 * mx.random.normal((5, 1000))
-    assert not mx.any(divergence(logits, logits)).item()
-    assert mx.all(divergence(logits, logits[::-1])[:2] > 0).item()
+    assert not mx.any(kl_divergence(logits, logits)).item()
+    assert mx.all(kl_divergence(logits, logits[::-1])[:2] > 0).item()
 
 
 def evidence_of(model, density: float) -> Evidence:
