@@ -39,8 +39,8 @@ from .evaluation.selectors import ARMS
 from .files import write_atomically
 from .loading import DEFAULT_MODEL, load
 from .model.glass_model import GlassModel
-from .ranks.format import GlobalRanks
-from .ranks.lookup import find_ranks
+from .ranks.format import GlobalStatistics
+from .ranks.lookup import find_statistics
 
 
 def _positive(text: str) -> int:
@@ -129,7 +129,7 @@ def main() -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     tic = time.perf_counter()
     model, tokenizer = load(args.model, stats=args.stats, trust_remote_code=args.trust_remote_code)
-    ranks = find_ranks(model, args.stats)
+    ranks = find_statistics(model, args.stats)
     if args.float32:
         model.dense.set_dtype(mx.float32)
     about = {"model": args.model, "backend": backend(), "float32": args.float32, "seed": args.seed}
@@ -163,7 +163,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _answer(
-    args: argparse.Namespace, model: GlassModel, tokenizer: Any, ranks: GlobalRanks | None, about: dict[str, Any]
+    args: argparse.Namespace, model: GlassModel, tokenizer: Any, ranks: GlobalStatistics | None, about: dict[str, Any]
 ) -> None:
     """Measure the answers to tasks."""
     if args.recall:

@@ -24,9 +24,10 @@ from .core.importance import SIGNALS
 from .errors import GlassError, StatsError
 from .loading import ALIASES, DEFAULT_MODEL, load
 from .model.glass_model import GlassModel
-from .ranks.format import GlobalRanks, merge, write_index
+from .ranks.agreement import compare
+from .ranks.format import GlobalStatistics, merge, write_index
 from .ranks.lookup import STATS_DIR, cache_dir
-from .ranks.measure import DEFAULT_STABLE_AT, DEFAULT_TOKENS, build_ranks, compare
+from .ranks.measure import DEFAULT_STABLE_AT, DEFAULT_TOKENS, build_ranks
 from .ranks.share import upload
 from .ranks.sources import dataset_rows, given_sequences, null_prompt, text_rows
 
@@ -133,7 +134,7 @@ def _build(args: argparse.Namespace) -> None:
     name = DEFAULT_MODEL if args.model == DEFAULT_MODEL else None
     stable_at = None if args.all else args.stable_at
     out = build_ranks(model, tokenizer, args.out, source, args.tokens, stable_at, name)
-    ranks = GlobalRanks.read(out)
+    ranks = GlobalStatistics.read(out)
     print(f"{out}: {len(ranks.sizes)} FFN layers, {ranks.metadata['tokens']} tokens, {_stability(ranks)}")
 
 
@@ -144,7 +145,7 @@ def _read_text(path: Path) -> str:
         raise GlassError(f"Cannot read {path}: {e}") from e
 
 
-def _stability(ranks: GlobalRanks) -> str:
+def _stability(ranks: GlobalStatistics) -> str:
     try:
         s = json.loads(ranks.metadata["stability"])
         return f"halves agree on {s['overlap']:.1%} of the better neurons, rank correlation {s['correlation']:.3f}"
@@ -165,7 +166,7 @@ def _find(name: str) -> Path:
     names = {name, ALIASES.get(name, name)}
     for _, path in _at_hand():
         try:
-            metadata = GlobalRanks.read(path).metadata
+            metadata = GlobalStatistics.read(path).metadata
         except StatsError:
             continue
         if names & {metadata.get("model"), metadata.get("original"), path.stem}:
@@ -177,7 +178,7 @@ def _list(args: argparse.Namespace) -> None:
     table = Table("model", "layers", "neurons", "method", "tokens", "where", "file")
     for place, path in _at_hand():
         try:
-            ranks = GlobalRanks.read(path)
+            ranks = GlobalStatistics.read(path)
         except StatsError as e:
             table.add_row("unreadable", "", "", escape(str(e).split(": ")[-1]), "", place, escape(path.name))
             continue
@@ -193,21 +194,21 @@ def _print(table: Table) -> None:
 
 def _show(args: argparse.Namespace) -> None:
     path = _find(args.file)
-    ranks = GlobalRanks.read(path)
+    ranks = GlobalStatistics.read(path)
     print(path)
     for key, value in sorted(ranks.metadata.items()):
         print(f"  {key:16} {value if len(value) < 160 else value[:157] + '...'}")
 
 
 def _merge(args: argparse.Namespace) -> None:
-    merged = merge([GlobalRanks.read(_find(name)) for name in args.files])
+    merged = merge([GlobalStatistics.read(_find(name)) for name in args.files])
     merged.write(args.out)
     print(f"{args.out}: {', '.join(merged.domain_names)}")
 
 
 def _verify(args: argparse.Namespace) -> None:
     path = _find(args.file)
-    ranks = GlobalRanks.read(path)
+    ranks = GlobalStatistics.read(path)
     if args.model is None:
         print(f"{path}: sound; {len(ranks.sizes)} FFN layers; for {ranks.metadata.get('model', 'an unnamed model')}")
         return
@@ -216,7 +217,7 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _diff(args: argparse.Namespace) -> None:
-    a, b = (GlobalRanks.read(_find(name)) for name in args.files)
+    a, b = (GlobalStatistics.read(_find(name)) for name in args.files)
     if a.sizes != b.sizes:
         raise GlassError(f"The files are for models of different shapes: {_shape(a)} and {_shape(b)}.")
     layers = [
@@ -237,14 +238,14 @@ def _diff(args: argparse.Namespace) -> None:
     print(f"overlap of the best {args.density:.0%} of the neurons; chance is {args.density:.2f}")
 
 
-def _shape(ranks: GlobalRanks) -> str:
+def _shape(ranks: GlobalStatistics) -> str:
     return f"{len(ranks.sizes)} layers of {ranks.sizes[0] if ranks.sizes else 0} neurons"
 
 
 def _plot(args: argparse.Namespace) -> None:
     from .evaluation.plot import plot_ranks
 
-    ranks = GlobalRanks.read(_find(args.file))
+    ranks = GlobalStatistics.read(_find(args.file))
     overlaps = None
     if args.model is not None:
         model, tokenizer = _load(args)
@@ -255,7 +256,7 @@ def _plot(args: argparse.Namespace) -> None:
 
 
 def _local_overlaps(
-    model: GlassModel, tokenizer: Any, ranks: GlobalRanks, prompt: str | None, share: float
+    model: GlassModel, tokenizer: Any, ranks: GlobalStatistics, prompt: str | None, share: float
 ) -> np.ndarray:
     """Overlap of the best ``share`` of each layer's neurons by a prompt with those by the global ranks,
     [prompts, layers]."""

@@ -24,8 +24,7 @@ from mlx_lm.models import llama
 import glass_mlx
 from glass_mlx.loading import DEMO_PATH
 from glass_mlx.ranks import measure
-from glass_mlx.ranks.format import GlobalRanks
-from glass_mlx.ranks.measure import calibrate
+from glass_mlx.ranks.format import GlobalStatistics
 from glass_mlx.ranks.sources import given_sequences
 
 ROOT = Path(glass_mlx.__file__).parents[1]
@@ -113,9 +112,9 @@ def rows() -> list[list[int]]:
 
 
 @pytest.fixture(scope="session")
-def ranks(tiny, rows) -> GlobalRanks:
-    """The random model's global ranks."""
-    return calibrate(tiny[0], given_sequences("text", rows, 4), stable_at=None, name="tiny")
+def ranks(tiny, rows) -> GlobalStatistics:
+    """The random model's global statistics."""
+    return measure.measure_statistics(tiny[0], given_sequences("text", rows, 4), stable_at=None, name="tiny")
 
 
 @pytest.fixture(scope="session")

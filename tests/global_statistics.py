@@ -6,10 +6,10 @@ import mlx.core as mx
 import numpy as np
 
 from glass_mlx.core.importance import SIGNALS
-from glass_mlx.ranks.format import GlobalRanks
+from glass_mlx.ranks.format import GlobalStatistics
 
 
-def same(a: GlobalRanks, b: GlobalRanks) -> bool:
+def same(a: GlobalStatistics, b: GlobalStatistics) -> bool:
     """Whether all arrays and metadata are equal, and sensitivities as far as a file keeps them."""
     fields = [getattr(a, name)[s] for name in ("ranks", "energies", "domains") for s in SIGNALS]
     others = [getattr(b, name)[s] for name in ("ranks", "energies", "domains") for s in SIGNALS]

@@ -18,7 +18,7 @@ from ..core.slicing import UNIT, ScatterLinear
 from ..decoding.stream import generate
 from ..loading import DEMO_PATH, wrap
 from ..model.blocks import Block, hooked, run_with
-from ..ranks.format import GlobalRanks
+from ..ranks.format import GlobalStatistics
 from ..ranks.lookup import STATS_DIR
 from ..serving.engine import Engine
 from ..serving.request import Request
@@ -131,7 +131,7 @@ def check_wrap(case: Case) -> str:
         model = wrap(case.dense, path=DEMO_PATH)
     else:  # looked up they would be refused, as other weights'
         model = wrap(case.dense, stats=False)
-        GlobalRanks.read(STATS_DIR / "demo.safetensors").use_in(model)
+        GlobalStatistics.read(STATS_DIR / "demo.safetensors").use_in(model)
     if len(model.blocks) != len(case.dense.layers):
         raise CheckFailed(f"expected {len(case.dense.layers)} FFN blocks, found {len(model.blocks)}")
     if model.global_ranks is None:

@@ -10,11 +10,11 @@ import numpy as np
 
 from ..errors import GlassError
 from ..files import write_atomically
-from ..ranks.format import GlobalRanks
+from ..ranks.format import GlobalStatistics
 
 
 def plot_ranks(
-    ranks: GlobalRanks,
+    ranks: GlobalStatistics,
     out: Path,
     overlaps: np.ndarray | None = None,
     share: float = 0.5,
@@ -24,7 +24,7 @@ def plot_ranks(
     given, how the choice by prompts overlaps with the global one.
 
     Args:
-        ranks (GlobalRanks): the ranks to draw.
+        ranks (GlobalStatistics): the ranks to draw.
         out (Path): the PNG to write.
         overlaps (np.ndarray, optional): [prompts, layers], shares of the best neurons in common.
         share (float): the share of the neurons that ``overlaps`` compares.
