@@ -195,7 +195,7 @@ def test_usage(command, args, says):
         (("upload", "nonsense", "--repo", "a/b"), "no ranks file nonsense"),
         (("upload", "demo", "--repo", "nonsense"), "give owner/name"),
         (("upload", "demo", "--repo", "a/b"), "HF_HUB_OFFLINE"),
-        (("index", "{tmp}/text"), "is no directory"),
+        (("index", "{tmp}/text"), "is not a directory"),
         (("index", "{tmp}/bad"), "not a usable ranks file"),
     ],
 )
