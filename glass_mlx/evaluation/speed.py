@@ -100,17 +100,15 @@ def compare_speed(
         delay (float): seconds to wait before each sparse run.
 
     Returns:
-        dict: ``dense`` and, by density, ``glass`` with medians over the trials, and their lowest and highest under
-        ``range``; ``speedup``, ``ceiling`` and ``fraction_of_ceiling`` by density. Units are tokens per second,
-        milliseconds and bytes. ``prefill_overhead`` is the time for recording as a share of the dense prefill;
-        ``break_even_tokens`` is after how many generated tokens a new conversation is ahead of the dense model, prefill
-        and selection included (None: never).
+        dict: ``dense`` and, by density, ``glass`` with medians over the trials in tokens per second, milliseconds and
+        bytes, and their lowest and highest under ``range``; ``speedup``, ``ceiling`` and ``fraction_of_ceiling`` by
+        density. ``prefill_overhead`` is recording's share of the dense prefill; ``break_even_tokens`` is after how many
+        tokens a new conversation is ahead of the dense model, prefill and selection included (None: never).
     """
     mx.random.seed(seed)
     vocabulary = model(mx.array([[0]])).shape[-1]
     dense_runs: list[dict] = []
     runs: dict[float, list[dict]] = {d: [] for d in densities}
-    ceilings: dict[float, float] = {}
     for trial in tqdm(range(trials + 1), unit="trial", file=sys.stderr, disable=None):
         prompt = mx.random.randint(0, vocabulary, (prompt_tokens,))
         dense = time_run(model.dense, prompt, tokens, make_prompt_cache(model.dense), step_size)
@@ -118,17 +116,12 @@ def compare_speed(
             dense_runs.append(dense)
         for d in densities:
             time.sleep(delay)
-            cache = model.make_cache(density=d)
-            sparse = time_run(model, prompt, tokens, cache, step_size)
-            ceilings[d] = bytes_per_token(model, cache, False) / bytes_per_token(model, cache, d < 1)
-            sparse["compact_bytes"] = model.session(cache).compact_bytes
+            sparse = _sparse_run(model, d, prompt, tokens, step_size)
             if trial:
                 runs[d].append(_against(dense, sparse))
-            del cache  # with its compact weights, before the next run's peak is measured
-    summaries = {d: _summary(rows, prompt_tokens) for d, rows in runs.items()}
-    for summary, rows in zip(summaries.values(), runs.values()):
-        summary["break_even_tokens"] = break_even(rows)
-    speedups = {f"{d:g}": statistics.median(r["speedup"] for r in rows) for d, rows in runs.items()}
+    by_density = {f"{d:g}": rows for d, rows in runs.items()}
+    speedups = {d: statistics.median(r["speedup"] for r in rows) for d, rows in by_density.items()}
+    ceilings = {d: rows[-1]["ceiling"] for d, rows in by_density.items()}
     return {
         "machine": machine(),
         "backend": mlx_backend(),
@@ -136,11 +129,23 @@ def compare_speed(
         "prompt_tokens": prompt_tokens,
         "generation_tokens": tokens,
         "dense": _summary(dense_runs, prompt_tokens),
-        "glass": {f"{d:g}": summary for d, summary in summaries.items()},
+        "glass": {
+            d: {**_summary(rows, prompt_tokens), "break_even_tokens": break_even(rows)}
+            for d, rows in by_density.items()
+        },
         "speedup": speedups,
-        "ceiling": {f"{d:g}": ceilings[d] for d in densities},
-        "fraction_of_ceiling": {f"{d:g}": speedups[f"{d:g}"] / ceilings[d] for d in densities},
+        "ceiling": ceilings,
+        "fraction_of_ceiling": {d: speedups[d] / ceilings[d] for d in by_density},
     }
+
+
+def _sparse_run(model: GlassModel, density: float, prompt: mx.array, tokens: int, step_size: int) -> dict:
+    """Time a run at a density; the cache and its compact weights are freed before the next run's peak is measured."""
+    cache = model.make_cache(density=density)
+    run = time_run(model, prompt, tokens, cache, step_size)
+    run["ceiling"] = bytes_per_token(model, cache, False) / bytes_per_token(model, cache, density < 1)
+    run["compact_bytes"] = model.session(cache).compact_bytes
+    return run
 
 
 def _against(dense: dict, sparse: dict) -> dict:

@@ -15,11 +15,11 @@ from ..hub import download
 from ..model.glass_model import GlassModel
 from .format import GlobalStatistics
 from .identity import describe, fingerprint
-from .share import REPO_VARIABLE
 
 logger = logging.getLogger("glass_mlx")
 
 CACHE_VARIABLE = "GLASS_CACHE_DIR"
+REPO_VARIABLE = "GLASS_STATS_REPO"
 
 # A wheel carries a copy of the checkout's stats/ inside the package.
 _INSTALLED = Path(__file__).parents[1] / "_stats"

@@ -12,7 +12,6 @@ from ..errors import GlassError
 from ..hub import download, hub_access, hub_api
 from .format import FORMAT_VERSION, GlobalStatistics, index_entry
 
-REPO_VARIABLE = "GLASS_STATS_REPO"
 INDEX, CARD = "index.json", "README.md"
 
 _ABOUT = """## Global neuron ranks for GLASS
