@@ -3,36 +3,30 @@
     python -m glass_mlx.benchmark --model demo --density 0.3,0.5,0.7
     python -m glass_mlx.benchmark --shape mistral-7b --bits 4
 
-Dense and sparse runs alternate in one process, on the same random prompts; medians and ranges are shown. The byte
-ceiling is the speed-up that a decoder limited by memory bandwidth alone would see: bytes that a dense decode step
-reads over those of a sparse one, weights and KV cache.
+Dense and sparse runs alternate in one process, on the same random prompts. The figures are medians and ranges. The byte
+ceiling is the speed-up of a decoder that is limited by memory bandwidth alone: the bytes that a dense decode step reads
+divided by those of a sparse one, weights and KV cache.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from .cli import add_verbose, density, global_weight, list_of, refresh, run
+from .cli import add_model_or_shape, add_verbose, density, global_weight, list_of, print_result, refresh, run
 from .core.importance import SIGNALS
 from .evaluation.plot import plot_benchmark
-from .evaluation.shapes import BITS, SHAPES, random_model
-from .evaluation.speed import compare
-from .files import write_atomically
+from .evaluation.shapes import random_model, shape_label
+from .evaluation.speed import compare_speed
 from .loading import DEFAULT_MODEL, load
 from .model.config import GlassConfig
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
-    """mlx-lm's options for benchmark, and GLASS's."""
+    """The options of mlx-lm's benchmark, and GLASS's."""
     parser = argparse.ArgumentParser(prog="glass_mlx.benchmark", description="Speed of GLASS against plain mlx-lm.")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--model", help=f"directory, Hub repository or alias (default: {DEFAULT_MODEL})")
-    what.add_argument("--shape", choices=SHAPES, help="random weights of this model's shape, without a download")
-    parser.add_argument("--layers", type=int, help="with --shape: so many layers, for small machines")
-    parser.add_argument("--bits", type=int, choices=BITS, default=4, help="with --shape: of a weight (default: 4)")
+    add_model_or_shape(parser)
     parser.add_argument("--density", type=list_of(density), default=[0.3, 0.5, 0.7], metavar="X[,X...]")
     parser.add_argument("--global-weight", type=global_weight, default=GlassConfig.global_weight, metavar="WEIGHT")
     parser.add_argument("--signal", choices=SIGNALS, default=GlassConfig.signal)
@@ -45,7 +39,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="PRNG seed")
     parser.add_argument("--trust-remote-code", action="store_true")
     parser.add_argument("--json", metavar="FILE", help="write the figures to a file; - prints them and nothing else")
-    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw a picture (PNG)")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw a PNG (pip install 'glass_mlx[plot]')")
     add_verbose(parser)
     return parser
 
@@ -55,8 +49,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.prompt_tokens < 2 or args.generation_tokens < 3 or args.num_trials < 1:
         parser.error("-p must be at least 2, -g at least 3, -n at least 1")
-    if args.prefill_step_size < 1 or (args.layers is not None and args.layers < 1) or args.delay < 0:
-        parser.error("--prefill-step-size and --layers must be at least 1, --delay not negative")
+    if args.prefill_step_size < 1 or args.delay < 0:
+        parser.error("--prefill-step-size must be at least 1, --delay not negative")
     if args.layers is not None and args.shape is None:
         parser.error("--layers goes with --shape")
     run(lambda: _benchmark(args), args.verbose)
@@ -67,11 +61,11 @@ def _benchmark(args: argparse.Namespace) -> None:
     if args.shape:
         model = random_model(args.shape, args.layers, args.bits, args.seed)
         model.config = model.config.updated(**choice)
-        name = f"{args.shape} shape, {len(model.dense.layers)} layers, {args.bits} bits, random weights"
+        name = shape_label(args.shape, model, args.bits)
     else:
         name = args.model or DEFAULT_MODEL
         model, _ = load(name, trust_remote_code=args.trust_remote_code, **choice)
-    result = compare(
+    figures = compare_speed(
         model,
         args.density,
         args.prompt_tokens,
@@ -81,19 +75,14 @@ def _benchmark(args: argparse.Namespace) -> None:
         args.prefill_step_size,
         args.delay,
     )
-    result = {"model": name, **result}
-    if args.json == "-":
-        print(json.dumps(result))
-    else:
-        print(table(result))
-        if args.json:
-            write_atomically(Path(args.json), lambda temporary: temporary.write_text(json.dumps(result, indent=1)))
+    result = {"model": name, **figures}
+    print_result(result, table, args.json)
     if args.plot:
         plot_benchmark(result, args.plot)
 
 
 def table(result: dict[str, Any]) -> str:
-    """The figures of ``compare``, for people."""
+    """The result as text."""
     lines = [
         f"{result['model']} on {result['machine']}, {result['backend']}",
         f"prompt {result['prompt_tokens']} tokens, {result['generation_tokens']} generated; "

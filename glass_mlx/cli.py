@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
+import mlx.core as mx
 from mlx_lm import sample_utils
 
 from .core.importance import SIGNALS
 from .decoding import sampling
 from .errors import GlassError
+from .files import write_atomically
 from .model.config import LAYER_BUDGETS, GlassConfig
 
 
@@ -37,6 +40,24 @@ def global_weight(text: str) -> float | str:
 def list_of(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     """What parses several values with commas between them."""
     return lambda text: [parse(part) for part in text.split(",")]
+
+
+def positive(text: str) -> int:
+    """Parse a positive integer; argparse reports the error."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return int(text)
+
+
+def one_of(names: Collection[str]) -> Callable[[str], str]:
+    """A parser of one of these names; argparse reports the error."""
+
+    def parse(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)}")
+        return text
+
+    return parse
 
 
 def refresh(text: str) -> int | str:
@@ -131,6 +152,38 @@ def verify_options(args: argparse.Namespace) -> dict:
 def sampler_maker(args: argparse.Namespace) -> Callable[..., Callable]:
     """The function that makes the sampler: mlx-lm's, or its like for verified decoding."""
     return sampling.make_sampler if args.verify else sample_utils.make_sampler
+
+
+def add_float32(parser: argparse.ArgumentParser) -> None:
+    """Add the option to compute in float32."""
+    parser.add_argument(
+        "--float32",
+        action=argparse.BooleanOptionalAction,
+        default=mx.default_device() == mx.Device(mx.cpu),
+        help="compute in float32, much faster than 16 bits on a CPU (default: on a CPU)",
+    )
+
+
+def add_model_or_shape(parser: argparse.ArgumentParser) -> None:
+    """Add the options for what to measure: a model, or random weights of a model's shape."""
+    from .evaluation.shapes import BITS, SHAPES
+    from .loading import DEFAULT_MODEL
+
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--model", help=f"directory, Hub repository or alias (default: {DEFAULT_MODEL})")
+    what.add_argument("--shape", choices=SHAPES, help="random weights of this model's shape: speed only, no download")
+    parser.add_argument("--layers", type=positive, help="with --shape: number of layers, for small machines")
+    parser.add_argument("--bits", type=int, choices=BITS, default=4, help="with --shape: of a weight (default: 4)")
+
+
+def print_result(result: dict[str, Any], table: Callable[[dict[str, Any]], str], json_file: str | None) -> None:
+    """Print a result as a table and write it to a JSON file if one is given; ``-`` prints JSON and nothing else."""
+    if json_file == "-":
+        print(json.dumps(result))
+        return
+    if json_file is not None:
+        write_atomically(json_file, lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
+    print(table(result))
 
 
 def add_verbose(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,7 @@
 
     python -m glass_mlx.families
 
-Builds a tiny random model of every family in the installed mlx-lm, looks for FFN blocks and checks each kind.
+Builds a tiny random model of every family in the installed mlx-lm, looks for FFN blocks and checks each kind of them.
 """
 
 from __future__ import annotations
@@ -10,46 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import mlx.core as mx
 
 from .cli import add_verbose, run
-from .errors import GlassError
-from .evaluation.tiny_models import Unbuildable, model_types, tiny_model
-from .model.glass_model import GlassModel
-
-
-@dataclass
-class Family:
-    """One model family of mlx-lm.
-
-    Attributes:
-        name: its module in mlx-lm, which is its ``model_type``.
-        covered: whether at least one kind of its FFN blocks decodes sparsely.
-        projections: names of these blocks' projections, such as ``gate_proj+up_proj/down_proj``.
-        note: what stays dense and why.
-    """
-
-    name: str
-    covered: bool
-    projections: str = ""
-    note: str = ""
-
-
-def survey(name: str) -> Family:
-    """Try one family on a tiny random model."""
-    try:
-        model = GlassModel(tiny_model(name))
-    except Unbuildable as e:
-        return Family(name, False, note=f"not tried: {e}")
-    except GlassError as e:
-        return Family(name, False, note=str(e).split(". Use it")[0].removeprefix(f"{name} "))
-    except Exception as e:  # a family of a newer mlx-lm, say: the others are still worth listing
-        return Family(name, False, note=f"not tried: {type(e).__name__}: {e}".splitlines()[0])
-    kinds = {f"{'+'.join(b.inputs)}/{b.output}": None for b in model.blocks}
-    notes = {f"{path}: {reason}": None for path, reason in model.left_dense.items()}
-    return Family(name, True, ", ".join(kinds), "; ".join(list(notes)[:1]))
+from .evaluation.coverage import survey
+from .evaluation.tiny_models import model_types
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -73,8 +40,8 @@ def main() -> None:
 
 
 def _print(names: list[str], as_json: bool) -> None:
-    mx.disable_compile()  # on a CPU, compiling costs more than it saves for one small call
-    logging.getLogger("glass_mlx").setLevel(logging.ERROR)  # the table has what it would warn of
+    mx.disable_compile()  # on a CPU, compiling costs more than it saves in one small call
+    logging.getLogger("glass_mlx").setLevel(logging.ERROR)  # the table includes what would be warned of
     families = []
     if not as_json:
         print(f"{'family':22} covered  {'projections':30} note")

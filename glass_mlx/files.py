@@ -1,27 +1,28 @@
-"""Files: complete or as they were; and the Hugging Face Hub, with what goes wrong there in one line."""
+"""Writing files: complete, or left as they were."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
-import json
 import os
-import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants
-from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError
 
-from ._version import __version__
 from .errors import GlassError
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` make a temporary file, then rename it: the file is complete, or as it was before."""
+    """Write a file so that it is either complete or as it was before.
+
+    Args:
+        path (str or Path): the file; missing directories are created.
+        write (callable): writes the content to the temporary path that it is given.
+
+    Raises:
+        GlassError: the file cannot be written.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -33,86 +34,3 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-
-
-@contextlib.contextmanager
-def hub_access(repo: str, revision: str | None = None, filename: str | None = None) -> Iterator[None]:
-    """Turn what huggingface_hub and the network raise into GlassErrors that say what to do."""
-    if repo.count("/") != 1:
-        raise GlassError(f"{repo!r} is no Hub repository: give owner/name.")
-    try:
-        yield
-    except (hub_errors.HTTPError, OSError, ValueError, RuntimeError) as e:
-        cause: BaseException = e
-        while isinstance(cause, (hub_errors.LocalEntryNotFoundError, RuntimeError)) and cause.__cause__:
-            cause = cause.__cause__  # "not in the cache" and "upload failed" wrap the reason
-        raise GlassError(_explain(cause, repo, revision, filename)) from e
-
-
-def _explain(e: BaseException, repo: str, revision: str | None, filename: str | None) -> str:
-    what = f"{filename} of {repo}" if filename else repo
-    reason = textwrap.shorten(str(e), 150).rstrip(".") or type(e).__name__
-    match e:
-        case hub_errors.GatedRepoError():
-            return f"{repo} is gated: accept its terms on its Hub page, then `hf auth login`."
-        case hub_errors.RepositoryNotFoundError():
-            return f"The Hub has no repository {repo} that you may see: check the name, or `hf auth login`."
-        case hub_errors.RevisionNotFoundError():
-            return f"{repo} has no revision {revision!r}: give a branch, a tag or a full commit hash."
-        case hub_errors.RemoteEntryNotFoundError():
-            return f"{repo} has no file {filename} at {revision or 'main'}: check the name and the revision."
-        case hub_errors.HFValidationError():
-            return f"{repo!r} is no Hub repository: give owner/name."
-        case hub_errors.HfHubHTTPError():
-            status = e.response.status_code
-            said = textwrap.shorten(f"{status} {e.server_message or e.response.reason_phrase}", 200)
-            if status == 401:
-                return f"The Hub gives no access to {repo} ({said}): check the name, or `hf auth login`."
-            if status == 403:
-                return f"You may not do this with {what} ({said}): use a token that may, or ask its owner."
-            if status in (409, 412):
-                return f"{what} was changed by someone else meanwhile ({said}): try again."
-            if status == 429 or status >= 500:
-                return f"The Hub cannot serve {what} now ({said}): try again later."
-            return f"The Hub refuses {what} ({said}): check the name and the revision."
-        case hub_errors.OfflineModeIsEnabled():
-            return f"{what} is not in the local cache and HF_HUB_OFFLINE is set: unset it, or give a local path."
-        case hub_errors.LocalEntryNotFoundError() | hub_errors.FileMetadataError():
-            return f"{what} is not in the local cache, and no Hub answers ({reason}): check HF_ENDPOINT and the proxy."
-        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
-            return f"No space left for {what} in {constants.HF_HUB_CACHE}: free some, or set HF_HOME to another disk."
-        case hub_errors.HTTPError() | ConnectionError() | TimeoutError():
-            return f"{what}: the connection to the Hub failed ({reason}): check the network, or give a local path."
-        case OSError(errno=int()):
-            return f"Cannot write {what} to {constants.HF_HUB_CACHE} ({e.strerror}): make it writable, or set HF_HOME."
-        case OSError():  # huggingface_hub's check of the size, and Xet's errors
-            return f"{what} could not be transferred ({reason}): try again."
-        case json.JSONDecodeError():
-            return f"The Hub's answer about {what} makes no sense: try again later, or check HF_ENDPOINT."
-    return f"{what}: {reason}; check the names and the file."
-
-
-def _api() -> HfApi:
-    return HfApi(library_name="glass_mlx", library_version=__version__)
-
-
-def download(repo: str, filename: str, revision: str | None = None) -> Path:
-    """A file of a repository, from the cache where that is up to date; the path contains the commit.
-
-    Raises:
-        GlassError: it is neither in the cache nor to be had, or damaged.
-    """
-    with hub_access(repo, revision, filename):
-        path = Path(_api().hf_hub_download(repo, filename, revision=revision))
-        if not path.is_symlink():  # a file system without links: huggingface_hub has checked the size
-            return path
-        # The link's target is named by the ETag, which over plain HTTP huggingface_hub does not compare.
-        blob = path.parent / os.readlink(path)
-        data = blob.read_bytes()
-        digests = {64: hashlib.sha256(data), 40: hashlib.sha1(b"blob %d\0" % len(data) + data)}  # LFS, git
-        digest = digests.get(len(blob.name))
-        if digest is not None and digest.hexdigest() != blob.name:
-            for link in (blob.resolve(), blob, path):
-                link.unlink(missing_ok=True)
-            raise GlassError(f"{filename} of {repo} was damaged on its way and is deleted from the cache: try again.")
-    return path

@@ -1,4 +1,4 @@
-"""Load a model by path, Hub repository or alias, and make a GlassModel of it."""
+"""Load a model by its path, Hub repository or alias, and wrap it as a GlassModel."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .errors import GlassError
-from .files import hub_access
+from .hub import hub_access
 from .model.config import GlassConfig
 from .model.glass_model import GlassModel
-from .ranks.format import GlobalRanks
-from .ranks.lookup import find_ranks
+from .ranks.format import GlobalStatistics
+from .ranks.lookup import find_statistics
 
 logger = logging.getLogger("glass_mlx")
 
 DEFAULT_MODEL = "demo"
 DEMO_PATH = Path(__file__).parent / "demo" / "model"
 
-# Short names for what people run on a Mac.
+# Short names of models that people run on a Mac.
 ALIASES = {
     "mistral-7b": "mlx-community/Mistral-7B-Instruct-v0.3-4bit",
     "ministral-8b": "mlx-community/Ministral-8B-Instruct-2410-4bit",
@@ -46,9 +46,9 @@ ALIASES = {
     "smollm3-3b": "mlx-community/SmolLM3-3B-4bit",
 }
 
-# What mlx-lm itself downloads of a repository, and the card.
-_MODEL_FILES = [
-    "README.md",  # its card says what it is a conversion of
+# What mlx-lm downloads from a repository, and the card.
+MODEL_FILES = [
+    "README.md",  # the card says what the model was converted from
     "*.json",
     "model*.safetensors",
     "*.py",
@@ -62,7 +62,11 @@ _MODEL_FILES = [
 
 
 def resolve_model(name: str | Path, revision: str | None = None) -> Path:
-    """The directory of a model: ``demo``, an alias, a local path, or a Hub repository (downloaded if need be).
+    """Find the directory of a model, and download it if necessary.
+
+    Args:
+        name (str or Path): ``demo``, an alias (``ALIASES``), a directory or a Hub repository.
+        revision (str, optional): of the repository: a branch, a tag or a commit hash.
 
     Raises:
         GlassError: there is no such model, or it cannot be downloaded.
@@ -72,28 +76,28 @@ def resolve_model(name: str | Path, revision: str | None = None) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise GlassError(f"{path} is no model directory: it has no config.json.")
+            raise GlassError(f"{path} is not a model directory: it has no config.json.")
         return path
     if path.exists():
-        raise GlassError(f"{path} is a file; give the model's directory.")
+        raise GlassError(f"{path} is a file: give the model's directory.")
     repo = ALIASES.get(str(name), str(name))
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
         raise GlassError(
-            f"Unknown model {str(name)!r}: neither a directory, nor a Hub repository (owner/name), nor one "
-            f"of the aliases {DEFAULT_MODEL}, {', '.join(ALIASES)}."
+            f"Unknown model {str(name)!r}: give a directory, a Hub repository (owner/name), or one of the aliases "
+            f"{DEFAULT_MODEL}, {', '.join(ALIASES)}."
         )
     with hub_access(repo, revision):
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=_MODEL_FILES))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=MODEL_FILES))
 
 
 def load_dense(path: Path, adapter_path: str | None = None, **options: Any) -> tuple[nn.Module, TokenizerWrapper, dict]:
-    """mlx-lm's ``load`` with one-line errors and an adapter fused in; returns (model, tokenizer, config)."""
+    """Call mlx-lm's ``load``, with one-line errors and the adapter fused in; returns (model, tokenizer, config)."""
     try:
         model, tokenizer, config = mlx_lm.load(str(path), adapter_path=adapter_path, return_config=True, **options)
     except FileNotFoundError as e:
         raise GlassError(f"{path} lacks a file: {_first_line(e)}.") from e
     except KeyError as e:
-        raise GlassError(f"{path}/config.json lacks {e}; is it a text model for mlx-lm?") from e
+        raise GlassError(f"{path}/config.json lacks {e}: give a text model that mlx-lm can load.") from e
     except (ValueError, RuntimeError, TypeError, AttributeError, OSError) as e:
         raise GlassError(f"mlx-lm cannot load {path} as a text model: {_first_line(e)}") from e
     if adapter_path is not None:
@@ -123,20 +127,18 @@ def load(
     max_session_memory: int | None = None,
     low_memory: bool = False,
 ):
-    """Load a model that decodes with GLASS; the arguments up to ``trust_remote_code`` are mlx-lm's.
+    """Load a model that decodes with GLASS.
 
     Args:
         path_or_hf_repo (str): a directory, a Hub repository, an alias (``ALIASES``) or ``demo``.
-        density (float): share of the FFN neurons to decode with, in (0, 1]. Default: ``0.5``.
-        global_weight, signal, refresh, layer_budgets: how neurons are chosen; see :class:`glass_mlx.GlassConfig`.
-        stats (str or bool, optional): a global-ranks file; ``None`` looks for the model's own in ``stats/``, the
-            user's cache and ``stats_repo``; ``False`` goes without.
-        stats_repo (str, optional): a Hub repository of ranks, ``owner/name`` or ``owner/name@revision``. Default:
-            the environment's ``GLASS_STATS_REPO``.
-        build (bool): where there are no ranks, measure them now, with a progress bar, and keep them in the cache.
-        max_session_memory (int, optional): bytes for the compact weights of all sessions; see
-            :class:`glass_mlx.GlassModel`, where the default is explained as well.
-        low_memory (bool): decode without the dense FFN weights in memory; see there.
+        tokenizer_config, ..., trust_remote_code: as in ``mlx_lm.load``.
+        density, ..., layer_budgets: how neurons are chosen; see :class:`glass_mlx.GlassConfig`.
+        stats (str or bool, optional): a global-ranks file, or False to use none. Default: the model's own, looked up
+            in ``stats/``, the user's cache and ``stats_repo``.
+        stats_repo (str, optional): a Hub repository of ranks, ``owner/name`` or ``owner/name@revision``. Default: the
+            environment variable ``GLASS_STATS_REPO``.
+        build (bool): if there are no ranks, measure them now, with a progress bar, and keep them in the cache.
+        max_session_memory, low_memory: see :class:`glass_mlx.GlassModel`.
 
     Returns:
         tuple: (GlassModel, tokenizer), and the model's config as a third if ``return_config``.
@@ -147,19 +149,14 @@ def load(
     """
     config = GlassConfig(density, global_weight, signal, refresh, layer_budgets)
     path = resolve_model(path_or_hf_repo, revision)
-    dense, tokenizer, model_config = load_dense(
-        path,
-        adapter_path,
-        tokenizer_config={"trust_remote_code": trust_remote_code, **(tokenizer_config or {})},
-        model_config=model_config,
-        lazy=lazy,
-        trust_remote_code=trust_remote_code,
-    )
+    options = {"model_config": model_config, "lazy": lazy, "trust_remote_code": trust_remote_code}
+    options["tokenizer_config"] = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
+    dense, tokenizer, model_config = load_dense(path, adapter_path, **options)
     model = GlassModel(dense, config, path=path, max_session_memory=max_session_memory, low_memory=low_memory)
-    ranks = find_ranks(model, stats, stats_repo)
-    if ranks is None and build and stats is not False:
-        ranks = _build(model, tokenizer)
-    _use(model, ranks, stats is not False)
+    statistics = find_statistics(model, stats, stats_repo)
+    if statistics is None and build and stats is not False:
+        statistics = _build(model, tokenizer)
+    _use(model, statistics, stats is not False)
     return (model, tokenizer, model_config) if return_config else (model, tokenizer)
 
 
@@ -167,32 +164,33 @@ def wrap(
     model: nn.Module,
     *,
     config: GlassConfig | None = None,
-    stats: str | Path | bool | GlobalRanks | None = None,
+    stats: str | Path | bool | GlobalStatistics | None = None,
     path: str | Path | None = None,
     **choice: Any,
 ) -> GlassModel:
-    """Make a GlassModel of an mlx-lm model that is already loaded. The model itself stays as it is.
+    """Wrap an mlx-lm model that is already loaded. The model itself keeps its behaviour.
 
     Args:
         model (nn.Module): the loaded model.
-        config (GlassConfig, optional): the choice of neurons; or give its fields as keywords.
-        stats: as in :func:`load`; or ranks already read.
+        config (GlassConfig, optional): how neurons are chosen.
+        stats: as in :func:`load`, or statistics that have been read already.
         path (str, optional): the model's directory, kept as ``GlassModel.path``.
+        choice: fields of ``GlassConfig`` that differ from ``config``.
 
     Raises:
-        GlassError, StatsError: as :func:`load`.
+        GlassError, StatsError: as in :func:`load`.
     """
     config = (config or GlassConfig()).updated(**choice)
     wrapped = GlassModel(model, config, path=Path(path) if path is not None else None)
-    ranks = stats.check(wrapped) if isinstance(stats, GlobalRanks) else find_ranks(wrapped, stats)
-    _use(wrapped, ranks, stats is not False)
+    statistics = stats.check(wrapped) if isinstance(stats, GlobalStatistics) else find_statistics(wrapped, stats)
+    _use(wrapped, statistics, stats is not False)
     return wrapped
 
 
-def _use(model: GlassModel, ranks: GlobalRanks | None, expected: bool) -> None:
-    """Give a model its ranks; say so where it should have some and has none."""
-    if ranks is not None:
-        ranks.use_in(model)
+def _use(model: GlassModel, statistics: GlobalStatistics | None, expected: bool) -> None:
+    """Give a model its statistics; warn if it has none but would use them."""
+    if statistics is not None:
+        statistics.use_in(model)
     elif expected and model.config.global_weight != 0 and model.config.density < 1:
         logger.warning(
             "no global ranks for this model: the prompt alone chooses the neurons. "
@@ -201,15 +199,16 @@ def _use(model: GlassModel, ranks: GlobalRanks | None, expected: bool) -> None:
         )
 
 
-def _build(model: GlassModel, tokenizer: TokenizerWrapper) -> GlobalRanks | None:
-    from .ranks.measure import build_ranks
+def _build(model: GlassModel, tokenizer: TokenizerWrapper) -> GlobalStatistics | None:
+    """Measure a model's statistics; None if the user interrupts it or they cannot be written."""
+    from .ranks.measure import build_ranks  # only here: it is rarely needed
 
-    logger.warning("no global ranks for this model yet: measuring them, once. Ctrl-C goes on without.")
+    logger.warning("no global ranks for this model yet: measuring them, once. Press Ctrl-C to go on without.")
     try:
-        return GlobalRanks.read(build_ranks(model, tokenizer))
+        return GlobalStatistics.read(build_ranks(model, tokenizer))
     except KeyboardInterrupt:
         logger.warning("stopped; what was measured is kept for the next time.")
-    except GlassError as e:  # the cache cannot be written, say: the model runs without ranks as well
+    except GlassError as e:  # the cache cannot be written, say; the model runs without
         logger.warning("not measured: %s", e)
     return None
 

@@ -13,22 +13,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .cli import add_verbose, density, run
+from .cli import add_verbose, density, positive, run
 from .core.importance import SIGNALS
 from .errors import GlassError, StatsError
 from .loading import ALIASES, DEFAULT_MODEL, load
 from .model.glass_model import GlassModel
-from .ranks.format import GlobalRanks, merge, write_index
-from .ranks.lookup import STATS_DIR, cache_dir
-from .ranks.measure import DEFAULT_STABLE_AT, DEFAULT_TOKENS, build_ranks, compare
+from .ranks.agreement import compare
+from .ranks.format import GlobalStatistics, merge, write_index
+from .ranks.lookup import STATS_DIR, local_files
+from .ranks.measure import DEFAULT_STABLE_AT, DEFAULT_TOKENS, build_ranks
 from .ranks.share import upload
-from .ranks.sources import dataset_rows, given_sequences, null_prompt, text_rows
+from .ranks.sources import Source, dataset_rows, given_sequences, null_prompt, text_rows
+
+_FILE = "a file, or the name of a listed model"
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -41,10 +43,41 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         add_verbose(command)
         return command
 
-    build = add("build", _build, "measure a model's ranks")
+    _add_build_options(add("build", _build, "measure a model's ranks"))
+    add("list", _list, "list the ranks on this machine")
+    show = add("show", _show, "show a file's metadata")
+    show.add_argument("file", help=_FILE)
+    verify = add("verify", _verify, "check a file, and whether it is a model's")
+    verify.add_argument("file", help=_FILE)
+    verify.add_argument("--model", help="directory, Hub repository or alias")
+    verify.add_argument("--trust-remote-code", action="store_true")
+    diff = add("diff", _diff, "compare two files, per layer")
+    diff.add_argument("files", nargs=2, metavar="file", help=_FILE)
+    diff.add_argument("--density", type=density, default=0.5, help="share of the neurons to compare")
+    diff.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    merge = add("merge", _merge, "join files of one model: prompts may be like the texts of any of them")
+    merge.add_argument("files", nargs="+", metavar="file", help=_FILE)
+    merge.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
+    plot = add("plot", _plot, "draw how concentrated importance is, per layer")
+    plot.add_argument("file", help=_FILE)
+    plot.add_argument("--out", type=Path, required=True, help="the PNG to write")
+    plot.add_argument("--model", help="also draw how a prompt's own ranks overlap with these")
+    plot.add_argument("--prompt", help="the prompt for that (default: the bundled ones)")
+    plot.add_argument("--density", type=density, default=0.5, help="share of the neurons to compare")
+    share = add("upload", _upload, "upload a file to a Hub repository")
+    share.add_argument("file", help=_FILE)
+    share.add_argument("--repo", required=True, help="owner/name")
+    share.add_argument("--private", action="store_true", help="make a new repository private")
+    share.add_argument("--license", default="other", help="licence that the card names (default: %(default)s)")
+    index = add("index", _index, "write the index.json of a directory of ranks files")
+    index.add_argument("directory", type=Path, nargs="?", default=STATS_DIR)
+    return parser
+
+
+def _add_build_options(build: argparse.ArgumentParser) -> None:
     build.add_argument("--model", required=True, help="directory, Hub repository or alias")
-    build.add_argument("--out", type=Path, help="the .safetensors file to write (default: the user's cache)")
-    build.add_argument("--tokens", type=_positive, default=DEFAULT_TOKENS, help="read at most this many tokens")
+    build.add_argument("--out", type=Path, help="the .safetensors file to write (default: in the user's cache)")
+    build.add_argument("--tokens", type=positive, default=DEFAULT_TOKENS, help="read at most this many tokens")
     build.add_argument(
         "--stable-at",
         type=density,
@@ -53,49 +86,20 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         help="stop when two halves agree on this share of the better neurons (default: %(default)s)",
     )
     build.add_argument("--all", action="store_true", help="read all --tokens, however stable the ranks are")
-    build.add_argument("--sequences", type=_positive, default=32, help="sequences in a batch")
-    build.add_argument("--length", type=_positive, default=256, help="longest sequence in tokens")
+    build.add_argument("--sequences", type=positive, default=32, help="sequences in a batch")
+    build.add_argument("--length", type=positive, default=256, help="longest sequence in tokens")
     build.add_argument("--temp", type=float, default=1.0, help="sampling temperature")
     build.add_argument("--seed", type=int, default=0, help="PRNG seed")
     given = build.add_mutually_exclusive_group()
     given.add_argument(
         "--chat",
         action=argparse.BooleanOptionalAction,
-        help="only let the model answer an empty message, or never (default: that and BOS alone in turn, where it "
+        help="let the model answer an empty message only, or never (default: both that and BOS alone, in turn, if it "
         "has a chat template)",
     )
     given.add_argument("--text", type=Path, metavar="FILE", help="read this text instead of the model's own")
     given.add_argument("--dataset", type=Path, metavar="FILE", help='read JSON lines with "text" or "messages"')
     build.add_argument("--trust-remote-code", action="store_true")
-
-    add("list", _list, "list the ranks at hand")
-    show = add("show", _show, "what a file is")
-    show.add_argument("file", help="a file, or the name of a listed model")
-    verify = add("verify", _verify, "check a file, and that it is a model's")
-    verify.add_argument("file", help="a file, or the name of a listed model")
-    verify.add_argument("--model", help="directory, Hub repository or alias")
-    verify.add_argument("--trust-remote-code", action="store_true")
-    diff = add("diff", _diff, "how two files differ, per layer")
-    diff.add_argument("files", nargs=2, metavar="file")
-    diff.add_argument("--density", type=density, default=0.5, help="share of the neurons to compare")
-    diff.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    merge = add("merge", _merge, "put files of one model together: each is a kind of text that prompts may be like")
-    merge.add_argument("files", nargs="+", metavar="file", help="a file, or the name of a listed model")
-    merge.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
-    plot = add("plot", _plot, "draw how concentrated importance is, per layer")
-    plot.add_argument("file", help="a file, or the name of a listed model")
-    plot.add_argument("--out", type=Path, required=True, help="the PNG to write")
-    plot.add_argument("--model", help="also draw how a prompt's own ranks overlap with these")
-    plot.add_argument("--prompt", help="the prompt for that (default: the bundled ones)")
-    plot.add_argument("--density", type=density, default=0.5, help="share of the neurons to compare")
-    share = add("upload", _upload, "upload a file to a Hub repository")
-    share.add_argument("file", help="a file, or the name of a listed model")
-    share.add_argument("--repo", required=True, help="owner/name")
-    share.add_argument("--private", action="store_true", help="make a new repository private")
-    share.add_argument("--license", default="other", help="licence that the card names (default: %(default)s)")
-    index = add("index", _index, "write the index.json of a directory of ranks files")
-    index.add_argument("directory", type=Path, nargs="?", default=STATS_DIR)
-    return parser
 
 
 def main() -> None:
@@ -107,34 +111,33 @@ def main() -> None:
     run(lambda: args.does(args), args.verbose)
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
-    return int(text)
-
-
 def _load(args: argparse.Namespace) -> tuple[GlassModel, Any]:
     return load(args.model, stats=False, trust_remote_code=getattr(args, "trust_remote_code", False))
 
 
 def _build(args: argparse.Namespace) -> None:
     model, tokenizer = _load(args)
-    if args.text is not None:
-        rows = text_rows(_read_text(args.text), tokenizer, args.length)
-        settings = {"file": args.text.name, "length": args.length}
-        source = given_sequences("text", rows, args.sequences, settings)
-    elif args.dataset is not None:
-        lines = [line for line in _read_text(args.dataset).splitlines() if line.strip()]
-        rows = dataset_rows(lines, tokenizer, args.length)
-        settings = {"file": args.dataset.name, "length": args.length}
-        source = given_sequences("dataset", rows, args.sequences, settings)
-    else:
-        source = null_prompt(model, tokenizer, args.sequences, args.length, args.temp, args.seed, args.chat)
+    source = _source(args, model, tokenizer)
     name = DEFAULT_MODEL if args.model == DEFAULT_MODEL else None
     stable_at = None if args.all else args.stable_at
     out = build_ranks(model, tokenizer, args.out, source, args.tokens, stable_at, name)
-    ranks = GlobalRanks.read(out)
-    print(f"{out}: {len(ranks.sizes)} FFN layers, {ranks.metadata['tokens']} tokens, {_stability(ranks)}")
+    statistics = GlobalStatistics.read(out)
+    tokens = statistics.metadata["tokens"]
+    print(f"{out}: {len(statistics.sizes)} FFN layers, {tokens} tokens, {_stability(statistics)}")
+
+
+def _source(args: argparse.Namespace, model: GlassModel, tokenizer: Any) -> Source:
+    """The token sequences that the options ask for."""
+    file = args.text or args.dataset
+    if file is None:
+        return null_prompt(model, tokenizer, args.sequences, args.length, args.temp, args.seed, args.chat)
+    text = _read_text(file)
+    if args.text is not None:
+        rows = text_rows(text, tokenizer, args.length)
+    else:
+        rows = dataset_rows([line for line in text.splitlines() if line.strip()], tokenizer, args.length)
+    settings = {"file": file.name, "length": args.length}
+    return given_sequences("text" if args.text is not None else "dataset", rows, args.sequences, settings)
 
 
 def _read_text(path: Path) -> str:
@@ -144,18 +147,12 @@ def _read_text(path: Path) -> str:
         raise GlassError(f"Cannot read {path}: {e}") from e
 
 
-def _stability(ranks: GlobalRanks) -> str:
+def _stability(statistics: GlobalStatistics) -> str:
     try:
-        s = json.loads(ranks.metadata["stability"])
+        s = json.loads(statistics.metadata["stability"])
         return f"halves agree on {s['overlap']:.1%} of the better neurons, rank correlation {s['correlation']:.3f}"
     except (KeyError, ValueError, TypeError):
         return "stability unknown"
-
-
-def _at_hand() -> list[tuple[str, Path]]:
-    """Where each ranks file at hand is from, and the file."""
-    places = (("stats", STATS_DIR), ("cache", cache_dir()))
-    return [(place, path) for place, directory in places for path in sorted(directory.glob("*.safetensors"))]
 
 
 def _find(name: str) -> Path:
@@ -163,60 +160,61 @@ def _find(name: str) -> Path:
     if Path(name).is_file():
         return Path(name)
     names = {name, ALIASES.get(name, name)}
-    for _, path in _at_hand():
+    for _, path in local_files():
         try:
-            metadata = GlobalRanks.read(path).metadata
+            metadata = GlobalStatistics.read(path).metadata
         except StatsError:
             continue
         if names & {metadata.get("model"), metadata.get("original"), path.stem}:
             return path
-    raise GlassError(f"There is no ranks file {name}, and none at hand is for a model of this name.")
+    raise GlassError(f"There is no ranks file {name}, nor one on this machine for a model of that name.")
 
 
 def _list(args: argparse.Namespace) -> None:
     table = Table("model", "layers", "neurons", "method", "tokens", "where", "file")
-    for place, path in _at_hand():
+    for place, path in local_files():
         try:
-            ranks = GlobalRanks.read(path)
+            statistics = GlobalStatistics.read(path)
         except StatsError as e:
             table.add_row("unreadable", "", "", escape(str(e).split(": ")[-1]), "", place, escape(path.name))
             continue
-        m = ranks.metadata
-        row = (m.get("model", ""), len(ranks.sizes), f"{sum(ranks.sizes):,}", m.get("method", ""), m.get("tokens", ""))
+        m, sizes = statistics.metadata, statistics.sizes
+        row = (m.get("model", ""), len(sizes), f"{sum(sizes):,}", m.get("method", ""), m.get("tokens", ""))
         table.add_row(*(escape(str(cell)) for cell in row), place, escape(path.name))
     _print(table)
 
 
 def _print(table: Table) -> None:
-    Console(width=None if sys.stdout.isatty() else 200).print(table)  # a file or a pipe has room for whole names
+    Console(width=None if sys.stdout.isatty() else 200).print(table)  # files and pipes have room for whole names
 
 
 def _show(args: argparse.Namespace) -> None:
     path = _find(args.file)
-    ranks = GlobalRanks.read(path)
+    statistics = GlobalStatistics.read(path)
     print(path)
-    for key, value in sorted(ranks.metadata.items()):
+    for key, value in sorted(statistics.metadata.items()):
         print(f"  {key:16} {value if len(value) < 160 else value[:157] + '...'}")
 
 
 def _merge(args: argparse.Namespace) -> None:
-    merged = merge([GlobalRanks.read(_find(name)) for name in args.files])
+    merged = merge([GlobalStatistics.read(_find(name)) for name in args.files])
     merged.write(args.out)
     print(f"{args.out}: {', '.join(merged.domain_names)}")
 
 
 def _verify(args: argparse.Namespace) -> None:
     path = _find(args.file)
-    ranks = GlobalRanks.read(path)
+    statistics = GlobalStatistics.read(path)
     if args.model is None:
-        print(f"{path}: sound; {len(ranks.sizes)} FFN layers; for {ranks.metadata.get('model', 'an unnamed model')}")
+        model = statistics.metadata.get("model", "an unnamed model")
+        print(f"{path}: sound; {len(statistics.sizes)} FFN layers; for {model}")
         return
-    ranks.check(_load(args)[0])
+    statistics.check(_load(args)[0])
     print(f"{path}: sound, and fits {args.model}")
 
 
 def _diff(args: argparse.Namespace) -> None:
-    a, b = (GlobalRanks.read(_find(name)) for name in args.files)
+    a, b = (GlobalStatistics.read(_find(name)) for name in args.files)
     if a.sizes != b.sizes:
         raise GlassError(f"The files are for models of different shapes: {_shape(a)} and {_shape(b)}.")
     layers = [
@@ -237,39 +235,25 @@ def _diff(args: argparse.Namespace) -> None:
     print(f"overlap of the best {args.density:.0%} of the neurons; chance is {args.density:.2f}")
 
 
-def _shape(ranks: GlobalRanks) -> str:
-    return f"{len(ranks.sizes)} layers of {ranks.sizes[0] if ranks.sizes else 0} neurons"
+def _shape(statistics: GlobalStatistics) -> str:
+    sizes = statistics.sizes
+    return f"{len(sizes)} layers of {sizes[0] if sizes else 0} neurons"
 
 
 def _plot(args: argparse.Namespace) -> None:
+    from .evaluation.overlap import prompt_overlaps  # only here: the other commands need no evaluation
     from .evaluation.plot import plot_ranks
+    from .evaluation.prompts import PROMPTS, read_prompts
 
-    ranks = GlobalRanks.read(_find(args.file))
+    statistics = GlobalStatistics.read(_find(args.file))
     overlaps = None
     if args.model is not None:
         model, tokenizer = _load(args)
-        ranks.check(model)
-        overlaps = _local_overlaps(model, tokenizer, ranks, args.prompt, args.density)
-    plot_ranks(ranks, args.out, overlaps, args.density)
+        statistics.check(model)
+        prompts = [tokenizer.encode(args.prompt)] if args.prompt else read_prompts(str(PROMPTS), tokenizer)
+        overlaps = prompt_overlaps(model, prompts, statistics, args.density)
+    plot_ranks(statistics, args.out, overlaps, args.density)
     print(args.out)
-
-
-def _local_overlaps(
-    model: GlassModel, tokenizer: Any, ranks: GlobalRanks, prompt: str | None, share: float
-) -> np.ndarray:
-    """Overlap of the best ``share`` of each layer's neurons by a prompt with those by the global ranks,
-    [prompts, layers]."""
-    from .evaluation.prompts import PROMPTS, read_prompts
-
-    prompts = [tokenizer.encode(prompt)] if prompt else read_prompts(str(PROMPTS), tokenizer, None)
-    signal, rows = model.config.signal, []
-    for tokens in prompts:
-        cache = model.make_cache()
-        mx.eval(model(mx.array(tokens)[None], cache=cache))
-        energy = np.array(model.session(cache).energy)
-        local = np.split(energy, np.cumsum(ranks.sizes)[:-1])
-        rows.append([compare(l, np.array(g), share)["overlap"] for l, g in zip(local, ranks.energies[signal])])
-    return np.array(rows)
 
 
 def _upload(args: argparse.Namespace) -> None:
@@ -278,7 +262,7 @@ def _upload(args: argparse.Namespace) -> None:
 
 def _index(args: argparse.Namespace) -> None:
     if not args.directory.is_dir():
-        raise GlassError(f"{args.directory} is no directory.")
+        raise GlassError(f"{args.directory} is not a directory: give one with ranks files.")
     print(f"{args.directory / 'index.json'}: {write_index(args.directory)} models")
 
 

@@ -24,8 +24,7 @@ from mlx_lm.models import llama
 import glass_mlx
 from glass_mlx.loading import DEMO_PATH
 from glass_mlx.ranks import measure
-from glass_mlx.ranks.format import GlobalRanks
-from glass_mlx.ranks.measure import calibrate
+from glass_mlx.ranks.format import GlobalStatistics
 from glass_mlx.ranks.sources import given_sequences
 
 ROOT = Path(glass_mlx.__file__).parents[1]
@@ -114,9 +113,9 @@ def rows() -> list[list[int]]:
 
 
 @pytest.fixture(scope="session")
-def ranks(tiny, rows) -> GlobalRanks:
-    """The random model's global ranks."""
-    return calibrate(tiny[0], given_sequences("text", rows, 4), stable_at=None, name="tiny")
+def ranks(tiny, rows) -> GlobalStatistics:
+    """The random model's global statistics."""
+    return measure.measure_statistics(tiny[0], given_sequences("text", rows, 4), stable_at=None, name="tiny")
 
 
 @pytest.fixture(scope="session")
@@ -129,7 +128,7 @@ def written(ranks, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def small_builds(monkeypatch):
-    """Ranks are measured on few tokens."""
+    """Ranks that are built where a model has none are measured on few tokens."""
     monkeypatch.setattr(measure, "null_prompt", partial(measure.null_prompt, sequences=4, length=8))
     monkeypatch.setattr(measure, "build_ranks", partial(measure.build_ranks, tokens=60))
 

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 from glass_mlx import GlassModel
 from glass_mlx.benchmark import main, table
-from glass_mlx.evaluation.speed import _break_even, bytes_per_token, compare, measure
+from glass_mlx.evaluation.speed import break_even, bytes_per_token, compare_speed, time_run
 from glass_mlx.evaluation.tiny_models import tiny_model
 
 MEASURED = {"prompt_tps", "generation_tps", "peak_memory"}
@@ -27,7 +27,7 @@ def test_densities_are_decoded_as_asked(tiny, monkeypatch):
         return decode(self, inputs, cache, **kwargs)
 
     monkeypatch.setattr(type(model), "decode", spy)
-    result = compare(model, [0.25, 0.5], prompt_tokens=8, tokens=4, trials=1, seed=0)
+    result = compare_speed(model, [0.25, 0.5], prompt_tokens=8, tokens=4, trials=1, seed=0)
     assert set(widths) == {24, 48}
     assert set(result["glass"]) == {"0.25", "0.5"} == set(result["speedup"])
     for name, row in result["glass"].items():
@@ -46,7 +46,7 @@ def ffn_bytes(block) -> int:
 
 def test_density_1_reads_what_the_dense_model_reads(tiny):
     model, _ = tiny
-    result = compare(model, [1.0], prompt_tokens=8, tokens=4, trials=1)
+    result = compare_speed(model, [1.0], prompt_tokens=8, tokens=4, trials=1)
     assert result["ceiling"] == {"1": 1.0}
     assert result["glass"]["1"]["select_ms"] == result["glass"]["1"]["compact_bytes"] == 0
 
@@ -54,7 +54,7 @@ def test_density_1_reads_what_the_dense_model_reads(tiny):
 def test_measure_counts_tokens(tiny):
     model, _ = tiny
     cache = model.make_cache()
-    run = measure(model, mx.arange(1, 9), 5, cache, step_size=3)
+    run = time_run(model, mx.arange(1, 9), 5, cache, step_size=3)
     assert model.session(cache).offset == 8 + 5
     assert model.session(cache).prompt_tokens == 8
     assert run["select_seconds"] == model.session(cache).selection_time > 0
@@ -73,7 +73,7 @@ def test_bytes_per_token():
             dense.lm_head = nn.Linear(64, dense.args.vocab_size, bias=False)
             dense.args.tie_word_embeddings = False
         cache = model.make_cache()
-        measure(model, mx.arange(1, 9), 4, cache)
+        time_run(model, mx.arange(1, 9), 4, cache)
         session = model.session(cache)
         weights = sum(a.nbytes for _, a in tree_flatten(dense.parameters()))
         unread = 0 if tied else dense.model.embed_tokens.weight.nbytes
@@ -88,7 +88,7 @@ def test_bytes_per_token_after_a_refresh():
     model, read = GlassModel(tiny_model("llama")), {}
     for refresh in (0, 1):
         cache = model.make_cache(refresh=refresh)
-        run = measure(model, mx.arange(1, 9), 5, cache)
+        run = time_run(model, mx.arange(1, 9), 5, cache)
         assert run["select_seconds"] > 0
         read[refresh] = bytes_per_token(model, cache, sparse=True)
     assert read[0] == read[1]
@@ -99,7 +99,7 @@ def test_a_spread_projection_is_read_whole():
     nn.quantize(dense, group_size=32, bits=4)
     model = GlassModel(dense)
     cache = model.make_cache()
-    measure(model, mx.arange(1, 9), 4, cache)
+    time_run(model, mx.arange(1, 9), 4, cache)
     saved = bytes_per_token(model, cache, False) - bytes_per_token(model, cache, True)
     inputs = sum(a.nbytes for b in model.blocks for n in b.inputs for a in b.module[n].parameters().values())
     assert saved == inputs / 2
@@ -108,8 +108,8 @@ def test_a_spread_projection_is_read_whole():
 @pytest.mark.parametrize(
     ("extra", "gain", "expected"), [(1.0, 0.25, 4), (1.0, 0.3, 4), (1.0, -0.1, None), (-0.5, -0.1, 0), (1.0, 0.0, None)]
 )
-def test_break_even(extra, gain, expected):
-    assert _break_even([{"extra_seconds": extra, "gain_seconds": gain}]) == expected
+def testbreak_even(extra, gain, expected):
+    assert break_even([{"extra_seconds": extra, "gain_seconds": gain}]) == expected
 
 
 def test_the_command_line(invoke, tiny_dir, tmp_path):

@@ -10,8 +10,9 @@ import mlx.nn as nn
 import pytest
 
 from glass_mlx import doctor
-from glass_mlx.evaluation import doctor_cases as cases
-from glass_mlx.evaluation import doctor_checks as checks
+from glass_mlx.evaluation import conformance as checks
+from glass_mlx.evaluation import conformance_cases as cases
+from glass_mlx.evaluation import diagnosis
 from glass_mlx.model import blocks as ffn
 from glass_mlx.model.session import Session
 
@@ -28,11 +29,11 @@ def _as_before():
 
 
 @pytest.fixture(scope="module")
-def run() -> tuple[doctor.Report, str]:
+def run() -> tuple[diagnosis.Report, str]:
     """A whole run, and the screen."""
     shown = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(doctor, "RUNS", 1)
+        patch.setattr(diagnosis, "RUNS", 1)
         report = doctor.diagnose(lambda text, end="\n", **_: shown.append(text + end))
     return report, "".join(shown)
 
@@ -44,7 +45,7 @@ def quick(monkeypatch):
     def quick(*names: str) -> None:
         for name in cases.FORMATS.keys() - FEW:
             monkeypatch.delitem(cases.FORMATS, name)
-        monkeypatch.setattr(doctor, "time_demo", lambda report: "not timed")
+        monkeypatch.setattr(diagnosis, "time_demo", lambda report: "not timed")
         for name in checks.CHECKS.keys() - names:
             monkeypatch.delitem(checks.CHECKS, name)
 
@@ -174,7 +175,7 @@ def test_each_check_can_fail(case, monkeypatch, check, broken, what):
         "_find_session": lambda _, cache: cache[-1] if isinstance(cache[-1], Session) else None,
     }
     monkeypatch.setattr(type(case.model), broken, replacements[broken])
-    result = doctor.attempt(check, lambda: checks.CHECKS[check][0](case))
+    result = diagnosis.attempt(check, lambda: checks.CHECKS[check][0](case))
     assert not result.ok and what in result.detail
 
 
@@ -182,8 +183,8 @@ def test_verified_tokens_may_differ_at_a_tie_only(case, monkeypatch):
     prompt = case.prompt
     logits = case.dense(mx.array([prompt]))[0, -1]
     second = int(mx.argsort(logits)[-2])
-    monkeypatch.setattr(case, "say", lambda **_: [second], raising=False)
-    assert "expected a relative error" in doctor.attempt("verified", lambda: checks.check_verified(case)).detail
+    monkeypatch.setattr(case, "answer", lambda **_: [second], raising=False)
+    assert "expected a relative error" in diagnosis.attempt("verified", lambda: checks.check_verified(case)).detail
     monkeypatch.setattr(cases.Case, "tolerance", 1.0)
     assert checks.check_verified(case) == "1 tokens, some at ties"
 
@@ -193,7 +194,7 @@ def test_an_error_in_the_engine_is_told(case, monkeypatch):
         raise RuntimeError("There is no Stream(gpu, 1) in current thread.")
 
     monkeypatch.setattr("glass_mlx.serving.engine.load", broken)
-    result = doctor.attempt("thread", lambda: checks.check_thread(case))
+    result = diagnosis.attempt("thread", lambda: checks.check_thread(case))
     assert result.detail.endswith("(RuntimeError: There is no Stream(gpu, 1) in current thread.)")
 
 

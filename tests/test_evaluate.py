@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 
 from glass_mlx.errors import GlassError
 from glass_mlx.evaluate import main
-from glass_mlx.evaluation.fidelity import choose_arms
-from glass_mlx.evaluation.free_running import cut, speak
-from glass_mlx.evaluation.intervals import interval, summarise, windows
+from glass_mlx.evaluation.fidelity import summarise
+from glass_mlx.evaluation.free_running import fit_length, sample_continuations
+from glass_mlx.evaluation.intervals import interval, windows
 from glass_mlx.evaluation.prompts import PROMPTS, read_prompts
-from glass_mlx.evaluation.selectors import ARMS
+from glass_mlx.evaluation.selectors import SELECTORS, choose_selectors
 from glass_mlx.evaluation.teacher_forcing import Scores
 
 
@@ -40,7 +40,7 @@ def evaluated(invoke, prompts, tiny_dir, written):
 
 def test_json(evaluated):
     result = json.loads(evaluated("--density", "0.25,0.5", "--json"))
-    assert list(result["arms"]) == list(ARMS)
+    assert list(result["arms"]) == list(SELECTORS)
     assert list(result["arms"]["dense"]) == ["1"] and list(result["arms"]["glass"]) == ["0.25", "0.5"]
     assert (result["prompts"], result["tokens"], result["windows"]) == (2, 4, [1, 2, 3, 4])
     row = result["arms"]["glass"]["0.5"]
@@ -83,7 +83,7 @@ def test_sweeps(evaluated, tmp_path, monkeypatch):
         "By density",
         "By position, density 0.6",
         "By global weight, density 0.6",
-        "By the prompt's length, density 0.6",
+        "By prompt length, density 0.6",
     }
     lines = {line.get_label(): line for line in axes["By density"].lines}
     assert "dense" not in lines and "glass-i 0.5" not in lines
@@ -100,15 +100,15 @@ def test_the_null_prompt(evaluated):
 def test_without_global_ranks(invoke, prompts, tiny_dir):
     common = ["--model", tiny_dir, "--prompts", prompts, "--tokens", 3]
     outcome = invoke(main, *common, "--json")
-    assert set(json.loads(outcome.out)["arms"]) == set(ARMS) - {"static", "glass-a", "glass-i"}
+    assert set(json.loads(outcome.out)["arms"]) == set(SELECTORS) - {"static", "glass-a", "glass-i"}
     assert "without static, glass-a, glass-i" in outcome.err
     with pytest.raises(GlassError, match="no global ranks"):
-        choose_arms(["griffin", "static"], [0.5], False)
+        choose_selectors(["griffin", "static"], [0.5], False)
 
 
-def test_arms_by_name():
-    assert set(choose_arms(["griffin"], ["auto"], True)) == {"griffin"}
-    assert set(choose_arms(["glass-i"], [0.1, "auto", 1.0], True)) == {"glass-i 0.1", "glass-i 1"}
+def test_selectors_by_name():
+    assert set(choose_selectors(["griffin"], ["auto"], True)) == {"griffin"}
+    assert set(choose_selectors(["glass-i"], [0.1, "auto", 1.0], True)) == {"glass-i 0.1", "glass-i 1"}
 
 
 def test_own_precision(evaluated):
@@ -118,11 +118,11 @@ def test_own_precision(evaluated):
 def test_prompts_are_cut_and_continued(exact):
     model, tokenizer = exact
     prompts = read_prompts(str(PROMPTS), tokenizer, 3)
-    assert cut(model, prompts, None, 0, 0) == prompts
+    assert fit_length(model, prompts, None, 0, 0) == prompts
     length = len(prompts[0])
-    short = cut(model, prompts, length + 3, 0, 0)[0]
-    assert short[:length] == prompts[0] and short[length:] == speak(model, prompts[:1], 3, 0)[0]
-    assert cut(model, prompts, 5, 0, 0) == [p[:5] for p in prompts]
+    short = fit_length(model, prompts, length + 3, 0, 0)[0]
+    assert short[:length] == prompts[0] and short[length:] == sample_continuations(model, prompts[:1], 3, 0)[0]
+    assert fit_length(model, prompts, 5, 0, 0) == [p[:5] for p in prompts]
 
 
 def test_the_bundled_prompts_are_read_without_a_second_bos(demo):
@@ -184,7 +184,7 @@ def test_the_comparison_is_paired():
         (["--global-weight", "0,2"], 2, "auto"),
         (["--tokens", "1"], 2, "at least 2"),
         (["--temp", "-1"], 2, "negative"),
-        (["--prompt-tokens", "4,0"], 2, "from 1 on"),
+        (["--prompt-tokens", "4,0"], 2, "above 0"),
         (["--arms", "glass,magic"], 2, "'magic' is none of"),
         (["--recall", "--tasks", "x"], 2, "not allowed"),
         (["--prompts", "nowhere.txt"], 1, "nowhere.txt"),

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from glass_mlx import families
+from glass_mlx.evaluation import coverage
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +47,7 @@ def command(monkeypatch, capsys):
     ],
 )
 def test_survey(name, covered, projections, note):
-    family = families.survey(name)
+    family = coverage.survey(name)
     assert (family.name, family.covered, family.projections) == (name, covered, projections)
     assert note in family.note if note else family.note == ""
 
@@ -55,8 +56,8 @@ def test_a_family_that_breaks_is_listed(monkeypatch):
     def broken(name):
         raise RuntimeError("no such config\nat all")
 
-    monkeypatch.setattr(families, "tiny_model", broken)
-    assert families.survey("llama") == families.Family("llama", False, "", "not tried: RuntimeError: no such config")
+    monkeypatch.setattr(coverage, "tiny_model", broken)
+    assert coverage.survey("llama") == coverage.Family("llama", False, "", "not tried: RuntimeError: no such config")
 
 
 def test_table(command):

@@ -59,7 +59,7 @@ def test_no_model_directory(tmp_path):
 
 def test_hub_offline():
     assert "mlx-community/Qwen3-4B-4bit is not in the local cache" in _error(resolve_model, "qwen3-4b")
-    assert "'own er/na me' is no Hub repository" in _error(resolve_model, "own er/na me")
+    assert "'own er/na me' is not a Hub repository" in _error(resolve_model, "own er/na me")
 
 
 def _hub_error(kind, status):

@@ -14,14 +14,14 @@ from functools import partial
 import numpy as np
 import pytest
 from conftest import ROOT
+from global_statistics import same
 from hub_server import HubServer
-from test_measure import same
 
 import glass_mlx
 from glass_mlx import chat, stats
-from glass_mlx.ranks.format import GlobalRanks
+from glass_mlx.ranks.agreement import compare
+from glass_mlx.ranks.format import GlobalStatistics
 from glass_mlx.ranks.lookup import STATS_DIR, cache_dir, cached_file
-from glass_mlx.ranks.measure import compare
 
 FEW = ("--tokens", 60, "--sequences", 4, "--length", 8)
 
@@ -74,14 +74,14 @@ def fails(done, *says, code=1) -> None:
 
 def test_build(build, tiny, tiny_dir):
     file = build("--all")
-    ranks = GlobalRanks.read(file).check(tiny[0])
+    ranks = GlobalStatistics.read(file).check(tiny[0])
     assert [p.name for p in file.parent.iterdir()] == [file.name]
     method = "null prompt and chat null prompt"
     expected = {"model": "tiny", "method": method, "length": "8", "temperature": "1.0", "seed": "0"}
     assert expected.items() <= ranks.metadata.items() and 60 <= int(ranks.metadata["tokens"]) < 96
     assert glass_mlx.load(tiny_dir, stats=file)[0].global_ranks is not None
-    assert same(GlobalRanks.read(build("--all")), ranks)
-    assert not same(GlobalRanks.read(build("--all", "--seed", 1)), ranks)
+    assert same(GlobalStatistics.read(build("--all")), ranks)
+    assert not same(GlobalStatistics.read(build("--all", "--seed", 1)), ranks)
 
 
 def test_build_to_the_cache(command, tiny, tiny_dir):
@@ -95,7 +95,7 @@ def test_build_to_the_cache(command, tiny, tiny_dir):
     "options, batches", [(("--stable-at", "0.01", "--no-chat"), 1), (("--stable-at", "0.01", "--all"), 2)]
 )
 def test_build_stops_when_stable(build, options, batches):
-    assert len(json.loads(GlobalRanks.read(build(*options)).metadata["stability_history"])) == batches
+    assert len(json.loads(GlobalStatistics.read(build(*options)).metadata["stability_history"])) == batches
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_sources(build, tmp_path, option, method):
     file = tmp_path / "given.txt"
     lines = ["The old house stood at the end of the street."] * 9
     file.write_text("\n".join(lines if method == "text" else ["", *(json.dumps({"text": t}) for t in lines), ""]))
-    metadata = GlobalRanks.read(build(option, *((file,) if option == f"--{method}" else ()))).metadata
+    metadata = GlobalStatistics.read(build(option, *((file,) if option == f"--{method}" else ()))).metadata
     assert metadata["method"] == method and metadata["length"] == "8"
     assert "chat" in option or (metadata["file"] == "given.txt" and len(metadata["digest"]) == 32)
 
@@ -117,9 +117,9 @@ def test_interrupted_build(command, build, tiny_dir, tmp_path, interrupted):
     done = command("build", "--model", tiny_dir, "--out", out, *FEW, "--all")
     assert (done.code, done.out, done.err) == (130, "", "")
     assert [p.name for p in out.parent.iterdir()] == ["tiny.safetensors.partial"]
-    continued = GlobalRanks.read(build("--all"))
+    continued = GlobalStatistics.read(build("--all"))
     assert [p.name for p in out.parent.iterdir()] == [out.name]
-    assert same(GlobalRanks.read(build("--all", name="whole.safetensors")), continued)
+    assert same(GlobalStatistics.read(build("--all", name="whole.safetensors")), continued)
 
 
 def test_interrupted_process(build, tiny_dir, tmp_path):
@@ -195,7 +195,7 @@ def test_usage(command, args, says):
         (("upload", "nonsense", "--repo", "a/b"), "no ranks file nonsense"),
         (("upload", "demo", "--repo", "nonsense"), "give owner/name"),
         (("upload", "demo", "--repo", "a/b"), "HF_HUB_OFFLINE"),
-        (("index", "{tmp}/text"), "is no directory"),
+        (("index", "{tmp}/text"), "is not a directory"),
         (("index", "{tmp}/bad"), "not a usable ranks file"),
     ],
 )
@@ -211,7 +211,7 @@ def test_failures(command, tiny_dir, written, tmp_path, args, says):
 
 def test_chat_template_missing(command, model_copy):
     (model_copy / "chat_template.jinja").unlink()
-    fails(command("build", "--model", model_copy, "--chat", *FEW), "leave --chat away")
+    fails(command("build", "--model", model_copy, "--chat", *FEW), "leave out --chat")
 
 
 def test_traceback_on_demand(command):
@@ -232,7 +232,7 @@ def test_list(command, tiny, written):
 
 def test_list_shows_names_as_they_are(command, tiny, written):
     """Of files that may be anyone's: brackets are no markup, and long names are not cut in a pipe."""
-    ranks, name = GlobalRanks.read(written), "[/b] [red]" + "owner/a-long-name" * 3
+    ranks, name = GlobalStatistics.read(written), "[/b] [red]" + "owner/a-long-name" * 3
     replace(ranks, metadata=ranks.metadata | {"model": name}).write(cache_dir() / "[b].safetensors")
     done = command("list")
     assert done.code == 0 and name in done.out and "[b].safetensors" in done.out
@@ -242,7 +242,7 @@ def test_show(command, written):
     done = command("show", written)
     assert (done.code, done.err) == (0, "") and done.out.startswith(f"{written}\n")
     shown = dict(line.split(maxsplit=1) for line in done.out.splitlines()[1:] if len(line.split()) > 1)
-    metadata = GlobalRanks.read(written).metadata
+    metadata = GlobalStatistics.read(written).metadata
     assert shown.keys() == {key for key, value in metadata.items() if value}
     assert shown["fingerprint"] == metadata["fingerprint"]
 
@@ -265,7 +265,7 @@ def test_diff(command, written, build):
     assert (done.code, done.err) == (0, "")
     result = json.loads(done.out)
     assert result["density"] == 0.25 and len(result["layers"]) == 2
-    a, b = map(GlobalRanks.read, files)
+    a, b = map(GlobalStatistics.read, files)
     for i, layer in enumerate(result["layers"]):
         for key, values in layer.items():
             assert values == pytest.approx(compare(*(np.array(r.energies[key][i]) for r in (a, b)), 0.25))

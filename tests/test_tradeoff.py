@@ -10,7 +10,16 @@ import pytest
 
 from glass_mlx import GlassModel
 from glass_mlx.decoding.sampling import make_sampler
-from glass_mlx.evaluation.decoders import CountingScheduler, answer, measure, simulated, simulated_ways, strays, ways
+from glass_mlx.evaluation.decoders import (
+    CountingScheduler,
+    disagreement,
+    measure_decoders,
+    simulated_decoders,
+    simulated_sampler,
+    standard_decoders,
+    timed_answer,
+)
+from glass_mlx.evaluation.shapes import SHAPES
 from glass_mlx.evaluation.tiny_models import tiny_model
 from glass_mlx.tradeoff import main
 
@@ -24,10 +33,12 @@ def model() -> GlassModel:
 
 @pytest.fixture(scope="module", params=[0.0, 1.0])
 def found(request, model):
-    return measure(model, PROMPTS, ways([0.25, 1.0], k=2), tokens=40, temperature=request.param)
+    return measure_decoders(
+        model, PROMPTS, standard_decoders([0.25, 1.0], draft_tokens=2), tokens=40, temperature=request.param
+    )
 
 
-def test_what_is_the_dense_model_does_not_stray(found):
+def test_what_equals_the_dense_model_does_not_disagree(found):
     assert found["dense"]["1"]["strays"] == found["dense"]["1"]["kl"] == 0
     for d in ("0.25", "1"):
         assert found["verified"][d]["strays"] == found["verified"][d]["kl"] == 0
@@ -41,18 +52,18 @@ def test_what_is_sparse_does(found):
     assert found["glass + refresh"]["0.25"]["kl"] < found["glass"]["0.25"]["kl"]
 
 
-def test_only_some_ways_and_more_refreshes(model):
-    made = ways([0.3], refreshes=[8, "auto"], kinds=["refresh", "verified"])
-    assert list(made) == ["dense", "glass + refresh 8", "glass + refresh", "verified"]
-    row = measure(model, PROMPTS, made, tokens=40)["glass + refresh 8"]["0.3"]
+def test_only_some_decoders_and_more_refreshes(model):
+    decoders = standard_decoders([0.3], refreshes=[8, "auto"], kinds=["refresh", "verified"])
+    assert list(decoders) == ["dense", "glass + refresh 8", "glass + refresh", "verified"]
+    row = measure_decoders(model, PROMPTS, decoders, tokens=40)["glass + refresh 8"]["0.3"]
     assert len(row["kl_by_position"]) == 8 and sum(row["kl_by_position"]) / 8 == pytest.approx(row["kl"])
-    assert made["glass + refresh 8"][0.3].config["refresh"] == 8
+    assert decoders["glass + refresh 8"][0.3].config["refresh"] == 8
 
 
-def test_rank_fusion_can_be_one_of_the_ways():
-    made = ways([0.3], 0.5, layer_budgets="uniform")
-    for name, way in ((n, by_density[0.3]) for n, by_density in made.items() if n not in ("dense", "griffin")):
-        assert (way.config["global_weight"], way.config["layer_budgets"]) == (0.5, "uniform"), name
+def test_rank_fusion_can_be_one_of_the_decoders():
+    decoders = standard_decoders([0.3], 0.5, layer_budgets="uniform")
+    for name, decoder in ((n, by_density[0.3]) for n, by_density in decoders.items() if n not in ("dense", "griffin")):
+        assert (decoder.config["global_weight"], decoder.config["layer_budgets"]) == (0.5, "uniform"), name
 
 
 def test_speeds_and_counts(found):
@@ -67,24 +78,24 @@ def test_speeds_and_counts(found):
     assert "acceptance" not in found["glass"]["0.25"]
 
 
-def test_strays_counts_tokens(model):
-    way, sampler = ways([0.5])["dense"][1.0], make_sampler(temp=1.0)
-    said, _ = answer(model, way, PROMPTS[0], 20, sampler, seed=5)
-    assert strays(model, PROMPTS[0], said, sampler, seed=5)[0] == 0
-    said[-1] = (said[-1] + 1) % 100
-    assert strays(model, PROMPTS[0], said, sampler, seed=5)[0] == pytest.approx(1 / 20)
-    assert strays(model, PROMPTS[0], said, sampler, seed=6)[0] > 0.2  # other random numbers
+def test_disagreement_counts_tokens(model):
+    decoder, sampler = standard_decoders([0.5])["dense"][1.0], make_sampler(temp=1.0)
+    answer, _ = timed_answer(model, decoder, PROMPTS[0], 20, sampler, seed=5)
+    assert disagreement(model, PROMPTS[0], answer, sampler, seed=5)[0] == 0
+    answer[-1] = (answer[-1] + 1) % 100
+    assert disagreement(model, PROMPTS[0], answer, sampler, seed=5)[0] == pytest.approx(1 / 20)
+    assert disagreement(model, PROMPTS[0], answer, sampler, seed=6)[0] > 0.2  # other random numbers
 
 
 def test_simulated_acceptance(model):
-    sampler, logprobs = simulated(0.7), mx.zeros((1, 1000))
+    sampler, logprobs = simulated_sampler(0.7), mx.zeros((1, 1000))
     pairs = [(sampler(logprobs).item(), sampler(logprobs).item()) for _ in range(1000)]
     assert sum(a == b for a, b in pairs) / 1000 == pytest.approx(0.7, abs=0.05)
-    made = simulated_ways([0.5], [0.95, 0.3])
-    for by_density in made.values():
-        for way in by_density.values():
-            way.draft_tokens = 3
-    found = measure(model, PROMPTS, made, tokens=150, fidelity=False)
+    decoders = simulated_decoders([0.5], [0.95, 0.3])
+    for by_density in decoders.values():
+        for decoder in by_density.values():
+            decoder.draft_tokens = 3
+    found = measure_decoders(model, PROMPTS, decoders, tokens=150, fidelity=False)
     high, low = (found[f"verified, acceptance {a}"]["0.5"] for a in ("0.95", "0.3"))
     assert high["acceptance"] == pytest.approx(0.95, abs=0.05) and low["acceptance"] == pytest.approx(0.3, abs=0.15)
     assert high["tokens_per_pass"] > low["tokens_per_pass"] and "strays" not in high
@@ -113,7 +124,7 @@ def test_the_command_line(invoke, tmp_path):
 def test_a_shape_says_that_acceptance_is_simulated(invoke, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("glass_mlx.tradeoff.random_model", lambda *_: GlassModel(tiny_model("llama")))
-    monkeypatch.setitem(__import__("glass_mlx.evaluation.shapes").shapes.SHAPES, "qwen3-0.6b", {"vocab_size": 90})
+    monkeypatch.setitem(SHAPES, "qwen3-0.6b", {"vocab_size": 90})
     options = ["--shape", "qwen3-0.6b", "--density", "0.5", "--acceptance", "0.6,0.9", "--count", 2, "--tokens", 9]
     ran = invoke(main, *options, "--json", "-", "--plot", str(tmp_path / "t.png"))
     assert ran.code == 0, ran.err

@@ -14,10 +14,10 @@ from huggingface_hub.errors import DryRunError
 from tqdm import tqdm
 
 from glass_mlx.errors import GlassError
-from glass_mlx.files import hub_access
-from glass_mlx.loading import _MODEL_FILES, ALIASES
+from glass_mlx.hub import hub_access
+from glass_mlx.loading import ALIASES, MODEL_FILES
 from glass_mlx.ranks import measure
-from glass_mlx.ranks.format import GlobalRanks
+from glass_mlx.ranks.format import GlobalStatistics
 from glass_mlx.ranks.sources import null_prompt
 
 from .state import Task, size
@@ -72,7 +72,7 @@ def download(job: Job) -> None:
     repo = ALIASES.get(job.model, job.model)
     with hub_access(repo):
         try:
-            files = snapshot_download(repo, allow_patterns=_MODEL_FILES, dry_run=True)
+            files = snapshot_download(repo, allow_patterns=MODEL_FILES, dry_run=True)
         except DryRunError as e:
             raise (e.__cause__ or e) from None  # the error of the Hub or the network
         job.check()
@@ -81,7 +81,7 @@ def download(job: Job) -> None:
             raise GlassError(f"{repo} is not a model for mlx-lm. Look for a conversion of it in mlx-community.")
         _check_room(repo, sum(file.file_size for file in files if file.will_download))
         job.total = sum(file.file_size for file in files)
-        snapshot_download(repo, allow_patterns=_MODEL_FILES, tqdm_class=_bar(job))
+        snapshot_download(repo, allow_patterns=MODEL_FILES, tqdm_class=_bar(job))
 
 
 def build_ranks(job: Job) -> Callable[[Any, Any], None]:
@@ -106,7 +106,7 @@ def build_ranks(job: Job) -> Callable[[Any, Any], None]:
             job.done = max(job.done, min(job.total, (number + 1) * sum(map(len, rows))))
             return rows
 
-        ranks = GlobalRanks.read(measure.build_ranks(model, tokenizer, source=replace(source, batch=batch)))
+        ranks = GlobalStatistics.read(measure.build_ranks(model, tokenizer, source=replace(source, batch=batch)))
         ranks.use_in(model)
 
     job.total = measure.DEFAULT_TOKENS

@@ -1,12 +1,12 @@
 """How strongly each FFN neuron fires: the evidence that GLASS ranks neurons by.
 
-A block's hidden vector h_t is the input of its output projection at token t. Its evidence is kept as an energy,
-the square of the importance, because energies of chunks, turns and sequences simply add up:
+A block's hidden vector h_t is the input of its output projection at token t. Evidence is kept as energy, the square
+of the importance, because the energies of chunks, turns and sequences simply add up:
 
     activation   E_j = sum_t (h_tj / max(||h_t||, eps))^2
     impact       the same with g_tj = h_tj * ||W_out[:, j]|| in place of h_tj
 
-The importance of the GLASS and GRIFFIN papers (arXiv 2508.14302, 2404.01365) is A_j = sqrt(E_j), which ranks alike.
+The importance in the GLASS and GRIFFIN papers (arXiv 2508.14302, 2404.01365) is A_j = sqrt(E_j), with the same ranks.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ EPS = 1e-6
 
 
 def energy(h: mx.array, norms: mx.array | None = None, weights: mx.array | None = None) -> mx.array:
-    """The energy E_j (module docstring) of hidden vectors, summed over all their tokens.
+    """The energy E_j (module docstring) of hidden vectors, summed over their tokens.
 
     Args:
         h (mx.array): hidden vectors, [..., F], any float dtype.
-        norms (mx.array, optional): output-weight norms [F] float32; given for impact, not for activation.
-        weights (mx.array, optional): a weight for each token, in any shape; 0 leaves a token out.
+        norms (mx.array, optional): output-weight norms [F] float32, for the signal impact; None for activation.
+        weights (mx.array, optional): a weight for each token, of any shape; 0 leaves a token out.
 
     Returns:
-        mx.array: [F] float32, non-negative; each token's part sums to its weight (to 0 where h is zero).
+        mx.array: [F] float32, non-negative. Each token adds its weight to the sum, or 0 where h is zero.
     """
-    # Two matrix-vector products with the squares: no other array of their size is made.
+    # Two matrix-vector products with the squares, so no second array of that size is made.
     squares = mx.square(h.reshape(-1, h.shape[-1]).astype(mx.float32))
     scale = mx.ones((h.shape[-1],)) if norms is None else mx.square(norms)
     share = 1 / mx.maximum(squares @ scale, EPS * EPS)

@@ -1,15 +1,15 @@
 """How many neurons each block keeps, at one density for the whole model.
 
-A neuron that is left out costs what the model's output suffers by it, and that differs much between layers. A ranks
-file says how sensitive the output is to each block (``sensitivity.py``): KL nats per share of the block's energy that
-is lost, measured by leaving out the worse half of its neurons. Losses of all blocks add up, and grow faster than the
-share that is lost:
+Dropping neurons hurts the model's output, and how much differs widely between layers. A file of global statistics
+holds the output's sensitivity to each block (``ranks/sensitivity.py``): KL in nats per share of the block's energy
+lost, measured by dropping the worse half of its neurons. The losses of the blocks add up, and each grows faster than
+the share lost:
 
     cost = sum over blocks of s * lost^p / lost_half^(p - 1)
 
-with lost_half the share that the worse half holds. The best k neurons of all are found one by one, since every further
-one of a block saves less. Only their number in each block is taken from this, so that shapes depend on nothing but the
-model and the density.
+where lost_half is the share that the worse half holds. The best counts are found one neuron at a time, because every
+further neuron of a block saves less. Only the number of neurons in each block comes from this, so shapes depend on
+nothing but the model and the density.
 """
 
 from __future__ import annotations
@@ -19,50 +19,56 @@ import numpy as np
 from .ranking import kept_count
 from .slicing import UNIT
 
-# p above. With 1, models of many layers give too little to the less sensitive ones.
+# p above. With p = 1, deep models give too few neurons to their less sensitive layers.
 POWER = 1.75
-# No block keeps less than this share of the density, however little it seems to matter.
+# Every block keeps at least this fraction of the density, however insensitive the output is to it.
 FLOOR = 1 / 8
 
 
-def uniform(density: float, sizes: list[int], groups: list[int]) -> list[int]:
-    """The same share of every block's neurons; ``groups`` as in ``ranking.select``."""
+def uniform_budgets(density: float, sizes: list[int], groups: list[int]) -> list[int]:
+    """Neurons to keep in each block: the same share of every block. ``groups`` is as in ``measured_budgets``."""
     return [size if density == 1 else kept_count(density, size, group) for size, group in zip(sizes, groups)]
 
 
+def measured_budgets(
+    density: float, energies: list[np.ndarray], sensitivity: list[float], groups: list[int]
+) -> list[int]:
+    """Neurons to keep in each block: density * sum of F in total, shared out at the least cost.
+
+    Args:
+        density (float): share of the neurons to keep, in (0, 1].
+        energies (list[np.ndarray]): the global energies [F] of each block.
+        sensitivity (list[float]): of each block, non-negative.
+        groups (list[int]): the quantisation group of each block (``Block.group``); 1 if neurons can be kept one by one.
+
+    Returns:
+        list[int]: counts, each at least ``FLOOR`` * density * F, and a multiple of ``UNIT`` in blocks with groups.
+    """
+    sizes = [len(e) for e in energies]
+    if density == 1 or not any(sensitivity):
+        return uniform_budgets(density, sizes, groups)
+    floors = uniform_budgets(FLOOR * density, sizes, groups)
+    saved, owners, widths = [], [], []
+    for i, (energy, weight, group, floor) in enumerate(zip(energies, sensitivity, groups, floors)):
+        step = 1 if group == 1 else UNIT
+        savings = -np.diff(cost(energy, weight)[floor::step]) / step
+        saved.append(savings)
+        owners.append(np.full(len(savings), i))
+        widths.append(np.full(len(savings), step))
+    saved, owners, widths = np.concatenate(saved), np.concatenate(owners), np.concatenate(widths)
+    order = np.argsort(-saved, kind="stable")
+    taken = order[np.cumsum(widths[order]) <= round(density * sum(sizes)) - sum(floors)]
+    extra = np.bincount(owners[taken], weights=widths[taken], minlength=len(sizes))
+    return [floor + int(more) for floor, more in zip(floors, extra)]
+
+
 def cost(energy: np.ndarray, sensitivity: float) -> np.ndarray:
-    """What a block costs (module docstring) with its best 0, 1, ..., F neurons kept, [F + 1]; energies [F]."""
+    """The cost (module docstring) of keeping a block's best 0, 1, ..., F neurons, [F + 1], from its energies [F]."""
     best = np.sort(energy.astype(np.float64))[::-1] / np.sum(energy, dtype=np.float64)
     lost = np.append(np.cumsum(best[::-1])[::-1], 0.0)
     half = max(lost[len(best) // 2], np.finfo(np.float64).tiny)
     return sensitivity * lost * (lost / half) ** (POWER - 1)
 
 
-def allocate(density: float, energies: list[np.ndarray], sensitivity: list[float], groups: list[int]) -> list[int]:
-    """Neurons to keep in each block, density * sum of F in all, at the least cost.
-
-    Args:
-        density (float): in (0, 1].
-        energies (list[np.ndarray]): each block's energies [F].
-        sensitivity (list[float]): of each block, not negative.
-        groups (list[int]): how each block's neurons can be kept (``Block.group``).
-
-    Returns:
-        list[int]: counts, each at least ``FLOOR`` * density * F, and a multiple of ``UNIT`` where there are groups.
-    """
-    sizes = [len(e) for e in energies]
-    if density == 1 or not any(sensitivity):
-        return uniform(density, sizes, groups)
-    floors = uniform(FLOOR * density, sizes, groups)
-    saved, owners, widths = [], [], []
-    for i, (energy, weight, group, floor) in enumerate(zip(energies, sensitivity, groups, floors)):
-        step = 1 if group == 1 else UNIT
-        steps = -np.diff(cost(energy, weight)[floor::step]) / step
-        saved.append(steps)
-        owners.append(np.full(len(steps), i))
-        widths.append(np.full(len(steps), step))
-    saved, owners, widths = np.concatenate(saved), np.concatenate(owners), np.concatenate(widths)
-    order = np.argsort(-saved, kind="stable")
-    taken = order[np.cumsum(widths[order]) <= round(density * sum(sizes)) - sum(floors)]
-    extra = np.bincount(owners[taken], weights=widths[taken], minlength=len(sizes))
-    return [floor + int(more) for floor, more in zip(floors, extra)]
+# The names that model/selection.py still uses.
+uniform, allocate = uniform_budgets, measured_budgets

@@ -1,4 +1,8 @@
-"""Every way to decode, side by side: how fast it is and how far its answers are from the dense model's."""
+"""Ways to decode, side by side: how fast each one is, and how far its answers are from the dense model's.
+
+The option ``--ways`` of ``tradeoff`` and the keys ``ways`` and ``strays`` of its JSON mean decoders and their
+disagreement rate; they keep their names because scripts rely on them.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,20 +21,31 @@ from mlx_lm.generate import generate_step, generation_stream, wired_limit
 from mlx_lm.models.cache import make_prompt_cache
 from tqdm import tqdm
 
-from ..core.metrics import divergence
+from ..core.metrics import kl_divergence
 from ..decoding.draft_scheduler import DraftScheduler
 from ..decoding.sampling import CommonRandomNumbers, make_sampler
 from ..decoding.speculative import verified_generate_step
 from ..decoding.stream import PhasedModel
 from ..model.config import GlassConfig
 from ..model.glass_model import GlassModel
-from .free_running import speak
-from .intervals import windows
-from .teacher_forcing import Text, decode_given
+from .free_running import sample_continuations
+from .intervals import window_means
+from .teacher_forcing import TextBatch, decode_given
+
+# The kinds of decoders that the dense model is compared with.
+KINDS = ("griffin", "glass", "refresh", "verified")
+
+Sampler = Callable[[mx.array], mx.array]
 
 
 class CountingScheduler(DraftScheduler):
-    """A cost model that also counts."""
+    """A draft scheduler that counts.
+
+    Attributes:
+        passes (int): dense passes that checked drafts.
+        kept (int): drafted tokens that they accepted.
+        checked (int): drafted tokens up to the first rejected one, which is included.
+    """
 
     def __init__(self):
         super().__init__()
@@ -45,15 +60,15 @@ class CountingScheduler(DraftScheduler):
 
 
 @dataclass
-class Way:
-    """A way of decoding.
+class Decoder:
+    """A way to decode.
 
     Attributes:
-        config (dict | None): of a conversation; None is plain mlx-lm.
-        verified (bool): only draft, and check.
-        acceptance (float | None): the simulated one.
+        config (dict | None): of its conversations; None is plain mlx-lm.
+        verified (bool): the sparse model only drafts, and the dense model verifies.
+        acceptance (float | None): simulated probability that a drafted token is accepted.
         draft_tokens (int | None): as in ``stream_generate``.
-        scheduler (CountingScheduler): what its answers have learnt, if it verifies.
+        scheduler (CountingScheduler): what it has learnt from its answers, if it verifies.
     """
 
     config: dict[str, Any] | None = None
@@ -63,7 +78,7 @@ class Way:
     scheduler: CountingScheduler = field(default_factory=CountingScheduler)
 
     def steps(self, model: GlassModel, prompt: list[int], tokens: int, sampler: Sampler) -> Iterator[tuple[int, Any]]:
-        """Tokens of an answer, and the session that they are decoded in."""
+        """Yield an answer's tokens, each with the session it is decoded in (None for plain mlx-lm)."""
         given = mx.array(prompt)
         if self.config is None:
             cache = make_prompt_cache(model.dense)
@@ -72,7 +87,7 @@ class Way:
         cache = model.make_cache(**self.config)
         session = model.session(cache)
         if self.verified:
-            sampler = sampler if self.acceptance is None else simulated(self.acceptance)
+            sampler = sampler if self.acceptance is None else simulated_sampler(self.acceptance)
             options = {"max_tokens": tokens, "sampler": sampler, "prompt_cache": cache, "scheduler": self.scheduler}
             options |= {"draft_tokens": self.draft_tokens}
             steps = verified_generate_step(given, model, **options)
@@ -82,56 +97,61 @@ class Way:
         return ((int(token), session) for token, _ in generate_step(given, phased, **options))
 
 
-KINDS = ("griffin", "glass", "refresh", "verified")
+# By name and density.
+Decoders = dict[str, dict[float, Decoder]]
 
 
-def ways(
+def standard_decoders(
     densities: list[float],
-    weight: float | str = "auto",
-    k: int | None = None,
-    refreshes: tuple[int | str, ...] | list[int | str] = ("auto",),
-    kinds: tuple[str, ...] | list[str] = KINDS,
+    global_weight: float | str = "auto",
+    draft_tokens: int | None = None,
+    refreshes: Sequence[int | str] = ("auto",),
+    kinds: Sequence[str] = KINDS,
     layer_budgets: str = GlassConfig.layer_budgets,
-) -> dict[str, dict[float, Way]]:
-    """Ways of decoding by name and density, the dense model first.
+) -> Decoders:
+    """Decoders by name and density, the dense model first.
 
     Args:
-        densities (list[float]): of each way.
-        weight (float or "auto"): the global weight of all but GRIFFIN.
-        k (int, optional): draft always so many tokens.
-        refreshes (list): as ``GlassConfig.refresh``.
-        kinds (list[str]): of ``KINDS``.
+        densities (list[float]): of each decoder.
+        global_weight (float or "auto"): of all but GRIFFIN.
+        draft_tokens (int, optional): always draft this many tokens.
+        refreshes (sequence): values of ``GlassConfig.refresh`` for the kind ``refresh``.
+        kinds (sequence): of ``KINDS``.
         layer_budgets (str): of all but GRIFFIN, as ``GlassConfig.layer_budgets``.
     """
-    glass = {"global_weight": weight, "refresh": 0, "layer_budgets": layer_budgets}
+    glass = {"global_weight": global_weight, "refresh": 0, "layer_budgets": layer_budgets}
     griffin = {"global_weight": 0.0, "signal": "activation", "refresh": 0, "layer_budgets": "uniform"}
-    refreshed = {**glass, "refresh": "auto"}
-    made: dict[str, dict[float, Way]] = {"dense": {1.0: Way()}}
-    named = {"griffin": {"griffin": (griffin,)}, "glass": {"glass": (glass,)}}
-    named["refresh"] = {
-        "glass + refresh" if r == "auto" else f"glass + refresh {r}": ({**glass, "refresh": r},) for r in refreshes
+    configs: dict[str, dict[str, dict[str, Any]]] = {
+        "griffin": {"griffin": griffin},
+        "glass": {"glass": glass},
+        "refresh": {"glass + refresh" + ("" if r == "auto" else f" {r}"): {**glass, "refresh": r} for r in refreshes},
+        "verified": {"verified": {**glass, "refresh": "auto"}},
     }
-    named["verified"] = {"verified": (refreshed, True)}
+    decoders: Decoders = {"dense": {1.0: Decoder()}}
     for kind in kinds:
-        for name, (config, *rest) in named[kind].items():
-            made[name] = {d: Way({**config, "density": d}, *rest, draft_tokens=k) for d in densities}
-    return made
+        for name, config in configs[kind].items():
+            decoders[name] = {
+                d: Decoder({**config, "density": d}, kind == "verified", draft_tokens=draft_tokens) for d in densities
+            }
+    return decoders
 
 
-def simulated_ways(densities: list[float], acceptances: list[float]) -> dict[str, dict[float, Way]]:
-    """The ways of decoding whose speed random weights can show."""
-    all_ways = ways(densities)
-    made = {name: all_ways[name] for name in ("dense", "glass", "glass + refresh")}
+def simulated_decoders(densities: list[float], acceptances: list[float]) -> Decoders:
+    """The decoders whose speed a model with random weights can show; verified ones with simulated acceptance."""
+    decoders = standard_decoders(densities, kinds=("glass", "refresh"))
     for a in acceptances:
-        made[f"verified, acceptance {a:g}"] = {
-            d: Way({"density": d, "refresh": "auto"}, True, acceptance=a) for d in densities
+        decoders[f"verified, acceptance {a:g}"] = {
+            d: Decoder({"density": d, "refresh": "auto"}, True, acceptance=a) for d in densities
         }
-    return made
+    return decoders
 
 
-def simulated(acceptance: float) -> Sampler:
-    """A sampler of which two calls for the same place agree with a given probability: each takes token 0 with the root
-    of it, and else one that no other call takes. The logits are computed all the same."""
+def simulated_sampler(acceptance: float) -> Sampler:
+    """A sampler whose two calls for the same place agree with a given probability.
+
+    Each call takes token 0 with the root of that probability, or else a token that no other call takes. The logits are
+    computed all the same.
+    """
     rng, other = np.random.default_rng(0), itertools.count(1)
 
     def sample(logprobs: mx.array) -> mx.array:
@@ -142,7 +162,7 @@ def simulated(acceptance: float) -> Sampler:
 
 
 def _by_place(sampler: Sampler) -> Sampler:
-    """A sampler for mlx-lm's loop, which calls it once for each place, that draws as verified decoding does."""
+    """A sampler for mlx-lm's loop, which calls it once per place, with the random numbers of verified decoding."""
     randomness, place = CommonRandomNumbers(), itertools.count()
 
     def sample(logprobs: mx.array) -> mx.array:
@@ -152,124 +172,133 @@ def _by_place(sampler: Sampler) -> Sampler:
     return sample
 
 
-def answer(
-    model: GlassModel, way: Way, prompt: list[int], tokens: int, sampler: Sampler, seed: int
+def timed_answer(
+    model: GlassModel, decoder: Decoder, prompt: list[int], tokens: int, sampler: Sampler, seed: int
 ) -> tuple[list[int], float]:
-    """An answer's tokens, and how many of them a second there were."""
+    """Answer a prompt; returns the tokens, and tokens per second from the first one on, with selection."""
     mx.random.seed(seed)
-    said, times, select = [], [], 0.0
+    answer, times, select = [], [], 0.0
     with wired_limit(model, [generation_stream]):
-        for token, session in way.steps(model, prompt, tokens, sampler):
-            said.append(token)
+        for token, session in decoder.steps(model, prompt, tokens, sampler):
+            answer.append(token)
             times.append(time.perf_counter())
-            if len(said) == 1 and session is not None:
+            if len(answer) == 1 and session is not None:
                 select = session.selection_time  # mlx-lm's loop has begun the second token by now
-    return said, (len(said) - 1) / (times[-1] - times[0] + select)
+    return answer, (len(answer) - 1) / (times[-1] - times[0] + select)
 
 
-def strays(model: GlassModel, prompt: list[int], said: list[int], sampler: Sampler, seed: int) -> tuple[float, float]:
-    """Share of an answer's tokens that the dense model would not have said, and the answer's negative log-likelihood
-    under the dense model in nats per token."""
-    text = Text([prompt], [said])
-    logits = text.predicting(model.dense(text.tokens))
-    nll = text.nll(logits).mean()
+def disagreement(
+    model: GlassModel, prompt: list[int], answer: list[int], sampler: Sampler, seed: int
+) -> tuple[float, float]:
+    """Judge an answer by the dense model.
+
+    Returns:
+        tuple: the disagreement rate, which is the share of tokens that the dense model, with the same text before them
+        and the same random numbers, would not have chosen; and the answer's negative log-likelihood in nats per token.
+    """
+    batch = TextBatch([prompt], [answer])
+    logits = batch.predictions(model.dense(batch.tokens))
+    nll = batch.nll(logits).mean()
     mx.random.seed(seed)
     sample = _by_place(sampler)
     logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    own = mx.concatenate([sample(logprobs[:, i]) for i in range(len(said))])
-    return mx.mean(own != mx.array(said)).item(), nll.item()
+    own = mx.concatenate([sample(logprobs[:, i]) for i in range(len(answer))])
+    return mx.mean(own != mx.array(answer)).item(), nll.item()
 
 
-def forced_kl(model: GlassModel, way: Way, prompt: list[int], said: list[int], dense: mx.array) -> np.ndarray:
-    """KL(dense || way) in nats at each token of a given continuation, refreshed on the way, [T].
+def teacher_forced_kl(
+    model: GlassModel, decoder: Decoder, prompt: list[int], continuation: list[int], dense: mx.array
+) -> np.ndarray:
+    """KL(dense || decoder) in nats at each of T tokens of a given continuation, with its rereads, [T].
 
     Args:
-        dense (mx.array): the dense model's logits [1, T, vocabulary] of its tokens.
+        model, decoder, prompt: what decodes, and after which tokens.
+        continuation (list[int]): T tokens.
+        dense (mx.array): the dense model's logits that predict them, [1, T, vocabulary].
     """
-    cache = model.make_cache(**way.config)
+    cache = model.make_cache(**decoder.config)
     first = model.prefill(mx.array([prompt]), cache)[:, -1:]
-    rest = decode_given(model, mx.array([said[:-1]]), cache)
-    return np.array(divergence(dense, mx.concatenate([first, rest], axis=1).astype(mx.float32))[0])
+    rest = decode_given(model, mx.array([continuation[:-1]]), cache)
+    return np.array(kl_divergence(dense, mx.concatenate([first, rest], axis=1).astype(mx.float32))[0])
 
 
-def measure(
+def measure_decoders(
     model: GlassModel,
     prompts: list[list[int]],
-    made: dict[str, dict[float, Way]],
+    decoders: Decoders,
     tokens: int = 256,
     temperature: float = 1.0,
     seed: int = 0,
     fidelity: bool = True,
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Measure ways of decoding.
+    """Measure decoders on the same prompts, in turn.
 
     Args:
         model (GlassModel): the model.
         prompts (list[list[int]]): tokens.
-        made (dict): from :func:`ways`.
+        decoders (dict): from :func:`standard_decoders`.
         tokens (int): length of an answer, at least 3.
         temperature (float): of the sampling.
         seed (int): of the sampling.
-        fidelity (bool): also measure that.
+        fidelity (bool): also measure fidelity.
 
     Returns:
-        dict: by way and density ``tps`` and ``speedup``, medians over prompts, with ``range``; ``acceptance`` and
-        ``tokens_per_pass`` of those that check; where there is fidelity ``strays``, ``own_ppl``, and ``kl``, the
-        latter also in its last third and ``kl_by_position`` (``summary.windows``).
+        dict: by decoder and density ``tps`` and ``speedup``, medians over prompts, with their ``range``; ``acceptance``
+        and ``tokens_per_pass`` of those that verify. With fidelity ``strays``, ``own_ppl``, and ``kl``, also of the
+        last third and by position (:func:`intervals.window_means`).
     """
     sampler = make_sampler(temp=temperature)
-    pairs = [(name, d, way) for name, by_density in made.items() for d, way in by_density.items()]
+    listed = [(name, d, decoder) for name, by_density in decoders.items() for d, decoder in by_density.items()]
     rows: dict[tuple, dict[str, list]] = {
-        (name, d): {"tps": [], "speedup": [], "strays": [], "nll": [], "kl": []} for name, d, _ in pairs
+        (name, d): {"tps": [], "speedup": [], "strays": [], "nll": [], "kl": []} for name, d, _ in listed
     }
-    for _, _, way in pairs:  # warming up
-        answer(model, way, prompts[0], min(tokens, 16), sampler, seed)
-        way.scheduler = CountingScheduler()
+    for _, _, decoder in listed:  # warm up
+        timed_answer(model, decoder, prompts[0], min(tokens, 16), sampler, seed)
+        decoder.scheduler = CountingScheduler()
     for i, prompt in enumerate(tqdm(prompts, unit="prompt", file=sys.stderr, disable=None)):
         answers = {}
-        for name, d, way in pairs:  # the dense one first
-            answers[name, d], tps = answer(model, way, prompt, tokens, sampler, seed + i)
+        for name, d, decoder in listed:  # the dense one first
+            answers[name, d], tps = timed_answer(model, decoder, prompt, tokens, sampler, seed + i)
             row = rows[name, d]
             row["tps"].append(tps)
             row["speedup"].append(tps / rows["dense", 1.0]["tps"][-1])
         if fidelity:
-            _add_fidelity(model, prompt, pairs, answers, rows, sampler, seed + i, temperature)
+            _add_fidelity(model, prompt, listed, answers, rows, sampler, seed + i, temperature)
     return {
-        name: {f"{d:g}": _summary(rows[name, d], way) for d, way in by_density.items()}
-        for name, by_density in made.items()
+        name: {f"{d:g}": _summary(rows[name, d], decoder) for d, decoder in by_density.items()}
+        for name, by_density in decoders.items()
     }
 
 
-def _add_fidelity(model, prompt, pairs, answers, rows, sampler, seed, temperature) -> None:
-    some = answers["dense", 1.0]
+def _add_fidelity(model, prompt, listed, answers, rows, sampler, seed, temperature) -> None:
+    dense_answer = answers["dense", 1.0]
     mx.random.seed(seed)
-    [said] = [some] if temperature == 0 else speak(model, [prompt], len(some))
-    text = Text([prompt], [said])
-    dense = text.predicting(model.dense(text.tokens))
-    for name, d, way in pairs:
+    [continuation] = [dense_answer] if temperature == 0 else sample_continuations(model, [prompt], len(dense_answer))
+    batch = TextBatch([prompt], [continuation])
+    dense = batch.predictions(model.dense(batch.tokens))
+    for name, d, decoder in listed:
         row = rows[name, d]
-        stray, nll = strays(model, prompt, answers[name, d], sampler, seed)
-        row["strays"].append(stray)
+        rate, nll = disagreement(model, prompt, answers[name, d], sampler, seed)
+        row["strays"].append(rate)
         row["nll"].append(nll)
-        if way.config is not None and not way.verified:
-            row["kl"].append(forced_kl(model, way, prompt, said, dense))
+        if decoder.config is None or decoder.verified:
+            row["kl"].append(np.zeros(len(continuation)))
         else:
-            row["kl"].append(np.zeros(len(said)))
+            row["kl"].append(teacher_forced_kl(model, decoder, prompt, continuation, dense))
 
 
-def _summary(row: dict[str, list], way: Way) -> dict[str, Any]:
+def _summary(row: dict[str, list], decoder: Decoder) -> dict[str, Any]:
     result: dict[str, Any] = {key: statistics.median(row[key]) for key in ("tps", "speedup")}
     result["range"] = {key: [min(row[key]), max(row[key])] for key in ("tps", "speedup")}
-    if way.verified:
-        scheduler = way.scheduler
-        result["acceptance"] = scheduler.kept / scheduler.checked if scheduler.checked else None
-        result["tokens_per_pass"] = (scheduler.kept + scheduler.passes) / scheduler.passes if scheduler.passes else None
+    if decoder.verified:
+        counts = decoder.scheduler
+        result["acceptance"] = counts.kept / counts.checked if counts.checked else None
+        result["tokens_per_pass"] = (counts.kept + counts.passes) / counts.passes if counts.passes else None
     if row["strays"]:
         kl = np.stack(row["kl"])  # [prompts, T]
-        ends = windows(kl.shape[1])
         result["kl"], result["kl_error"] = _mean(kl.mean(axis=1))
         result["kl_last_third"] = float(kl[:, -(kl.shape[1] // 3) :].mean())
-        result["kl_by_position"] = [float(kl[:, a:b].mean()) for a, b in zip([0, *ends], ends)]
+        result["kl_by_position"] = window_means(kl)
         result["strays"], result["strays_error"] = _mean(np.array(row["strays"]))
         result["own_ppl"] = math.exp(statistics.fmean(row["nll"]))
     return result
@@ -279,6 +308,3 @@ def _mean(values: np.ndarray) -> tuple[float, float]:
     """A mean over prompts and its standard error."""
     error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
     return float(values.mean()), float(error)
-
-
-Sampler = Callable[[mx.array], mx.array]

@@ -1,26 +1,24 @@
-"""How far sparse decoding strays from the dense model, over all prompts and selectors."""
+"""How far sparse decoding is from the dense model: all prompts, selectors and densities, in figures."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from ..errors import GlassError
 from ..model.glass_model import GlassModel
-from .free_running import _speak, readability, self_nll
-from .intervals import interval, summarise
-from .selectors import GLOBAL, Arm, standard_arms
-from .teacher_forcing import Scores, measure
+from .free_running import readability, sample_continuations, self_nll
+from .intervals import interval, window_means
+from .selectors import Selector
+from .teacher_forcing import Scores, score_selectors
 
 
-def evaluate(
+def measure_fidelity(
     model: GlassModel,
     prompts: list[list[int]],
-    arms: dict[str, Arm],
+    selectors: dict[str, Selector],
     densities: list[float],
     tokens: int = 256,
     temperature: float = 1.0,
@@ -28,26 +26,26 @@ def evaluate(
     free: bool = False,
     progress: Callable[[int], None] = lambda prompts: None,
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Measure arms on the dense model's own continuations.
+    """Measure selectors on the dense model's own continuations.
 
     Args:
         model (GlassModel): the model.
         prompts (list[list[int]]): tokens.
-        arms (dict): functions that choose neurons, by name.
-        densities (list[float]): at which each arm is measured.
+        selectors (dict): functions that choose neurons, by name.
+        densities (list[float]): to measure each selector at.
         tokens (int): length of a continuation.
         temperature (float): of its sampling.
         seed (int): of its sampling.
-        free (bool): also let each arm speak by itself.
+        free (bool): also let each selector's sparse model continue by itself.
         progress: called with the number of prompts done since the last call.
 
     Returns:
-        dict: for each arm, ``dense`` included, and each density the figures of :func:`summary.summarise`; with
-        ``free`` under that name those of :func:`speak_freely`.
+        dict: for each selector, ``dense`` included, and each density the figures of :func:`summarise`; with ``free``,
+        under that key, those of :func:`run_freely`.
     """
     mx.random.seed(seed)
-    said = _speak(model, prompts, tokens, temperature)
-    scores = measure(model, prompts, said, arms, densities, progress)
+    continuations = sample_continuations(model, prompts, tokens, temperature)
+    scores = score_selectors(model, prompts, continuations, selectors, densities, progress)
     griffin = scores.get("griffin", {})
     result = {
         name: {
@@ -60,22 +58,23 @@ def evaluate(
         for name, rows in scores.items():
             for d, row in rows.items():
                 mx.random.seed(seed)
-                result[name][f"{d:g}"]["free"] = speak_freely(model, prompts, row, tokens, temperature)
+                result[name][f"{d:g}"]["free"] = run_freely(model, prompts, row, tokens, temperature)
     return result
 
 
-def speak_freely(
+def run_freely(
     model: GlassModel, prompts: list[list[int]], scores: Scores, tokens: int, temperature: float
 ) -> dict[str, Any]:
-    """Let an arm go on by itself from each prompt, with the neurons that it chose.
+    """Let the model continue each prompt on the neurons that a selector kept.
 
     Returns:
-        dict: ``repetition``, ``distinct-1``, ``distinct-2`` (:func:`continuation.readability`), ``self_ppl``, the
-        perplexity of what it says under the dense model; ``ci`` of each.
+        dict: ``repetition``, ``distinct-1``, ``distinct-2`` (:func:`free_running.readability`); ``self_ppl``, the
+        perplexity of the continuations under the dense model; ``ci`` of each.
     """
-    said = _speak(model, prompts, tokens, temperature, scores.kept)
-    values = readability(said)
-    nll = self_nll(model, prompts, said)
+    masks = [mx.array(rows) for rows in scores.kept]
+    continuations = sample_continuations(model, prompts, tokens, temperature, masks)
+    values = readability(continuations)
+    nll = self_nll(model, prompts, continuations)
     return {
         **{name: float(v.mean()) for name, v in values.items()},
         "self_ppl": float(np.exp(nll.mean())),
@@ -83,18 +82,77 @@ def speak_freely(
     }
 
 
-def choose_arms(names: list[str] | None, weights: list[float | str], global_ranks: bool) -> dict[str, Arm]:
-    """The arms asked for by name (default: all), as far as there are global ranks for them; a weight ``auto`` is
-    ``glass``, which is one of them anyway.
+def summarise(scores: Scores, rival: Scores | None = None) -> dict[str, Any]:
+    """A selector in figures.
 
-    Raises:
-        GlassError: an arm was asked for that needs global ranks.
+    Args:
+        scores (Scores): of the selector.
+        rival (Scores, optional): of another selector on the same texts.
+
+    Returns:
+        dict: ``ppl``; ``kl`` in nats per token; ``agreement``; ``jaccard`` with the oracle; ``ci``: the 95 % interval
+        of each; ``jaccard_by_layer``; ``kl_by_position`` (:func:`intervals.window_means`); and ``against_griffin``: the
+        mean difference in KL from the rival (negative is better) and its paired ``ci``.
     """
-    standard = standard_arms([w for w in weights if w != "auto"])
-    arms = {name: arm for name, arm in standard.items() if names is None or name.split()[0] in names}
-    missing = [] if global_ranks else [name for name in arms if name.split()[0] in GLOBAL]
-    if missing and names is not None:
-        raise GlassError(f"There are no global ranks for this model, and {missing[0]} needs them: build some first.")
-    if missing:
-        print(f"There are no global ranks for this model: without {', '.join(missing)}.", file=sys.stderr)
-    return {name: arm for name, arm in arms.items() if name not in missing}
+    nll, kl, agree = (rows.mean(axis=1) for rows in (scores.nll, scores.kl, scores.agree))
+    jaccard = scores.jaccard.mean(axis=1)
+    row: dict[str, Any] = {
+        "ppl": float(np.exp(nll.mean())),
+        "kl": float(kl.mean()),
+        "agreement": float(agree.mean()),
+        "jaccard": float(jaccard.mean()),
+        "ci": {
+            "ppl": [float(np.exp(x)) for x in interval(nll)],
+            "kl": interval(kl),
+            "agreement": interval(agree),
+            "jaccard": interval(jaccard),
+        },
+        "jaccard_by_layer": scores.jaccard.mean(axis=0).tolist(),
+        "kl_by_position": window_means(scores.kl),
+    }
+    if rival is not None:
+        differences = kl - rival.kl.mean(axis=1)
+        row["against_griffin"] = {"kl": float(differences.mean()), "ci": interval(differences)}
+    return row
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result of ``evaluate --json`` as text: a table for each prompt length and density."""
+    precision = "float32" if result["float32"] else "own precision"
+    lines = [
+        f"{result['model']}, {precision}, {result['backend']}: "
+        f"{result['prompts']} prompts, {result['tokens']} tokens each, {result['seconds']:.0f} s; [95 % interval]"
+    ]
+    for length, selectors in result["prompt_tokens"].items():
+        of = "" if length == "own" else f", prompts of {length} tokens"
+        for d in dict.fromkeys(d for name, rows in selectors.items() if name != "dense" for d in rows):
+            at_density = {name: rows["1"] if name == "dense" else rows[d] for name, rows in selectors.items()}
+            lines += ["", f"density {d}{of}", *_fidelity_rows(at_density)]
+            if "free" in at_density["dense"]:
+                lines += ["", *_free_rows(at_density)]
+    return "\n".join(lines)
+
+
+def _fidelity_rows(rows: dict[str, dict[str, Any]]) -> list[str]:
+    lines = [f"{'':>14} {'PPL':>8} {'KL':>22} {'KL - griffin':>24} {'agreement':>10} {'Jaccard':>8}"]
+    for name, row in rows.items():
+        versus = row.get("against_griffin")
+        against = "" if versus is None else f"{versus['kl']:+8.3f} {_brackets(versus['ci'], '+.3f')}"
+        lines.append(
+            f"{name:>14} {row['ppl']:8.2f} {row['kl']:7.3f} {_brackets(row['ci']['kl'], '.3f')} {against:>24} "
+            f"{row['agreement']:10.1%} {row['jaccard']:8.3f}"
+        )
+    return lines
+
+
+def _free_rows(rows: dict[str, dict[str, Any]]) -> list[str]:
+    lines = [f"{'by itself':>14} {'self-PPL':>8} {'repetition':>11} {'distinct-1':>11} {'distinct-2':>11}"]
+    for name, row in rows.items():
+        free = row["free"]
+        figures = "".join(f" {free[key]:11.1%}" for key in ("repetition", "distinct-1", "distinct-2"))
+        lines.append(f"{name:>14} {free['self_ppl']:8.2f}{figures}")
+    return lines
+
+
+def _brackets(ci: list[float], form: str) -> str:
+    return f"[{ci[0]:{form}}, {ci[1]:{form}}]"

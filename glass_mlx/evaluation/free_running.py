@@ -1,4 +1,4 @@
-"""What a model says after a batch of prompts, and how such texts read: repetition, variety, self-perplexity."""
+"""Continuations that a model samples for a batch of prompts, and how they read: repetition, variety, perplexity."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ..model.blocks import hooked, run_with
 from ..model.glass_model import GlassModel
-from .teacher_forcing import Text
+from .teacher_forcing import TextBatch
+
+# Prompts whose continuations are sampled together.
+_BATCH = 32
 
 
-def speak(
+def sample_continuations(
     model: GlassModel,
     prompts: list[list[int]],
     tokens: int,
@@ -21,38 +24,54 @@ def speak(
     masks: list[mx.array] | None = None,
     begin: list[list[int]] | None = None,
 ) -> list[list[int]]:
-    """Sample a continuation of each prompt, all together. Every prompt is read by the dense model.
+    """Sample a continuation of each prompt. The dense model reads every prompt.
 
-    A continuation runs on over an end token, so that all have one length: what follows is the next text.
+    An end token does not end a continuation, so that all have the same length: the next text follows.
 
     Args:
         model (GlassModel): the model.
         prompts (list[list[int]]): tokens.
         tokens (int): length of a continuation.
         temperature (float): of the sampling; 0 takes the most likely token.
-        masks (list[mx.array], optional): for each block the neurons [B, F] that the continuations are decoded with,
-            as ``fidelity.as_masks`` makes them. Default: all.
-        begin (list[list[int]], optional): what each continuation begins with.
+        masks (list[mx.array], optional): for each block the neurons [prompts, F] (bool) to decode with, as
+            ``teacher_forcing.as_masks`` makes them. Default: all.
+        begin (list[list[int]], optional): the given first tokens of each continuation.
 
     Returns:
-        list[list[int]]: the continuations, with what they begin with.
+        list[list[int]]: the continuations, with their given first tokens.
     """
+    continuations: list[list[int]] = []
+    for i in range(0, len(prompts), _BATCH):
+        some = slice(i, i + _BATCH)
+        given = np.full((len(prompts[some]), tokens), -1)
+        for b, start in enumerate(begin[some] if begin else []):
+            given[b, : len(start)] = start[:tokens]
+        kept = None if masks is None else [mask[some] for mask in masks]
+        continuations += _sample_batch(model, prompts[some], given, temperature, kept)
+    return continuations
+
+
+def _sample_batch(
+    model: GlassModel,
+    prompts: list[list[int]],
+    given: np.ndarray,
+    temperature: float,
+    masks: list[mx.array] | None,
+) -> list[list[int]]:
+    """Continuations of prompts; ``given`` [B, tokens] is -1 where a token is to be sampled."""
     caches, logits = [], []
     for prompt in prompts:
         caches.append(make_prompt_cache(model.dense))
         logits.append(model.dense(mx.array(prompt)[None], cache=caches[-1])[:, -1])
         mx.eval(logits[-1])
-    given = np.full((len(prompts), tokens), -1)
-    for b, start in enumerate(begin or []):
-        given[b, : len(start)] = start[:tokens]
     if all(hasattr(entry, "merge") for entry in caches[0]):
         merged = [entries[0].merge(list(entries)) for entries in zip(*caches)]
         return _decode(model, merged, mx.concatenate(logits), given, temperature, masks)
-    said = []  # the family's caches stay apart, and so do the texts
+    continuations = []  # the family's caches cannot be merged, so neither can the texts
     for b, cache in enumerate(caches):
         mask = masks and [m[b : b + 1] for m in masks]
-        said += _decode(model, cache, logits[b], given[b : b + 1], temperature, mask)
-    return said
+        continuations += _decode(model, cache, logits[b], given[b : b + 1], temperature, mask)
+    return continuations
 
 
 def _decode(
@@ -63,29 +82,46 @@ def _decode(
     temperature: float,
     masks: list[mx.array] | None,
 ) -> list[list[int]]:
-    """Go on from the logits [B, vocabulary] of the prompts' last tokens; ``given`` [B, tokens] is -1 where a token is
-    to be sampled."""
+    """Go on from the logits [B, vocabulary] of the prompts' last tokens; ``given`` as in ``_sample_batch``."""
     masked = {} if masks is None else hooked(model.blocks, lambda i, h: _masked(h, masks[i]))
-    said: list[mx.array] = []
-    for place, forced in enumerate(mx.array(given.T)):
+    sampled: list[mx.array] = []
+    for place, fixed in enumerate(mx.array(given.T)):
         if place:
-            logits = run_with(masked, model.dense, said[-1][:, None], cache=cache)[:, -1]
+            logits = run_with(masked, model.dense, sampled[-1][:, None], cache=cache)[:, -1]
         logits = logits.astype(mx.float32)
         token = mx.random.categorical(logits / temperature) if temperature else mx.argmax(logits, axis=-1)
-        said.append(mx.where(forced < 0, token.astype(mx.int32), forced.astype(mx.int32)))
-        mx.async_eval(said[-1])
-    return mx.stack(said, axis=1).tolist()
+        sampled.append(mx.where(fixed < 0, token.astype(mx.int32), fixed.astype(mx.int32)))
+        mx.async_eval(sampled[-1])
+    return mx.stack(sampled, axis=1).tolist()
 
 
 def _masked(h: mx.array, mask: mx.array) -> mx.array:
     return h * mask.astype(h.dtype).reshape(mask.shape[0], *[1] * (h.ndim - 2), mask.shape[1])
 
 
-def readability(said: list[list[int]]) -> dict[str, np.ndarray]:
-    """How texts read, for each of them: ``repetition``, the share of its 4-grams that it had before, and ``distinct-1``
-    and ``distinct-2``, the share of different tokens and pairs among all of its own."""
-    scores = {"repetition": [1 - _distinct(row, 4) for row in said]}
-    scores |= {f"distinct-{n}": [_distinct(row, n) for row in said] for n in (1, 2)}
+def fit_length(
+    model: GlassModel, prompts: list[list[int]], length: int | None, temperature: float, seed: int
+) -> list[list[int]]:
+    """Prompts of ``length`` tokens: longer ones are cut, and the dense model continues shorter ones; None changes
+    nothing."""
+    if length is None:
+        return prompts
+    short = [p for p in prompts if len(p) < length]
+    mx.random.seed(seed)
+    missing = length - min(map(len, short)) if short else 0
+    more = iter(sample_continuations(model, short, missing, temperature))
+    return [(p if len(p) >= length else [*p, *next(more)])[:length] for p in prompts]
+
+
+def readability(continuations: list[list[int]]) -> dict[str, np.ndarray]:
+    """How each text reads.
+
+    Returns:
+        dict: for each text ``repetition``, the share of its 4-grams that repeat an earlier one; ``distinct-1`` and
+        ``distinct-2``, the share of distinct tokens and pairs of tokens.
+    """
+    scores = {"repetition": [1 - _distinct(row, 4) for row in continuations]}
+    scores |= {f"distinct-{n}": [_distinct(row, n) for row in continuations] for n in (1, 2)}
     return {name: np.array(values) for name, values in scores.items()}
 
 
@@ -94,40 +130,10 @@ def _distinct(tokens: list[int], n: int) -> float:
     return len(set(grams)) / max(1, len(grams))
 
 
-def self_nll(model: GlassModel, prompts: list[list[int]], said: list[list[int]]) -> np.ndarray:
-    """What the dense model thinks of continuations: negative log-likelihood in nats per token, [B]."""
+def self_nll(model: GlassModel, prompts: list[list[int]], continuations: list[list[int]]) -> np.ndarray:
+    """The negative log-likelihood of continuations under the dense model, in nats per token, [prompts]."""
     nll = []
-    for prompt, row in zip(prompts, said):
-        text = Text([prompt], [row])
-        nll.append(text.nll(text.predicting(model.dense(text.tokens))).mean().item())
+    for prompt, row in zip(prompts, continuations):
+        batch = TextBatch([prompt], [row])
+        nll.append(batch.nll(batch.predictions(model.dense(batch.tokens))).mean().item())
     return np.array(nll)
-
-
-# Prompts whose continuations are sampled together.
-_BATCH = 32
-
-
-def _speak(
-    model: GlassModel,
-    prompts: list[list[int]],
-    tokens: int,
-    temperature: float,
-    kept: list[np.ndarray] | None = None,
-) -> list[list[int]]:
-    said: list[list[int]] = []
-    for i in range(0, len(prompts), _BATCH):
-        masks = None if kept is None else [mx.array(rows[i : i + _BATCH]) for rows in kept]
-        said += speak(model, prompts[i : i + _BATCH], tokens, temperature, masks)
-    return said
-
-
-def cut(
-    model: GlassModel, prompts: list[list[int]], length: int | None, temperature: float, seed: int
-) -> list[list[int]]:
-    """Prompts of ``length`` tokens: the beginnings of longer ones; the dense model goes on with shorter ones."""
-    if length is None:
-        return prompts
-    short = [p for p in prompts if len(p) < length]
-    mx.random.seed(seed)
-    more = iter(_speak(model, short, length - min(map(len, short)), temperature)) if short else iter(())
-    return [(p if len(p) >= length else [*p, *next(more)])[:length] for p in prompts]

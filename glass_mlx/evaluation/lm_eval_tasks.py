@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
     from mlx_lm.evaluate import MLXLM
 
-# Tokens of an answer, where neither the task nor a stop text ends it.
+# The most tokens of an answer, if neither the task nor a stop text ends it.
 _MAX_TOKENS = 512
 
+# By name and density.
+Configs = dict[str, dict[float, GlassConfig]]
 
-def standard_configs(densities: list[float]) -> dict[str, dict[float, GlassConfig]]:
-    """The dense model, and at each density GRIFFIN and GLASS."""
+
+def standard_configs(densities: list[float]) -> Configs:
+    """The dense model, and GRIFFIN and GLASS at each density."""
     return {
         "dense": {1.0: GlassConfig(1.0)},
         "griffin": {d: GlassConfig(d, 0.0, "activation", 0, "uniform") for d in densities},
@@ -29,79 +32,77 @@ def standard_configs(densities: list[float]) -> dict[str, dict[float, GlassConfi
     }
 
 
-def evaluate(
+def run_tasks(
     model: GlassModel,
     tokenizer: Any,
     names: list[str],
-    configs: dict[str, dict[float, GlassConfig]],
+    configs: Configs,
     include_path: str | None = None,
     limit: int | None = None,
     seed: int = 0,
 ) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-    """Run tasks with each configuration; every question is a session of its own.
+    """Run tasks with each configuration. Every question is a session of its own.
 
     Args:
         model (GlassModel): the model.
         tokenizer: its tokenizer.
-        names (list[str]): the tasks, as lm-evaluation-harness calls them.
-        configs (dict): configurations by arm and density.
+        names (list[str]): the tasks' names in lm-evaluation-harness.
+        configs (dict): configurations by name and density.
         include_path (str, optional): a folder with YAML files of further tasks.
-        limit (int, optional): only so many questions of each task.
+        limit (int, optional): only the first questions of each task.
         seed (int): of the choice of examples.
 
     Returns:
-        dict: by arm, density and task the metrics, and the number of questions under ``samples``.
+        dict: by configuration, density and task the metrics, and the number of questions under ``samples``.
 
     Raises:
-        GlassError: lm-evaluation-harness is not installed; there is no such task, its data cannot be had, or it
-            does not let the model generate.
+        GlassError: lm-evaluation-harness is not installed, or a task is unknown, lacks its data, or does not let the
+            model generate.
     """
     try:
         import lm_eval
-        from lm_eval.tasks import TaskManager
         from mlx_lm.evaluate import MLXLM
     except ImportError as e:
         raise GlassError(f"Tasks need lm-evaluation-harness ({e}): pip install 'glass_mlx[eval]'") from e
-    manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
-    if include_path is not None and _unknown(manager, names):
-        manager = TaskManager(include_path=include_path)  # reading all tasks there are takes long
-    unknown = _unknown(manager, names)
-    if unknown:
-        raise GlassError(f"lm-evaluation-harness has no task {unknown[0]!r}.")
+    manager = _task_manager(names, include_path)
     found: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
-    for arm, by_density in configs.items():
+    for kind, by_density in configs.items():
         for density, config in by_density.items():
             lm = _wrapper(MLXLM, model, tokenizer, config)
+            chat = {"apply_chat_template": lm.use_chat_template, "fewshot_as_multiturn": lm.use_chat_template}
+            seeds = {f"{of}_seed": seed for of in ("random", "numpy_random", "torch_random", "fewshot_random")}
+            options = {"tasks": names, "task_manager": manager, "limit": limit, "log_samples": False}
             try:
-                results = lm_eval.simple_evaluate(
-                    lm,
-                    tasks=names,
-                    task_manager=manager,
-                    limit=limit,
-                    apply_chat_template=lm.use_chat_template,
-                    fewshot_as_multiturn=lm.use_chat_template,
-                    log_samples=False,
-                    random_seed=seed,
-                    numpy_random_seed=seed,
-                    torch_random_seed=seed,
-                    fewshot_random_seed=seed,
-                )
-            except (OSError, ValueError, RuntimeError) as e:  # data that cannot be had, mostly
+                results = lm_eval.simple_evaluate(lm, **options, **chat, **seeds)
+            except (OSError, ValueError, RuntimeError) as e:  # mostly data that is not available
                 raise GlassError(f"{', '.join(names)} cannot be run: {(str(e).splitlines() or [type(e)])[0]}") from e
             metrics = {task: _numbers(row) for task, row in results["results"].items()}
             for task, row in metrics.items():
                 row["samples"] = results["n-samples"][task]["effective"]
-            found.setdefault(arm, {})[f"{density:g}"] = metrics
+            found.setdefault(kind, {})[f"{density:g}"] = metrics
     return found
 
 
+def _task_manager(names: list[str], include_path: str | None) -> TaskManager:
+    """lm-evaluation-harness's list of tasks, with all of its own only if needed, because reading them takes long."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
+    if include_path is not None and _unknown(manager, names):
+        manager = TaskManager(include_path=include_path)
+    unknown = _unknown(manager, names)
+    if unknown:
+        raise GlassError(f"lm-evaluation-harness has no task {unknown[0]!r}: check the name.")
+    return manager
+
+
 def _wrapper(base: type[MLXLM], model: GlassModel, tokenizer: Any, config: GlassConfig) -> MLXLM:
-    """mlx-lm's wrapper around a model that is already loaded. Its answers are decoded one after the other, as sessions
+    """mlx-lm's wrapper around a model that is already loaded. It decodes one answer after the other, because sessions
     do not share a batch."""
 
     class GlassLM(base):
         def __init__(self):
-            super(base, self).__init__()  # mlx-lm's own would load a model
+            super(base, self).__init__()  # mlx-lm's own __init__ would load a model
             self._model, self.tokenizer = model, tokenizer
             self._max_tokens, self._batch_size, self._sampler = None, 1, None
             self.use_chat_template = tokenizer.has_chat_template
@@ -111,7 +112,7 @@ def _wrapper(base: type[MLXLM], model: GlassModel, tokenizer: Any, config: Glass
 
         def _answer(self, context: str, options: dict[str, Any]) -> str:
             if options.get("do_sample") and options.get("temperature"):
-                raise GlassError("Tasks that sample their answers are not supported: only greedy decoding is.")
+                raise GlassError("Tasks that sample their answers are not supported: use one with greedy decoding.")
             prompt = tokenizer.encode(context, add_special_tokens=not self.use_chat_template)
             stops = options.get("until") or []
             stops = [stops] if isinstance(stops, str) else stops
@@ -125,7 +126,7 @@ def _wrapper(base: type[MLXLM], model: GlassModel, tokenizer: Any, config: Glass
             return text
 
         def loglikelihood(self, requests):
-            raise GlassError("Only generation tasks say something of sparse decoding; this one scores given texts.")
+            raise GlassError("Only generation tasks measure sparse decoding, not those that score given texts.")
 
         loglikelihood_rolling = loglikelihood
 
@@ -142,16 +143,16 @@ def _numbers(row: dict[str, Any]) -> dict[str, float]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Metrics by task, arm and density as text."""
-    arms, lines = result["tasks"], [result["model"]]
-    for task, metrics in arms["dense"]["1"].items():
+    """The result of ``evaluate --tasks --json`` as text: metrics by task, configuration and density."""
+    configs, lines = result["tasks"], [result["model"]]
+    for task, metrics in configs["dense"]["1"].items():
         names = [m for m in metrics if m != "samples" and "_stderr" not in m]
         lines += ["", f"{task}: {metrics['samples']} questions"]
         lines.append(f"{'':>14} {'density':>8}" + "".join(f" {name.removesuffix(',none'):>24}" for name in names))
-        for arm, by_density in arms.items():
+        for kind, by_density in configs.items():
             for density, tasks in by_density.items():
                 cells = "".join(f" {_cell(tasks[task], name):>24}" for name in names)
-                lines.append(f"{arm:>14} {density:>8}{cells}")
+                lines.append(f"{kind:>14} {density:>8}{cells}")
     return "\n".join(lines)
 
 

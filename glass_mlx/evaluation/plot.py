@@ -1,4 +1,4 @@
-"""Pictures, with matplotlib (``pip install 'glass_mlx[plot]'``)."""
+"""Plots, with matplotlib (``pip install 'glass_mlx[plot]'``)."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import numpy as np
 
 from ..errors import GlassError
 from ..files import write_atomically
-from ..ranks.format import GlobalRanks
+from ..ranks.format import GlobalStatistics
 
 
 def plot_ranks(
-    ranks: GlobalRanks,
+    statistics: GlobalStatistics,
     out: Path,
     overlaps: np.ndarray | None = None,
     share: float = 0.5,
     signal: str = "impact",
 ) -> None:
-    """Draw how concentrated importance is in each layer, how stable the ranks became as tokens were read, and, where
-    given, how the choice by prompts overlaps with the global one.
+    """Draw global ranks: how concentrated importance is in each layer, how stable the ranks became as tokens were read,
+    and optionally how the choice by prompts overlaps with the global one.
 
     Args:
-        ranks (GlobalRanks): the ranks to draw.
+        statistics (GlobalStatistics): what to draw.
         out (Path): the PNG to write.
         overlaps (np.ndarray, optional): [prompts, layers], shares of the best neurons in common.
         share (float): the share of the neurons that ``overlaps`` compares.
@@ -33,10 +33,10 @@ def plot_ranks(
     Raises:
         GlassError: matplotlib is not installed, or the file cannot be written.
     """
-    name = ranks.metadata.get("model", "").replace("$", r"\$")  # else it is a formula
+    name = statistics.metadata.get("model", "").replace("$", r"\$")  # $ would start a formula
     try:
-        history = np.array(json.loads(ranks.metadata.get("stability_history", "[]")), dtype=float)
-    except (ValueError, TypeError, RecursionError):  # the file may be anyone's
+        history = np.array(json.loads(statistics.metadata.get("stability_history", "[]")), dtype=float)
+    except (ValueError, TypeError, RecursionError):  # the file may come from anyone
         history = np.zeros(0)
     panels = [_draw_concentration]
     if history.ndim == 2 and len(history) > 1 and history.shape[1] == 3:
@@ -45,21 +45,21 @@ def plot_ranks(
         panels.append(_draw_overlaps)
     figure = _figure(5.5 * len(panels))
     figure.suptitle(f"Global ranks of {name}" if name else "Global ranks")
-    data = {_draw_concentration: ranks.energies[signal], _draw_stability: history, _draw_overlaps: overlaps}
+    data = {_draw_concentration: statistics.energies[signal], _draw_stability: history, _draw_overlaps: overlaps}
     for axes, draw in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels):
         draw(axes, data[draw], signal, share)
     _save(figure, out)
 
 
 def plot_benchmark(result: dict[str, Any], out: Path) -> None:
-    """Draw decode speed by density, against the dense model and the byte ceiling.
+    """Draw decode speed by density, with the dense model and the byte ceiling.
 
     Args:
-        result (dict): from ``benchmark.compare``, with ``model``.
+        result (dict): from ``benchmark --json``.
         out (Path): the PNG to write.
 
     Raises:
-        GlassError: as ``plot_ranks``.
+        GlassError: as for ``plot_ranks``.
     """
     figure = _figure(6.5)
     axes = figure.subplots()
@@ -101,7 +101,7 @@ def _draw_concentration(axes: Any, layers: list[Any], signal: str, share: float)
         cumulative = np.cumsum(-np.sort(-np.array(energy, dtype=np.float64)))
         x = np.arange(1, len(cumulative) + 1) / len(cumulative)
         axes.plot(x, cumulative / max(cumulative[-1], 1e-30), color=colors[i], label=f"layer {i}")
-    axes.plot([0, 1], [0, 1], ":", color="grey", label="all alike")
+    axes.plot([0, 1], [0, 1], ":", color="grey", label="all neurons equal")
     axes.set(xlabel="best share of the neurons", ylabel="share of the energy", xlim=(0, 1), ylim=(0, 1))
     axes.set_title(f"Concentration of {signal}")
     if len(layers) <= 12:
@@ -124,20 +124,20 @@ def _draw_overlaps(axes: Any, overlaps: np.ndarray, signal: str, share: float) -
 
 
 def plot_fidelity(result: dict[str, Any], out: Path) -> None:
-    """Draw the divergence of each arm from the dense model: by density, by position in the continuation and, where
-    several were measured, by global weight and by the prompt's length.
+    """Draw each selector's divergence from the dense model: by density, by position in the continuation and, if several
+    were measured, by global weight and by prompt length.
 
     Args:
         result (dict): from ``evaluate --json``.
         out (Path): the PNG to write.
 
     Raises:
-        GlassError: as ``plot_ranks``.
+        GlassError: as for ``plot_ranks``.
     """
-    arms = {name: rows for name, rows in result["arms"].items() if name != "dense"}
-    by_weight = {name: rows for name, rows in arms.items() if " " in name}
-    plain = {name: rows for name, rows in arms.items() if name not in by_weight}
-    densities = list(next(iter(arms.values())))
+    selectors = {name: rows for name, rows in result["arms"].items() if name != "dense"}
+    by_weight = {name: rows for name, rows in selectors.items() if " " in name}
+    plain = {name: rows for name, rows in selectors.items() if name not in by_weight}
+    densities = list(next(iter(selectors.values())))
     middle = min(densities, key=lambda d: abs(float(d) - 0.5))
     panels = [lambda axes: _draw_positions(axes, plain, middle, result["windows"])]
     if len(densities) > 1:
@@ -147,7 +147,7 @@ def plot_fidelity(result: dict[str, Any], out: Path) -> None:
     if len(result["prompt_tokens"]) > 1:
         panels.append(lambda axes: _draw_lengths(axes, result["prompt_tokens"], list(plain), middle))
     figure = _figure(5.5 * len(panels))
-    length = next(iter(result["prompt_tokens"]))  # that of all panels but the last
+    length = next(iter(result["prompt_tokens"]))  # of all panels but the last
     of = "" if length == "own" else f" of {length} tokens"
     title = f"{result['model']}: {result['prompts']} prompts{of}, {result['tokens']} tokens each"
     figure.suptitle(title.replace("$", r"\$"))
@@ -160,15 +160,15 @@ def plot_fidelity(result: dict[str, Any], out: Path) -> None:
 
 
 def _style(name: str) -> dict[str, Any]:
-    """One colour for an arm in all panels; bounds are dotted."""
+    """A selector's colour in all panels; bounds are dotted."""
     names = ("griffin", "static", "glass", "oracle", "glass-a", "random", "magnitude", "glass-i")
     color = f"C{names.index(name)}" if name in names else None
     bound = name in ("oracle", "random", "magnitude")
     return {"label": name, "color": color, "linestyle": ":" if bound else "-", "marker": "o", "markersize": 4}
 
 
-def _draw_densities(axes: Any, arms: dict[str, Any]) -> None:
-    for name, rows in arms.items():
+def _draw_densities(axes: Any, selectors: dict[str, Any]) -> None:
+    for name, rows in selectors.items():
         x, kl = np.array([float(d) for d in rows]), np.array([row["kl"] for row in rows.values()])
         order = np.argsort(x)
         axes.plot(x[order], kl[order], **_style(name))
@@ -178,9 +178,9 @@ def _draw_densities(axes: Any, arms: dict[str, Any]) -> None:
     axes.set_title("By density")
 
 
-def _draw_positions(axes: Any, arms: dict[str, Any], density: str, ends: list[int]) -> None:
+def _draw_positions(axes: Any, selectors: dict[str, Any], density: str, ends: list[int]) -> None:
     middles = [(a + b) / 2 for a, b in zip([0, *ends], ends)]
-    for name, rows in arms.items():
+    for name, rows in selectors.items():
         axes.plot(middles, rows[density]["kl_by_position"], **_style(name))
     axes.set(xlabel="token of the continuation")
     axes.set_title(f"By position, density {density}")
@@ -209,28 +209,28 @@ def _draw_lengths(axes: Any, by_length: dict[str, Any], names: list[str], densit
     axes.set(xlabel="prompt tokens", xscale="log")
     axes.set_xticks([int(n) for n in lengths], lengths)
     axes.minorticks_off()
-    axes.set_title(f"By the prompt's length, density {density}")
+    axes.set_title(f"By prompt length, density {density}")
 
 
 def plot_tradeoff(result: dict[str, Any], out: Path) -> None:
-    """Draw the speed of each way of decoding against how far it strays from the dense model; without fidelity
-    (random weights), its speed by density.
+    """Draw each decoder's speed against its distance from the dense model; without fidelity (random weights), its speed
+    by density.
 
     Args:
         result (dict): from ``tradeoff --json``.
         out (Path): the PNG to write.
 
     Raises:
-        GlassError: as ``plot_ranks``.
+        GlassError: as for ``plot_ranks``.
     """
-    ways = result["ways"]
-    panels = [(key, label) for key, label in _FIDELITIES if key in next(iter(ways.values()))["1"]] or [("", "")]
+    decoders = result["ways"]
+    panels = [(key, label) for key, label in _FIDELITIES if key in next(iter(decoders.values()))["1"]] or [("", "")]
     figure = _figure(6.5 * len(panels))
     for axes, (key, label) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels):
-        for i, (name, rows) in enumerate(ways.items()):
+        for i, (name, rows) in enumerate(decoders.items()):
             shown = {d: row for d, row in rows.items() if not key or key in row}
             if shown:
-                _draw_way(axes, name, shown, key, f"C{i}")
+                _draw_decoder(axes, name, shown, key, f"C{i}")
         axes.axvline(1, color="grey", linewidth=0.8, linestyle=":")
         axes.set(xlabel="speed-up over mlx-lm", ylabel=label or "density")
         axes.legend(fontsize="small")
@@ -242,12 +242,12 @@ def plot_tradeoff(result: dict[str, Any], out: Path) -> None:
 
 
 _FIDELITIES = (
-    ("strays", "tokens that the dense model would not have said"),
-    ("kl", "KL(dense || way), nats per token"),
+    ("strays", "tokens that the dense model would not have chosen"),
+    ("kl", "KL(dense || decoder), nats per token"),
 )
 
 
-def _draw_way(axes: Any, name: str, rows: dict[str, Any], key: str, color: str) -> None:
+def _draw_decoder(axes: Any, name: str, rows: dict[str, Any], key: str, color: str) -> None:
     speed = np.array([row["speedup"] for row in rows.values()])
     y = np.array([row[key] if key else float(d) for d, row in rows.items()])
     spread = np.abs(np.array([row["range"]["speedup"] for row in rows.values()]).T - speed)

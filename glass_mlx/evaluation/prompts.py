@@ -11,28 +11,40 @@ from ..errors import GlassError
 from ..ranks.sources import start_tokens
 
 PROMPTS = Path(__file__).parent / "prompts.jsonl"
+# How often the null prompt is read where no number is given.
+_NULL_PROMPTS = 32
 
 
-def read_prompts(source: str, tokenizer: Any, count: int | None) -> list[list[int]]:
-    """Tokens of the prompts of a file, or for ``null`` of the BOS token alone, 32 times.
+def read_prompts(source: str, tokenizer: Any, count: int | None = None) -> list[list[int]]:
+    """Read the prompts of a file.
 
-    A ``.jsonl`` file holds ``{"text": ...}`` or ``{"messages": [...]}`` in each line, another file one text a line.
-    Models without a chat template are given what the messages say.
+    Args:
+        source (str): a ``.jsonl`` file with ``{"text": ...}`` or ``{"messages": [...]}`` in each line, or another file
+            with a text in each line; ``null`` for the BOS token alone, 32 times.
+        tokenizer: renders messages by its chat template; without one, their contents are joined.
+        count (int, optional): only the first ``count`` prompts.
+
+    Returns:
+        list[list[int]]: the tokens of each prompt.
+
+    Raises:
+        GlassError: the file cannot be read, is empty, or has a line without text or messages.
     """
     if source == "null":
-        return [start_tokens(tokenizer)] * (count or 32)
+        return [start_tokens(tokenizer)] * (count or _NULL_PROMPTS)
     try:
         lines = [line.strip() for line in Path(source).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
         raise GlassError(f"Cannot read prompts from {source}: {e}") from e
     if not lines:
-        raise GlassError(f"{source} has no prompts.")
+        raise GlassError(f"{source} has no prompts: give a file with a text in each line.")
     if not source.endswith(".jsonl"):
         return [tokenizer.encode(line) for line in lines[:count]]
-    return [_prompt(line, f"{source}:{number}", tokenizer) for number, line in enumerate(lines[:count], 1)]
+    return [_encode(line, f"{source}:{number}", tokenizer) for number, line in enumerate(lines[:count], 1)]
 
 
-def _prompt(line: str, place: str, tokenizer: Any) -> list[int]:
+def _encode(line: str, place: str, tokenizer: Any) -> list[int]:
+    """The tokens of a JSON line; ``place`` is for error messages."""
     try:
         item = json.loads(line)
         messages = item.get("messages")
@@ -40,5 +52,5 @@ def _prompt(line: str, place: str, tokenizer: Any) -> list[int]:
         if messages is None or not tokenizer.has_chat_template:
             return list(tokenizer.encode(text))
     except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise GlassError(f'{place} has no "text" and no "messages".') from e
+        raise GlassError(f'{place} has no "text" and no "messages": give one of them.') from e
     return list(render(tokenizer, messages, add_generation_prompt=True))

@@ -1,8 +1,8 @@
 """Does an answer repeat what the user said? A task with exact answers, for models whose perplexity hides such losses.
 
 A question is a conversation in which the user names a city, a date, a time or a place, and the beginning of an answer
-whose next words are that name. The model goes on by itself, taking the most likely token. The beginning is decoded
-sparsely too: an arm reads nothing but the conversation before it chooses.
+whose next words are that name. The model continues by itself with the most likely tokens. The beginning is decoded
+sparsely too: a selector sees only the conversation before it chooses.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import numpy as np
 from ..decoding.prompt import render
 from ..errors import GlassError
 from ..model.glass_model import GlassModel
-from .free_running import speak
+from .free_running import sample_continuations
 from .intervals import interval
-from .selectors import Arm
-from .teacher_forcing import Text, as_masks, record
+from .selectors import Selector
+from .teacher_forcing import TextBatch, as_masks, collect_evidence
 
 QUESTIONS = Path(__file__).parent / "recall.jsonl"
 
@@ -30,51 +30,51 @@ _BATCH = 32
 
 
 def read_questions(limit: int | None = None) -> list[dict[str, Any]]:
-    """The questions, or some of every kind: ``kind``, ``messages``, ``begin`` and ``answer`` of each."""
+    """The questions, each with ``kind``, ``messages``, ``begin`` and ``answer``; at most ``limit``, of every kind."""
     questions = [json.loads(line) for line in QUESTIONS.read_text(encoding="utf-8").splitlines()]
     return questions[:: max(1, len(questions) // limit)][:limit] if limit else questions
 
 
-def evaluate(
+def measure_recall(
     model: GlassModel,
     tokenizer: Any,
-    arms: dict[str, Arm],
+    selectors: dict[str, Selector],
     densities: list[float],
     questions: list[dict[str, Any]],
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """The share of questions that each arm answers right.
+    """The share of questions that the model answers correctly on each selector's neurons.
 
     Returns:
-        dict: for each arm, ``dense`` included, and each density ``accuracy``, its 95 % interval ``ci`` over questions,
-        and ``kinds``: the accuracy by kind of question.
+        dict: for each selector, ``dense`` included, and each density ``accuracy``, its 95 % interval ``ci`` over
+        questions, and ``kinds``: the accuracy by kind of question.
 
     Raises:
-        GlassError: the model has no chat template, or one that does not take the conversations.
+        GlassError: the model has no chat template, or one that rejects the conversations.
     """
     if not tokenizer.has_chat_template:
-        raise GlassError("This model has no chat template, and the questions are conversations.")
+        raise GlassError("This model has no chat template, but the questions are conversations: use another model.")
     right: dict[str, dict[float, list[bool]]] = {"dense": {1.0: []}}
-    right |= {name: {d: [] for d in densities} for name in arms}
+    right |= {name: {d: [] for d in densities} for name in selectors}
     for first in range(0, len(questions), _BATCH):
-        batch = Batch(model, tokenizer, questions[first : first + _BATCH])
+        batch = QuestionBatch(model, tokenizer, questions[first : first + _BATCH])
         dense = batch.answer()
         right["dense"][1.0] += batch.marks(dense)
-        evidence, _ = record(model, Text(batch.prompts, dense))
+        evidence, _ = collect_evidence(model, TextBatch(batch.prompts, dense))
         evidence.first = first
         for evidence.density in densities:
-            for name, arm in arms.items():
-                masks = as_masks(model, arm(evidence))
+            for name, selector in selectors.items():
+                masks = as_masks(model, selector(evidence))
                 right[name][evidence.density] += batch.marks(batch.answer(masks))
     kinds = [q["kind"] for q in questions]
     return {name: {f"{d:g}": _summary(np.array(r), kinds) for d, r in rows.items()} for name, rows in right.items()}
 
 
-class Batch:
+class QuestionBatch:
     """Questions that are answered together.
 
     Attributes:
         prompts (list[list[int]]): the tokens of each conversation, up to where its answer begins.
-        begin (list[list[int]]): those of the beginning of the answer.
+        begin (list[list[int]]): the tokens of each answer's beginning.
     """
 
     def __init__(self, model: GlassModel, tokenizer: Any, questions: list[dict[str, Any]]):
@@ -84,10 +84,10 @@ class Batch:
     def answer(self, masks: list[mx.array] | None = None) -> list[list[int]]:
         """The most likely answers, with their beginnings, decoded on the neurons of the masks [B, F]."""
         tokens = max(map(len, self.begin)) + _TOKENS
-        return speak(self.model, self.prompts, tokens, 0, masks, self.begin)
+        return sample_continuations(self.model, self.prompts, tokens, 0, masks, self.begin)
 
     def marks(self, answers: list[list[int]]) -> list[bool]:
-        """Whether each answer goes on with what was asked for."""
+        """Whether each answer goes on with the expected words."""
         return [self._is_right(*row) for row in zip(self.questions, self.begin, answers)]
 
     def _is_right(self, question: dict[str, Any], begin: list[int], answer: list[int]) -> bool:
@@ -98,10 +98,11 @@ class Batch:
 
 
 def _tokens(tokenizer: Any, question: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """The tokens of a question's conversation, and those of the answer's beginning."""
     prompt = list(render(tokenizer, question["messages"], add_generation_prompt=True))
     messages = [*question["messages"], {"role": "assistant", "content": question["begin"]}]
     whole = list(render(tokenizer, messages, continue_final_message=True))
-    if whole[: len(prompt)] != prompt:  # the template adds something of its own before an answer
+    if whole[: len(prompt)] != prompt:  # the template inserts something of its own before an answer
         return prompt, tokenizer.encode(question["begin"], add_special_tokens=False)
     return prompt, whole[len(prompt) :]
 
@@ -112,13 +113,12 @@ def _summary(right: np.ndarray, kinds: list[str]) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Accuracy by arm and density as text."""
+    """The result of ``evaluate --recall --json`` as text: accuracy by selector and density."""
     rows = result["recall"]
     kinds = list(rows["dense"]["1"]["kinds"])
+    heads = "".join(f" {kind:>7}" for kind in kinds)
     lines = [f"{result['model']}: {result['questions']} questions", ""]
-    lines.append(
-        f"{'':>14} {'density':>8} {'right':>7} {'95 % interval':>15}" + "".join(f" {kind:>7}" for kind in kinds)
-    )
+    lines.append(f"{'':>14} {'density':>8} {'right':>7} {'95 % interval':>15}{heads}")
     for name, by_density in rows.items():
         for density, row in by_density.items():
             low, high = row["ci"]

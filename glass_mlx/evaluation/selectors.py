@@ -1,10 +1,13 @@
 """What can choose the neurons of a prompt: GLASS, the methods that it is compared with, and bounds.
 
-An *arm* is a function from the evidence of a batch of prompts to the neurons that it keeps in each block. To try
+A *selector* is a function from the evidence of a batch of prompts to the neurons that it keeps in each block. To try
 another one:
 
     def by_activation(evidence):
         return evidence.keep([rank(energy) for energy in evidence.local["activation"]])
+
+The option ``--arms`` of ``evaluate`` and the key ``arms`` of its JSON mean selectors; they keep the name because
+scripts rely on it.
 """
 
 from __future__ import annotations
@@ -16,22 +19,29 @@ import mlx.core as mx
 
 from ..core.importance import dense_weight, output_norms
 from ..core.ranking import kept_count, rank, select
+from ..errors import GlassError
 from ..model.blocks import INTERLEAVED, Block
 from ..model.glass_model import GlassModel
+
+# The names of all selectors, in the order of the reports, and of those that need global statistics.
+SELECTORS = (
+    *("dense", "random", "magnitude", "static", "griffin", "glass-a", "glass-i", "glass-uniform", "glass"),
+    "oracle",
+)
+GLOBAL = ("static", "glass-a", "glass-i")
 
 
 @dataclass
 class Evidence:
-    """What arms choose by. B prompts, F neurons in a block; lists have an entry for each block.
+    """What selectors choose by, for B prompts and F neurons in a block. Lists have an entry for each block.
 
     Attributes:
         model (GlassModel): the model, with its ``blocks`` and ``global_ranks``.
         density (float): share of the neurons to keep.
-        prompts (list[list[int]]): tokens of each prompt.
-        local (dict): for each signal the prompts' energies, [B, F] float32.
-        oracle (dict): for each signal the energies of what is said after the prompts, [B, F] float32. No method can
-            know them.
-        first (int): number of the first prompt among all of them.
+        prompts (list[list[int]]): the tokens of each prompt.
+        local (dict): for each signal the energies of the prompts, [B, F] float32.
+        oracle (dict): for each signal the energies of the continuations, [B, F] float32, which no method can know.
+        first (int): the number of the first prompt among all prompts.
     """
 
     model: GlassModel
@@ -45,7 +55,7 @@ class Evidence:
         """The neurons with the smallest scores (ranks or fused ranks).
 
         Args:
-            scores (list[mx.array]): [B, F] integers, or [F] for all prompts alike.
+            scores (list[mx.array]): [B, F] integers, or [F] to score all prompts alike.
 
         Returns:
             list[mx.array]: indices [B, k] int32, ascending.
@@ -60,12 +70,51 @@ class Evidence:
         return kept
 
 
-# Kept neurons of each block, indices [B, k].
-Arm = Callable[[Evidence], list[mx.array]]
+# Gives the kept neurons of each block, indices [B, k].
+Selector = Callable[[Evidence], list[mx.array]]
 
 
-def product(signal: str, global_weight: float | str, layer_budgets: str = "uniform") -> Arm:
-    """The arm that decoding itself is: the choice of a session that read the prompt."""
+def standard_selectors(weights: list[float]) -> dict[str, Selector]:
+    """All selectors by name, except ``dense``, which chooses nothing.
+
+    Args:
+        weights (list[float]): global weights of ``glass-a`` and ``glass-i``; several are added to the names:
+            ``glass-i 0.25``, say.
+    """
+    selectors: dict[str, Selector] = {
+        "random": by_chance,
+        "magnitude": by_magnitude,
+        "static": by_session("impact", 1.0),
+        "griffin": by_session("activation", 0.0),
+    }
+    for name, signal in (("glass-a", "activation"), ("glass-i", "impact")):
+        for weight in weights:
+            selectors[name if len(weights) == 1 else f"{name} {weight:g}"] = by_session(signal, weight)
+    selectors["glass-uniform"] = by_session("impact", "auto")
+    return {**selectors, "glass": by_session("impact", "auto", "measured"), "oracle": by_oracle}
+
+
+def choose_selectors(names: list[str] | None, weights: list[float | str], has_statistics: bool) -> dict[str, Selector]:
+    """The selectors with these names.
+
+    Args:
+        names (list[str], optional): of ``SELECTORS``. Default: all that the model has what they need for.
+        weights (list): global weights of ``glass-a`` and ``glass-i``. ``auto`` is left out: ``glass`` has it.
+        has_statistics (bool): whether the model has global statistics.
+
+    Raises:
+        GlassError: a name needs global statistics, and there are none.
+    """
+    standard = standard_selectors([w for w in weights if w != "auto"])
+    chosen = {name: by for name, by in standard.items() if names is None or name.split()[0] in names}
+    missing = [] if has_statistics else [name for name in chosen if name.split()[0] in GLOBAL]
+    if missing and names is not None:
+        raise GlassError(f"There are no global ranks for this model, and {missing[0]} needs them: build some first.")
+    return {name: by for name, by in chosen.items() if name not in missing}
+
+
+def by_session(signal: str, global_weight: float | str, layer_budgets: str = "uniform") -> Selector:
+    """What decoding itself does: the choice of a session that has read the prompt."""
 
     def choose(evidence: Evidence) -> list[mx.array]:
         model, chosen = evidence.model, []
@@ -80,16 +129,19 @@ def product(signal: str, global_weight: float | str, layer_budgets: str = "unifo
 
 
 def by_chance(evidence: Evidence) -> list[mx.array]:
+    """Random neurons, the same for the same prompt number."""
     shapes = [(len(evidence.prompts), block.size) for block in evidence.model.blocks]
     keys = [mx.random.key(evidence.first * len(shapes) + i) for i in range(len(shapes))]
     return evidence.keep([rank(mx.random.uniform(shape=shape, key=key)) for shape, key in zip(shapes, keys)])
 
 
 def by_magnitude(evidence: Evidence) -> list[mx.array]:
+    """The neurons with the largest weights (:func:`magnitude`), whatever the prompt."""
     return evidence.keep([rank(magnitude(block)) for block in evidence.model.blocks])
 
 
 def by_oracle(evidence: Evidence) -> list[mx.array]:
+    """The neurons that matter most to the continuation itself: a bound that no method can reach."""
     return evidence.keep([rank(energy) for energy in evidence.oracle["impact"]])
 
 
@@ -100,36 +152,8 @@ def magnitude(block: Block) -> mx.array:
     for name in block.inputs:
         weight = dense_weight(block.module[name]).astype(mx.float32)
         norms = mx.sqrt(mx.sum(mx.square(weight), axis=1))
-        if block.fused:  # gate and up of a neuron are two rows of one matrix
+        if block.fused:  # a neuron's gate and up are two rows of one matrix
             norms = norms.reshape((-1, 2) if block.fused == INTERLEAVED else (2, -1))
             norms = mx.prod(norms, axis=1 if block.fused == INTERLEAVED else 0)
         result = result * norms
     return result
-
-
-# By the names of the reports. Those of GLOBAL need global ranks.
-GLOBAL = ("static", "glass-a", "glass-i")
-ARMS = (
-    *("dense", "random", "magnitude", "static", "griffin", "glass-a", "glass-i", "glass-uniform", "glass"),
-    "oracle",
-)
-
-
-def standard_arms(weights: list[float]) -> dict[str, Arm]:
-    """All arms by name, but ``dense``, which chooses nothing.
-
-    Args:
-        weights (list[float]): global weights of ``glass-a`` and ``glass-i``; where there are several, the weight is
-            added to the name, ``glass-i 0.25`` say.
-    """
-    arms: dict[str, Arm] = {
-        "random": by_chance,
-        "magnitude": by_magnitude,
-        "static": product("impact", 1.0),
-        "griffin": product("activation", 0.0),
-    }
-    for name, signal in (("glass-a", "activation"), ("glass-i", "impact")):
-        for weight in weights:
-            arms[name if len(weights) == 1 else f"{name} {weight:g}"] = product(signal, weight)
-    arms["glass-uniform"] = product("impact", "auto")
-    return {**arms, "glass": product("impact", "auto", "measured"), "oracle": by_oracle}

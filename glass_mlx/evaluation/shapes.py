@@ -1,4 +1,4 @@
-"""Models of true shape with random weights: what speed and memory are measured on without a download."""
+"""Models of true shape with random weights, to measure speed and memory without a download."""
 
 from __future__ import annotations
 
@@ -64,12 +64,17 @@ def activation_dtype() -> mx.Dtype:
 
 
 def build(shape: str, layers: int | None = None) -> nn.Module:
-    """An mlx-lm model of a true shape, of which nothing is evaluated yet; arguments as for ``random_model``."""
+    """An mlx-lm model of a true shape, with nothing evaluated yet; arguments as for ``random_model``."""
     config = SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers})
     module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
     dense = module.Model(module.ModelArgs.from_dict(config))
-    dense.sanitize({})  # some families tie their head to the embedding only here
+    dense.sanitize({})  # some families tie their head to the embedding here
     return dense
+
+
+def shape_label(shape: str, model: GlassModel, bits: int) -> str:
+    """How reports name a random model."""
+    return f"{shape} shape, {len(model.dense.layers)} layers, {bits} bits, random weights"
 
 
 def random_model(shape: str, layers: int | None = None, bits: int = 4, seed: int = 0) -> GlassModel:
@@ -77,7 +82,7 @@ def random_model(shape: str, layers: int | None = None, bits: int = 4, seed: int
 
     Args:
         shape (str): one of ``SHAPES``.
-        layers (int, optional): fewer layers than the shape has, for small machines.
+        layers (int, optional): number of layers, if fewer than the shape has, for small machines.
         bits (int): of a weight: 4 or 8 (affine, groups of 64), 16 (bfloat16) or 32 (float32).
         seed (int): of the random numbers.
 
@@ -100,7 +105,7 @@ def random_model(shape: str, layers: int | None = None, bits: int = 4, seed: int
 
 
 def _random(layer: nn.Module, name: str, array: mx.array, key: mx.array) -> mx.array:
-    """Values of about unit gain in the place of a layer's array."""
+    """Random values of about unit gain for a layer's array."""
     if isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
         fan_in = layer.scales.shape[-1] * layer.group_size
         scale = 2 * (3 / fan_in) ** 0.5 / (2**layer.bits - 1)  # uniform codes around zero

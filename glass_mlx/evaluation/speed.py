@@ -1,4 +1,4 @@
-"""Speed and memory of sparse decoding against the same model in plain mlx-lm: the measuring."""
+"""Speed and memory of sparse decoding against the same model in plain mlx-lm."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from ..core.slicing import ScatterLinear
 from ..decoding.stream import PhasedModel
 from ..model.glass_model import GlassModel
 from ..model.memory import model_bytes
-from .machine import backend, machine
+from .machine import machine, mlx_backend
 
 
-def measure(model: nn.Module, prompt: mx.array, tokens: int, cache: list[Any], step_size: int = 2048) -> dict:
+def time_run(model: nn.Module, prompt: mx.array, tokens: int, cache: list[Any], step_size: int = 2048) -> dict:
     """Time one run of mlx-lm's generation loop.
 
     Args:
         model (nn.Module): a GlassModel or an mlx-lm model.
         prompt (mx.array): tokens [n].
-        tokens (int): how many to generate, at least 3.
+        tokens (int): number of tokens to generate, at least 3.
         cache (list): a new prompt cache of the model.
         step_size (int): tokens in a prefill call.
 
     Returns:
         dict: ``prompt_seconds`` to the first token, without ``select_seconds`` for choosing neurons and slicing;
-        ``step_seconds`` of a decode step, refreshes included; ``peak_memory`` in bytes.
+        ``step_seconds`` of a decode step, with rereads; ``peak_memory`` in bytes.
     """
     session = model.session(cache) if isinstance(model, GlassModel) else None
     driven = model if session is None else PhasedModel(model, prompt.size)
@@ -56,12 +56,12 @@ def measure(model: nn.Module, prompt: mx.array, tokens: int, cache: list[Any], s
 
 
 def bytes_per_token(model: GlassModel, cache: list[Any], sparse: bool) -> int:
-    """Bytes that a decode step reads: all weights once, but of an embedding that is no output head only a row, and
-    the KV cache. Routed experts count in full."""
+    """Bytes that a decode step reads: the KV cache, and all weights once. An embedding counts only if it is the output
+    head too; routed experts count in full."""
     total = model_bytes(model.dense) - _unread_embedding(model.dense)
     total += sum(a.nbytes for entry in cache[:-1] for _, a in tree_flatten(entry.state) if isinstance(a, mx.array))
     if sparse:
-        model.select(cache)  # the last token may have been one to refresh at
+        model.select(cache)  # the last token may have been one to reread at
         for block, projections in zip(model.blocks, model.session(cache).compact.projections):
             for name, compact in projections.items():
                 read = model_bytes(compact.projection if isinstance(compact, ScatterLinear) else compact)
@@ -70,14 +70,14 @@ def bytes_per_token(model: GlassModel, cache: list[Any], sparse: bool) -> int:
 
 
 def _unread_embedding(dense: nn.Module) -> int:
-    """Bytes of the token embedding where the model has an output head of its own."""
+    """Bytes of the token embedding if the model has an output head of its own; else 0."""
     leaves = [leaf for _, leaf in tree_flatten(dense.leaf_modules(), is_leaf=nn.Module.is_module)]
     tables = [m for m in leaves if isinstance(m, (nn.Embedding, nn.QuantizedEmbedding))]
     heads = {m.weight.shape[0] for m in leaves if isinstance(m, (nn.Linear, nn.QuantizedLinear))}
     return sum(model_bytes(table) for table in tables if table.weight.shape[0] in heads)
 
 
-def compare(
+def compare_speed(
     model: GlassModel,
     densities: list[float],
     prompt_tokens: int,
@@ -87,54 +87,69 @@ def compare(
     step_size: int = 2048,
     delay: float = 0,
 ) -> dict[str, Any]:
-    """Alternate dense and sparse runs, each density in every trial.
+    """Compare speeds in alternating dense and sparse runs, with every density in every trial.
+
+    Args:
+        model (GlassModel): the model.
+        densities (list[float]): to decode at.
+        prompt_tokens (int): length of the random prompts.
+        tokens (int): number of tokens to generate, at least 3.
+        trials (int): runs after a warm-up.
+        seed (int): of the prompts.
+        step_size (int): tokens in a prefill call.
+        delay (float): seconds to wait before each sparse run.
 
     Returns:
-        dict: ``dense`` and, by density, ``glass`` with medians over the trials, and under ``range`` their lowest and
-        highest; ``speedup``, ``ceiling`` and ``fraction_of_ceiling`` by density. Tokens a second, milliseconds,
-        bytes; ``prefill_overhead`` is recording's share of the dense prefill; ``break_even_tokens`` says after
-        how many generated tokens a new conversation is ahead of the dense model, prefill and selection
-        included (None: never).
+        dict: ``dense`` and, by density, ``glass`` with medians over the trials in tokens per second, milliseconds and
+        bytes, and their lowest and highest under ``range``; ``speedup``, ``ceiling`` and ``fraction_of_ceiling`` by
+        density. ``prefill_overhead`` is recording's share of the dense prefill; ``break_even_tokens`` is after how many
+        tokens a new conversation is ahead of the dense model, prefill and selection included (None: never).
     """
     mx.random.seed(seed)
     vocabulary = model(mx.array([[0]])).shape[-1]
     dense_runs: list[dict] = []
     runs: dict[float, list[dict]] = {d: [] for d in densities}
-    ceilings: dict[float, float] = {}
     for trial in tqdm(range(trials + 1), unit="trial", file=sys.stderr, disable=None):
         prompt = mx.random.randint(0, vocabulary, (prompt_tokens,))
-        dense = measure(model.dense, prompt, tokens, make_prompt_cache(model.dense), step_size)
-        if trial:  # the first one warms up
+        dense = time_run(model.dense, prompt, tokens, make_prompt_cache(model.dense), step_size)
+        if trial:  # the first trial warms up
             dense_runs.append(dense)
         for d in densities:
             time.sleep(delay)
-            cache = model.make_cache(density=d)
-            sparse = measure(model, prompt, tokens, cache, step_size)
-            ceilings[d] = bytes_per_token(model, cache, False) / bytes_per_token(model, cache, d < 1)
-            sparse["compact_bytes"] = model.session(cache).compact_bytes
+            sparse = _sparse_run(model, d, prompt, tokens, step_size)
             if trial:
                 runs[d].append(_against(dense, sparse))
-            del cache  # and its compact weights, before the next run's peak is measured
-    summaries = {d: _summary(rows, prompt_tokens) for d, rows in runs.items()}
-    for summary, rows in zip(summaries.values(), runs.values()):
-        summary["break_even_tokens"] = _break_even(rows)
-    speedups = {f"{d:g}": statistics.median(r["speedup"] for r in rows) for d, rows in runs.items()}
+    by_density = {f"{d:g}": rows for d, rows in runs.items()}
+    speedups = {d: statistics.median(r["speedup"] for r in rows) for d, rows in by_density.items()}
+    ceilings = {d: rows[-1]["ceiling"] for d, rows in by_density.items()}
     return {
         "machine": machine(),
-        "backend": backend(),
+        "backend": mlx_backend(),
         "runs": trials,
         "prompt_tokens": prompt_tokens,
         "generation_tokens": tokens,
         "dense": _summary(dense_runs, prompt_tokens),
-        "glass": {f"{d:g}": summary for d, summary in summaries.items()},
+        "glass": {
+            d: {**_summary(rows, prompt_tokens), "break_even_tokens": break_even(rows)}
+            for d, rows in by_density.items()
+        },
         "speedup": speedups,
-        "ceiling": {f"{d:g}": ceilings[d] for d in densities},
-        "fraction_of_ceiling": {f"{d:g}": speedups[f"{d:g}"] / ceilings[d] for d in densities},
+        "ceiling": ceilings,
+        "fraction_of_ceiling": {d: speedups[d] / ceilings[d] for d in by_density},
     }
 
 
+def _sparse_run(model: GlassModel, density: float, prompt: mx.array, tokens: int, step_size: int) -> dict:
+    """Time a run at a density; the cache and its compact weights are freed before the next run's peak is measured."""
+    cache = model.make_cache(density=density)
+    run = time_run(model, prompt, tokens, cache, step_size)
+    run["ceiling"] = bytes_per_token(model, cache, False) / bytes_per_token(model, cache, density < 1)
+    run["compact_bytes"] = model.session(cache).compact_bytes
+    return run
+
+
 def _against(dense: dict, sparse: dict) -> dict:
-    """A sparse run with what compares it to the dense run of its trial."""
+    """A sparse run's figures, with those that compare it to the dense run of its trial."""
     extra = sparse["prompt_seconds"] + sparse["select_seconds"] - dense["prompt_seconds"]
     return {
         **sparse,
@@ -146,7 +161,8 @@ def _against(dense: dict, sparse: dict) -> dict:
     }
 
 
-def _break_even(rows: list[dict]) -> int | None:
+def break_even(rows: list[dict]) -> int | None:
+    """After how many generated tokens runs are ahead of the dense model in the median; None: never."""
     extra = statistics.median(r["extra_seconds"] for r in rows)
     gain = statistics.median(r["gain_seconds"] for r in rows)
     if extra <= 0:

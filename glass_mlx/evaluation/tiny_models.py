@@ -1,11 +1,11 @@
 """Tiny randomly initialised models of every mlx-lm family.
 
-They answer "does it work on this architecture?" in milliseconds and without a download.
-A config is made from the family's own `ModelArgs`: each field with a known name gets a
-small value; `_FAMILY` holds only what names can't tell.
+They answer "does it work on this architecture?" in milliseconds and without a download. A config is made from the
+family's own `ModelArgs`: each field with a known name gets a small value, and `_FAMILY` holds only what names cannot
+tell.
 
-On a CPU, `mx.disable_compile()` saves most of the time: mlx-lm's compiled functions go through
-a C++ compiler there.
+On a CPU, `mx.disable_compile()` saves most of the time, because mlx-lm's compiled functions go through a C++ compiler
+there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PACKAGE = "mlx_lm.models"
 
 
 class Unbuildable(Exception):
-    """The family can't be built or run on this machine; the message says why."""
+    """The family cannot be built or run on this machine. The message says why."""
 
 
 # Small values by field name: two layers; four experts, two of them active, but a dense FFN in
@@ -129,7 +129,7 @@ _LINEAR = {
     }
 }
 
-# What names can't tell: layer patterns, nested settings, names that mean something else here.
+# What names cannot tell: layer patterns, nested settings, names that mean something else here.
 _FAMILY: dict[str, dict[str, Any]] = {
     "baichuan_m1": {"sliding_window_layers": [0]},
     "dbrx": {
@@ -241,7 +241,7 @@ def _fill(cls: type, given: dict[str, Any]) -> dict[str, Any]:
         elif "eps" in name:
             config[name] = 1e-5
         else:
-            raise Unbuildable(f"tiny.py has no value for {cls.__module__}'s field {name}")
+            raise Unbuildable(f"no small value is known for the field {name} of {cls.__module__}")
     return copy.deepcopy(config)
 
 

@@ -1,10 +1,11 @@
-"""Global ranks: how important each neuron is to what the model itself likes to say. Their file format.
+"""Global statistics: how important each neuron is to what the model itself tends to generate. Their file format.
 
-A file holds, for FFN block i and both signals, ``layers.{i}.{signal}.rank`` ([F] uint16 or uint32, 1 = most important)
-and ``layers.{i}.{signal}.energy`` ([F] float32, mean share of a token's energy, sums to 1); where it was measured on
-several kinds of text, ``layers.{i}.{signal}.domains`` ([K, F] float32), the energies on each of them. Its metadata says
-what it belongs to, how it was made, and how sensitive the model is to each block. It is data only: a safetensors file,
-checked before anything is allocated.
+Users call them global ranks. A file holds, for FFN block i and both signals, ``layers.{i}.{signal}.rank`` ([F] uint16
+or uint32, 1 = most important) and ``layers.{i}.{signal}.energy`` ([F] float32, mean share of a token's energy, sums to
+1). If it was measured on several kinds of text, it also holds ``layers.{i}.{signal}.domains`` ([K, F] float32), the
+energies on each kind. Its metadata says which model it belongs to, how it was made, and how sensitive the model's
+output is to each block. A file may come from anyone: it is a safetensors file, data only, and checked before anything
+is allocated.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ FORMAT_VERSION = "1"
 
 
 @dataclass
-class GlobalRanks:
-    """A model's global ranks.
+class GlobalStatistics:
+    """A model's global statistics.
 
     Attributes:
-        ranks: for each signal, the ranks [F] (int64) of every FFN block.
-        energies: for each signal, the energies [F] (float32) of every FFN block.
-        domains: for each signal, the energies [K, F] (float32) of every FFN block on each kind of text; with one kind,
-            ``energies``.
-        sensitivity: of every block (``sensitivity.sensitivity``), or None where it was not measured.
+        ranks: for each signal the ranks [F] (int64) of every FFN block.
+        energies: for each signal the energies [F] (float32) of every FFN block.
+        domains: for each signal the energies [K, F] (float32) of every FFN block on each kind of text; with a single
+            kind, ``energies``.
+        sensitivity: of every block (``sensitivity.sensitivity``); None if it was not measured.
         metadata: strings: format_version; model, original, revision, model_type, quantization and fingerprint
-            (what it belongs to); sizes (F of each block) and blocks (their paths), as JSON; method, tokens,
+            (the model it belongs to); sizes (F of each block) and blocks (their paths), as JSON; method, tokens,
             domains and domain_tokens, sequences, length, temperature, seed, stability and tool versions (how it was
             made).
     """
@@ -63,16 +64,16 @@ class GlobalRanks:
 
     @property
     def domain_names(self) -> list[str]:
-        """What each kind of text is called."""
+        """The name of each kind of text."""
         return _domain_names(self.metadata)
 
     @property
     def domain_tokens(self) -> list[int]:
-        """How many tokens were read of each."""
+        """How many tokens of each kind were read."""
         return _domain_tokens(self.metadata)
 
     @classmethod
-    def read(cls, path: str | Path) -> GlobalRanks:
+    def read(cls, path: str | Path) -> GlobalStatistics:
         """Read a file.
 
         Raises:
@@ -88,52 +89,38 @@ class GlobalRanks:
             raise StatsError(f"{path} is not a usable ranks file: {reason}") from e
 
     @classmethod
-    def _read(cls, f: Any) -> GlobalRanks:
+    def _read(cls, f: Any) -> GlobalStatistics:
         metadata = {_printable(key): _printable(value) for key, value in (f.metadata() or {}).items()}
         version = metadata.get("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(f"format version {version}, expected {FORMAT_VERSION}")
         sizes = json.loads(metadata["sizes"])
         if not isinstance(sizes, list) or not all(type(n) is int and 0 < n < 2**20 for n in sizes):
-            raise ValueError("sizes is no list of neuron counts")
-        names = set(f.keys())
-        kinds = _domain_names(metadata)
-        if len(_domain_tokens(metadata)) != len(kinds):
+            raise ValueError("sizes is not a list of neuron counts")
+        kinds = len(_domain_names(metadata))
+        if len(_domain_tokens(metadata)) != kinds:
             raise ValueError("domains and domain_tokens differ in length")
+        names = set(f.keys())
         ranks: dict[str, list[mx.array]] = {}
         energies: dict[str, list[mx.array]] = {}
         domains: dict[str, list[mx.array]] = {}
         for signal in SIGNALS:
-            ranks[signal], energies[signal], domains[signal] = [], [], []
-            for i, size in enumerate(sizes):
-                prefix = f"layers.{i}.{signal}"
-                expected = [("rank", ("U16", "U32"), [size]), ("energy", ("F32",), [size])]
-                if len(kinds) > 1:
-                    expected.append(("domains", ("F32",), [len(kinds), size]))
-                for kind, dtypes, shape in expected:
-                    if f"{prefix}.{kind}" not in names:
-                        raise ValueError(f"{prefix}.{kind} is missing")
-                    entry = f.get_slice(f"{prefix}.{kind}")
-                    if entry.get_shape() != shape or entry.get_dtype() not in dtypes:
-                        raise ValueError(f"{prefix}.{kind} has a wrong shape or dtype")
-                order = f.get_tensor(f"{prefix}.rank").astype(np.int64)
-                if not np.array_equal(np.sort(order), np.arange(1, size + 1)):
-                    raise ValueError(f"{prefix}.rank is no ranking of {size} neurons")
-                ranks[signal].append(mx.array(order))
-                energies[signal].append(_energies(f, f"{prefix}.energy"))
-                several = _energies(f, f"{prefix}.domains") if len(kinds) > 1 else energies[signal][-1][None]
-                domains[signal].append(several)
+            prefixes = [f"layers.{i}.{signal}" for i in range(len(sizes))]
+            blocks = [_read_block(f, names, prefix, size, kinds) for prefix, size in zip(prefixes, sizes)]
+            ranks[signal] = [block[0] for block in blocks]
+            energies[signal] = [block[1] for block in blocks]
+            domains[signal] = [block[2] for block in blocks]
         return cls(ranks, energies, metadata, domains, _sensitivity(metadata, len(sizes)))
 
     def write(self, path: str | Path) -> None:
-        """Write a file: complete, or not at all."""
+        """Write a file, completely or not at all."""
         tensors = {}
         for signal in SIGNALS:
             for i, (r, e) in enumerate(zip(self.ranks[signal], self.energies[signal])):
                 small = np.uint16 if r.shape[0] < 2**16 else np.uint32
                 tensors[f"layers.{i}.{signal}.rank"] = np.array(r).astype(small)
                 tensors[f"layers.{i}.{signal}.energy"] = np.array(e)
-                if len(_domain_names(self.metadata)) > 1:
+                if len(self.domain_names) > 1:
                     tensors[f"layers.{i}.{signal}.domains"] = np.array(self.domains[signal][i])
         metadata = dict(self.metadata)
         if self.sensitivity is not None:
@@ -141,14 +128,14 @@ class GlobalRanks:
         write_atomically(path, lambda temporary: temporary.write_bytes(save(tensors, metadata=metadata)))
 
     def use_in(self, model: GlassModel) -> None:
-        """Let a model choose its neurons by these."""
+        """Let a model choose its neurons by these statistics."""
         model.set_global_ranks(self.ranks, self.domains, self.sensitivity)
 
-    def check(self, model: GlassModel) -> GlobalRanks:
-        """Return self if the ranks are this model's, or those of the model that it is a quantised copy of.
+    def check(self, model: GlassModel) -> GlobalStatistics:
+        """Return self if the statistics are this model's, or those of the model that it is a quantised copy of.
 
         Raises:
-            StatsError: they are not, with the reason.
+            StatsError: they are another model's; the message says why.
         """
         made_for = self.metadata.get("model") or "another model"
         expected = [block.size for block in model.blocks]
@@ -167,23 +154,23 @@ class GlobalRanks:
         if ours and ours == theirs:
             return self
         raise StatsError(
-            f"The ranks are for {made_for}, whose weights differ from this model's, and nothing says that one is "
-            "a conversion of the other."
+            f"The ranks are for {made_for}, whose weights differ from this model's, and neither is known to be a "
+            "conversion of the other."
         )
 
 
 def _domain_names(metadata: dict[str, str]) -> list[str]:
-    """The kinds of text; a file of before there were several says none."""
+    """The kinds of text; older files name none and have one."""
     names = json.loads(metadata.get("domains", "null")) or [metadata.get("method", "")]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) > 64:
-        raise ValueError("domains is no list of names")
+        raise ValueError("domains is not a list of names")
     return names
 
 
 def _domain_tokens(metadata: dict[str, str]) -> list[int]:
     read = json.loads(metadata.get("domain_tokens", "null")) or [json.loads(metadata.get("tokens", "1"))]
     if not isinstance(read, list) or not all(type(n) is int and n > 0 for n in read):
-        raise ValueError("domain_tokens is no list of numbers")
+        raise ValueError("domain_tokens is not a list of numbers")
     return read
 
 
@@ -193,30 +180,50 @@ def _sensitivity(metadata: dict[str, str], blocks: int) -> list[float] | None:
         return None
     numbers = isinstance(values, list) and all(type(v) in (int, float) and 0 <= v < 1e9 for v in values)
     if not numbers or len(values) != blocks:
-        raise ValueError("sensitivity is no list of one number for each layer")
+        raise ValueError("sensitivity is not a list of one number for each layer")
     return [float(v) for v in values]
 
 
-def _energies(f: Any, name: str) -> mx.array:
+def _read_block(f: Any, names: set[str], prefix: str, size: int, kinds: int) -> tuple[mx.array, mx.array, mx.array]:
+    """One block's ranks [F], energies [F] and energies on each kind of text [K, F], for one signal."""
+    expected = [("rank", ("U16", "U32"), [size]), ("energy", ("F32",), [size])]
+    if kinds > 1:
+        expected.append(("domains", ("F32",), [kinds, size]))
+    for name, dtypes, shape in expected:
+        if f"{prefix}.{name}" not in names:
+            raise ValueError(f"{prefix}.{name} is missing")
+        entry = f.get_slice(f"{prefix}.{name}")
+        if entry.get_shape() != shape or entry.get_dtype() not in dtypes:
+            raise ValueError(f"{prefix}.{name} has a wrong shape or dtype")
+    ranks = f.get_tensor(f"{prefix}.rank").astype(np.int64)
+    if not np.array_equal(np.sort(ranks), np.arange(1, size + 1)):
+        raise ValueError(f"{prefix}.rank is not a ranking of {size} neurons")
+    energies = _read_energies(f, f"{prefix}.energy")
+    return mx.array(ranks), energies, _read_energies(f, f"{prefix}.domains") if kinds > 1 else energies[None]
+
+
+def _read_energies(f: Any, name: str) -> mx.array:
     values = f.get_tensor(name)
     if not (np.isfinite(values).all() and (values >= 0).all()):
-        raise ValueError(f"{name} has values that are no energies")
+        raise ValueError(f"{name} has values that are not energies")
     return mx.array(values)
 
 
-def merge(parts: list[GlobalRanks]) -> GlobalRanks:
-    """The ranks of several files of one model as one, with the kinds of text of all of them, and energies over all
-    their tokens. What was measured of the model itself comes from the first that has it.
+def merge(parts: list[GlobalStatistics]) -> GlobalStatistics:
+    """Join the statistics of several files of one model.
+
+    The result has the kinds of text of all parts, and energies over all their tokens. The sensitivity comes from the
+    first part that has one.
 
     Raises:
-        StatsError: they are not of one model.
+        StatsError: the parts are of different models.
     """
     first = parts[0]
     for other in parts[1:]:
         if [other.metadata.get(k) for k in ("fingerprint", "sizes")] != [
             first.metadata.get(k) for k in ("fingerprint", "sizes")
         ]:
-            raise StatsError("The files are of different models.")
+            raise StatsError("The files are of different models: merge files of one model.")
     tokens = [sum(part.domain_tokens) for part in parts]
     energies: dict[str, list[mx.array]] = {}
     domains: dict[str, list[mx.array]] = {}
@@ -232,29 +239,29 @@ def merge(parts: list[GlobalRanks]) -> GlobalRanks:
         "domain_tokens": json.dumps([n for part in parts for n in part.domain_tokens]),
         "tokens": str(sum(tokens)),
     }
-    for key in ("stability", "stability_history", "sequences", "digest", "file"):  # each part's own
+    for key in ("stability", "stability_history", "sequences", "digest", "file"):  # these are of one part only
         metadata.pop(key, None)
     known = [part.sensitivity for part in parts if part.sensitivity is not None]
     ranks = {signal: [rank(e) for e in energies[signal]] for signal in SIGNALS}
-    return GlobalRanks(ranks, energies, metadata, domains, known[0] if known else None)
+    return GlobalStatistics(ranks, energies, metadata, domains, known[0] if known else None)
 
 
 def _printable(text: str) -> str:
-    """A file may be anyone's, and a terminal obeys control characters."""
+    """Text without control characters: a file may come from anyone, and a terminal obeys them."""
     return "".join(c if c.isprintable() else " " for c in text)
 
 
 def write_index(directory: Path) -> int:
-    """Write ``index.json`` for the ranks files of a directory; returns how many there are."""
+    """Write ``index.json`` for the ranks files of a directory, and return how many there are."""
     entries = []
     for path in sorted(directory.glob("*.safetensors")):
-        entries.append(index_entry(path.name, GlobalRanks.read(path).metadata))
+        entries.append(index_entry(path.name, GlobalStatistics.read(path).metadata))
     index = {"format_version": FORMAT_VERSION, "models": entries}
     write_atomically(directory / "index.json", lambda p: p.write_text(json.dumps(index, indent=2) + "\n"))
     return len(entries)
 
 
 def index_entry(file: str, metadata: dict[str, str]) -> dict[str, str]:
-    """What an index says of a file."""
+    """A file's entry in an index."""
     keys = ("model", "original", "model_type", "quantization", "fingerprint")
     return {"file": file, **{key: metadata.get(key, "") for key in keys}}

@@ -1,4 +1,4 @@
-"""What a model is, for its ranks: a fingerprint of its weights, its name, and what it is a conversion of."""
+"""Which model global statistics belong to: a fingerprint of its weights, its name, and what it was converted from."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from huggingface_hub import ModelCard
 if TYPE_CHECKING:
     from ..model.glass_model import GlassModel
 
-# What a conversion adds to a model's name: -4bit, -bf16, -MLX-8bit, -4bit-DWQ, -mxfp4, -q4, -hf, ...
+# What conversions append to a model's name: -4bit, -bf16, -MLX-8bit, -4bit-DWQ, -mxfp4, -q4, -hf, ...
 _CONVERSION = re.compile(
     r"([-_.](mlx|hf|\d(\.\d+)?-?bits?|(bf|fp|f|int|mxfp|nvfp)\d+|q\d(_\w+)*|gs?\d+|dwq|awq|gptq))*"
 )
 
 
 def fingerprint(model: GlassModel) -> str:
-    """A short digest of a model's FFN weights: shapes, dtypes and some values of its first and last block."""
+    """A short digest of a model's FFN weights: the shapes, dtypes and some values of its first and last block."""
     digest = hashlib.sha256(json.dumps([block.size for block in model.blocks]).encode())
     for block in (model.blocks[0], model.blocks[-1]):
         for name in (*block.inputs, block.output):
@@ -34,8 +34,12 @@ def fingerprint(model: GlassModel) -> str:
 
 
 def describe(model: GlassModel) -> dict[str, str]:
-    """What a model is, as far as its directory says: ``model`` (Hub repository or directory name), ``revision``,
-    ``original`` (the repository that it is a conversion of, or itself), ``model_type`` and ``quantization``."""
+    """Describe a model as far as its directory tells.
+
+    Returns:
+        dict: ``model`` (Hub repository or directory name), ``revision``, ``original`` (the repository that it was
+        converted from, or its own), ``model_type`` and ``quantization``; unknown values are empty.
+    """
     name = revision = ""
     path = model.path
     if path is not None:
@@ -54,10 +58,10 @@ def describe(model: GlassModel) -> dict[str, str]:
 
 
 def _original(path: Path | None, name: str) -> str:
-    """The repository that a model is a conversion of by its card, or its own name on the Hub.
+    """The repository that a model was converted from according to its card, or its own name on the Hub.
 
-    A card's base_model alone may also mean a fine-tune of it: the card must say that it is a quantisation, or say
-    nothing and the name be the base's with what conversions add to it.
+    A card's base_model may also be the base of a fine-tune. So either the card says that the model is a quantisation,
+    or it says nothing and the name is the base's with what conversions append.
     """
     own = name if "/" in name else ""
     card = path / "README.md" if path is not None else None
@@ -67,7 +71,7 @@ def _original(path: Path | None, name: str) -> str:
         if not card.read_text(encoding="utf-8").startswith("---"):
             return own
         data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
-    except Exception:  # a card may hold anything, and none of it is needed
+    except Exception:  # a card may hold anything, and nothing in it is needed
         return own
     base = data.get("base_model")
     base = base[0] if isinstance(base, list) and len(base) == 1 else base

@@ -1,4 +1,4 @@
-"""Find a model's global ranks: a given file, ``stats/``, the user's cache, a Hub repository."""
+"""Where a model's global statistics are found: a given file, ``stats/``, the user's cache, a Hub repository."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 from platformdirs import user_cache_path
 
 from ..errors import GlassError, StatsError
-from ..files import download
+from ..hub import download
 from ..model.glass_model import GlassModel
-from .format import GlobalRanks
+from .format import GlobalStatistics
 from .identity import describe, fingerprint
-from .share import REPO_VARIABLE
 
 logger = logging.getLogger("glass_mlx")
 
 CACHE_VARIABLE = "GLASS_CACHE_DIR"
+REPO_VARIABLE = "GLASS_STATS_REPO"
 
 # A wheel carries a copy of the checkout's stats/ inside the package.
 _INSTALLED = Path(__file__).parents[1] / "_stats"
@@ -27,29 +27,35 @@ STATS_DIR = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "
 
 
 def cache_dir() -> Path:
-    """Where ranks that were built here are kept: ``GLASS_CACHE_DIR``, or the platform's cache directory."""
+    """The directory of statistics built on this machine: ``GLASS_CACHE_DIR``, or the platform's cache directory."""
     return Path(os.environ.get(CACHE_VARIABLE) or user_cache_path("glass_mlx"))
 
 
 def cached_file(model: GlassModel) -> Path:
-    """The file in the cache for a model's ranks, whether it exists or not."""
+    """The cache file for a model's statistics, whether it exists or not."""
     return cache_dir() / f"{fingerprint(model)}.safetensors"
 
 
-def find_ranks(
+def local_files() -> list[tuple[str, Path]]:
+    """The statistics files on this machine, each with the place it is in: ``stats`` or ``cache``."""
+    places = (("stats", STATS_DIR), ("cache", cache_dir()))
+    return [(place, path) for place, directory in places for path in sorted(directory.glob("*.safetensors"))]
+
+
+def find_statistics(
     model: GlassModel, source: str | Path | bool | None = None, repo: str | None = None
-) -> GlobalRanks | None:
-    """The ranks of a model.
+) -> GlobalStatistics | None:
+    """Find the global statistics of a model.
 
     Args:
         model (GlassModel): the model.
-        source (str or bool, optional): a file to use; False for none; None to look in ``stats/``, the cache and
-            the Hub repository, in this order.
-        repo (str, optional): the Hub repository, ``owner/name`` or ``owner/name@revision``. Default:
-            the environment's ``GLASS_STATS_REPO``.
+        source (str or bool, optional): a file; False to use none; None to look in ``stats/``, the cache and the Hub
+            repository, in this order.
+        repo (str, optional): the Hub repository, ``owner/name`` or ``owner/name@revision``. Default: the environment
+            variable ``GLASS_STATS_REPO``.
 
     Returns:
-        GlobalRanks | None: checked to be this model's; None if there are none.
+        GlobalStatistics | None: verified to be this model's; None if none were found.
 
     Raises:
         StatsError: a file is damaged, or the given one belongs to another model.
@@ -58,32 +64,32 @@ def find_ranks(
     if source is False:
         return None
     if source is not None and source is not True:
-        return GlobalRanks.read(source).check(model)
+        return GlobalStatistics.read(source).check(model)
     file = _in_index(model, _read_index(STATS_DIR / "index.json"))
     if file:
-        return GlobalRanks.read(STATS_DIR / file).check(model)
+        return GlobalStatistics.read(STATS_DIR / file).check(model)
     cached = cached_file(model)
     if cached.exists():
         try:
-            return GlobalRanks.read(cached).check(model)
+            return GlobalStatistics.read(cached).check(model)
         except StatsError as e:
-            logger.warning("ignored: %s", e)
+            logger.warning("ignored the cached ranks: %s", e)
     if repo:
         return _from_hub(model, repo)
     if os.environ.get(REPO_VARIABLE):
         try:
             return _from_hub(model, os.environ[REPO_VARIABLE])
-        except GlassError as e:  # being offline must not keep a model from running
+        except GlassError as e:  # a model must run offline, too
             logger.warning("no ranks from %s: %s", REPO_VARIABLE, e)
     return None
 
 
-def _from_hub(model: GlassModel, repo: str) -> GlobalRanks | None:
+def _from_hub(model: GlassModel, repo: str) -> GlobalStatistics | None:
     name, _, revision = repo.partition("@")
     file = _in_index(model, _read_index(download(name, "index.json", revision or None)))
     if file is None:
         return None
-    return GlobalRanks.read(download(name, file, revision or None)).check(model)
+    return GlobalStatistics.read(download(name, file, revision or None)).check(model)
 
 
 def _read_index(path: Path) -> list[dict[str, str]]:
@@ -93,16 +99,16 @@ def _read_index(path: Path) -> list[dict[str, str]]:
         entries = json.loads(path.read_text(encoding="utf-8"))["models"]
         return [entry for entry in entries if _plain_name(entry["file"])]
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
-        raise StatsError(f"{path} is no index of ranks files: {e}") from e
+        raise StatsError(f"{path} is not an index of ranks files: {e}") from e
 
 
 def _plain_name(file: Any) -> bool:
-    """An index may come from the network: its entries name files beside it and nothing else."""
+    """Whether a name is a file's beside the index, and nothing else: an index may come from the network."""
     return isinstance(file, str) and file == Path(file).name and file.endswith(".safetensors")
 
 
 def _in_index(model: GlassModel, entries: list[dict[str, str]]) -> str | None:
-    """The file for a model: made from these very weights, or else from the model that it is a conversion of."""
+    """The file for a model: measured on these very weights, or else on the model that it was converted from."""
     for key, ours in (("fingerprint", fingerprint(model)), ("original", describe(model)["original"])):
         for entry in entries:
             if ours and entry.get(key) == ours:

@@ -1,9 +1,9 @@
-"""Measure a model's global ranks.
+"""Measure a model's global statistics.
 
-The model speaks by itself: sequences sampled from its null prompt, the BOS token alone, and if it is an assistant from
-an empty user turn (or a given text), read back in one dense pass that records the evidence of every neuron. The
-sequences are split into two halves; how well the halves' ranks agree says when enough has been read. What kind of
-text a sequence is of, its *domain*, is kept apart: a prompt is like the one or the other (see ``prior``).
+The model generates text by itself: sequences sampled from its null prompt (the BOS token alone) and, if it is an
+assistant, from an empty user turn. Or a text is given. The sequences are read back in one dense pass that records the
+evidence of every neuron. They are split into two halves; how well the halves' ranks agree tells when enough has been
+read. Kinds of text (*domains*) are kept apart, because a prompt resembles one or another (``core/prior.py``).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,236 +18,26 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 from tqdm import tqdm
 
 from .._version import __version__
 from ..core.importance import SIGNALS, energy, output_norms
 from ..core.ranking import rank
 from ..errors import GlassError
-from ..files import write_atomically
 from ..model.blocks import hooked, run_with
 from ..model.glass_model import GlassModel
-from .format import FORMAT_VERSION, GlobalRanks
+from .evidence import SplitEvidence
+from .format import FORMAT_VERSION, GlobalStatistics
 from .identity import describe, fingerprint
 from .lookup import cached_file
 from .sensitivity import SAMPLE_LENGTH, SAMPLE_ROWS, sensitivity
 from .sources import Source, null_prompt
 
-# Tokens to read at most, and the overlap of two halves' better halves of the neurons that ends it before.
+# Read at most this many tokens, and stop earlier when the better halves of the neurons overlap this much.
 DEFAULT_TOKENS, DEFAULT_STABLE_AT = 65536, 0.95
 
 # Hidden values to hold at once while recording; 2**25 are 128 MB in float32.
 _MAX_HIDDEN = 2**25
-
-
-def calibrate(
-    model: GlassModel,
-    source: Source,
-    tokens: int = DEFAULT_TOKENS,
-    stable_at: float | None = DEFAULT_STABLE_AT,
-    name: str | None = None,
-    partial: Path | None = None,
-    progress: Callable[[int, dict[str, float]], None] = lambda tokens, stability: None,
-    weighing: Callable[[int, int], None] = lambda done, blocks: None,
-) -> GlobalRanks:
-    """Measure a model's global ranks.
-
-    Args:
-        model (GlassModel): the model; its dense form is run.
-        source (Source): the token sequences to record.
-        tokens (int): stop after this many tokens.
-        stable_at (float, optional): stop before that when the two halves' better halves of the neurons overlap by this
-            much on average over the layers; None reads all ``tokens``.
-        name (str, optional): what to call the model in the metadata.
-        partial (Path, optional): a file that keeps what has been read. An interrupted run with the same arguments
-            goes on from it with the same result as one in one go. Remove it when the ranks are written.
-        progress: called after every batch with the tokens read and :func:`stability`.
-        weighing: called with the number of blocks whose sensitivity was measured, and that of all to be measured.
-
-    Returns:
-        GlobalRanks: both signals, all blocks.
-
-    Raises:
-        GlassError: the source gave no tokens, or ``partial`` cannot be written.
-    """
-    norms = [output_norms(block.module[block.output]) for block in model.blocks]
-    mx.eval(norms)
-    identity = json.dumps([fingerprint(model), source.method, source.settings])
-    sums = _Halves.load(partial, identity) or _Halves.empty(model, len(source.domains))
-    agreement = stability(sums)
-    while sums.batches < len(source.domains) or (
-        sums.total < tokens and not (stable_at is not None and agreement["overlap"] >= stable_at)
-    ):
-        rows = [row for row in source.batch(sums.batches) if row]
-        if not rows:
-            break
-        domain = sums.batches % len(source.domains)
-        sums.samples[domain] = sums.samples[domain] or [row[:SAMPLE_LENGTH] for row in rows[:SAMPLE_ROWS]]
-        read = sums.sequences
-        for half in (0, 1):
-            mine = rows[(read + half) % 2 :: 2]
-            if mine:
-                _record(model, mine, norms, sums, half, domain)
-        sums.batches += 1
-        agreement = stability(sums)
-        sums.history.append([sums.total, *(round(agreement[key], 4) for key in ("overlap", "correlation"))])
-        progress(sums.total, agreement)
-        if partial is not None:
-            sums.save(partial, identity)
-    if sums.total == 0:
-        raise GlassError("There is nothing to measure: the source gave no tokens.")
-    energies = {signal: _shares(sums.by_block(signal)) for signal in SIGNALS}
-    read = [d for d in range(len(source.domains)) if sums.tokens_of(d)]
-    domains = {s: [_shares(sums.by_block(s, domain=d)) for d in read] for s in SIGNALS}
-    domains = {s: [mx.stack(rows) for rows in zip(*found)] for s, found in domains.items()}
-    weights = np.zeros(len(model.blocks))
-    for i, d in enumerate(read):
-        before = i * len(model.blocks)
-        own = [rows[i] for rows in domains["impact"]]
-        weights += sensitivity(
-            model, sums.samples[d], own, lambda n, before=before: weighing(before + n, len(read) * len(model.blocks))
-        )
-    what = describe(model)
-    if name:
-        what["model"] = name
-    return GlobalRanks(
-        ranks={s: [rank(e) for e in energies[s]] for s in SIGNALS},
-        energies=energies,
-        domains=domains,
-        sensitivity=(weights / len(read)).tolist(),
-        metadata={
-            "format_version": FORMAT_VERSION,
-            **what,
-            "fingerprint": fingerprint(model),
-            "sizes": json.dumps([block.size for block in model.blocks]),
-            "blocks": json.dumps([block.path for block in model.blocks]),
-            "method": source.method,
-            "domains": json.dumps([source.domains[d] for d in read]),
-            "domain_tokens": json.dumps([sums.tokens_of(d) for d in read]),
-            **{key: str(value) for key, value in source.settings.items()},
-            "sequences": str(sums.sequences),
-            "tokens": str(sums.total),
-            "stability": json.dumps({k: round(v, 4) for k, v in agreement.items()}),
-            "stability_history": json.dumps(sums.history),
-            "glass_mlx": __version__,
-            "mlx": mx.__version__,
-            "mlx_lm": mlx_lm.__version__,
-        },
-    )
-
-
-def _shares(energies: list[np.ndarray]) -> list[mx.array]:
-    """Energies [F] of each block, with a sum of 1."""
-    tiny = np.finfo(np.float32).tiny
-    return [mx.array((e / np.maximum(e.sum(), tiny)).astype(np.float32)) for e in energies]
-
-
-def stability(sums: _Halves) -> dict[str, float]:
-    """How well the two halves agree, means over the layers, the worse signal's: ``correlation`` of the ranks (Spearman)
-    and ``overlap`` of the better halves of the neurons. It speaks for half of the tokens read; all of them
-    together are more stable than that."""
-    worst = {"correlation": 1.0, "overlap": 1.0}
-    for signal in SIGNALS:
-        layers = [compare(a, b) for a, b in zip(sums.by_block(signal, 0), sums.by_block(signal, 1))]
-        for key in worst:
-            worst[key] = min(worst[key], float(np.mean([layer[key] for layer in layers])))
-    return worst
-
-
-def compare(a: np.ndarray, b: np.ndarray, share: float = 0.5) -> dict[str, float]:
-    """Two importance vectors [F] of one layer: Spearman ``correlation``, and ``overlap``, the share that their best
-    ``share`` of the neurons have in common."""
-    order_a, order_b = (np.argsort(-v, kind="stable") for v in (a, b))
-    rank_a, rank_b = np.empty(len(a)), np.empty(len(b))
-    rank_a[order_a] = rank_b[order_b] = np.arange(len(a))
-    correlation = np.corrcoef(rank_a, rank_b)[0, 1] if len(a) > 1 else 1.0
-    k = max(1, round(share * len(a)))
-    overlap = len(np.intersect1d(order_a[:k], order_b[:k])) / k
-    return {"correlation": float(correlation), "overlap": float(overlap)}
-
-
-@dataclass
-class _Halves:
-    """Energies summed so far: sums [signals, halves, domains, sum of F] float64, what was read (tokens by half and
-    domain), rows of each domain to measure the sensitivity on, and how stable it was after each batch: (tokens,
-    overlap, correlation)."""
-
-    sizes: list[int]
-    sums: np.ndarray
-    tokens: list[list[int]]
-    samples: list[list[list[int]]]
-    sequences: int = 0
-    batches: int = 0
-    history: list[list[float]] = field(default_factory=list)
-
-    @classmethod
-    def empty(cls, model: GlassModel, domains: int) -> _Halves:
-        sizes = [block.size for block in model.blocks]
-        sums = np.zeros((len(SIGNALS), 2, domains, sum(sizes)))
-        return cls(sizes, sums, [[0] * domains, [0] * domains], [[] for _ in range(domains)])
-
-    @property
-    def total(self) -> int:
-        return sum(map(sum, self.tokens))
-
-    def tokens_of(self, domain: int) -> int:
-        return sum(tokens[domain] for tokens in self.tokens)
-
-    def by_block(self, signal: str, half: int | None = None, domain: int | None = None) -> list[np.ndarray]:
-        """Energies [F] of each block, of one half or both, and of one domain or all."""
-        halves = slice(None) if half is None else slice(half, half + 1)
-        domains = slice(None) if domain is None else slice(domain, domain + 1)
-        values = self.sums[SIGNALS.index(signal), halves, domains].sum(axis=(0, 1))
-        return np.split(values, np.cumsum(self.sizes)[:-1])
-
-    def save(self, path: Path, identity: str) -> None:
-        state = {"identity": identity, "sizes": self.sizes, "tokens": self.tokens, "samples": self.samples}
-        state |= {"sequences": self.sequences, "batches": self.batches, "history": self.history}
-        data = save({"sums": self.sums}, metadata={"state": json.dumps(state)})
-        write_atomically(path, lambda temporary: temporary.write_bytes(data))
-
-    @classmethod
-    def load(cls, path: Path | None, identity: str) -> _Halves | None:
-        """What an interrupted run of the same arguments kept, if anything usable."""
-        if path is None or not path.exists():
-            return None
-        try:
-            with safe_open(str(path), framework="numpy") as f:
-                state = json.loads(f.metadata()["state"])
-                sums = f.get_tensor("sums")
-            kept = cls(sums=sums, **state) if state.pop("identity") == identity else None
-            fits = kept and sums.shape == (len(SIGNALS), 2, len(kept.tokens[0]), sum(kept.sizes))
-            return kept if fits and kept.total > 0 else None
-        except (SafetensorError, OSError, ValueError, TypeError, KeyError, IndexError, AttributeError):
-            return None
-
-
-def _record(
-    model: GlassModel, rows: list[list[int]], norms: list[mx.array], sums: _Halves, half: int, domain: int
-) -> None:
-    """Read rows with the dense model and add their evidence to one half and domain."""
-    width = max(len(row) for row in rows)
-    at_once = max(1, _MAX_HIDDEN // (width * max(sums.sizes)))
-    for i in range(0, len(rows), at_once):
-        part = rows[i : i + at_once]
-        # padding comes after a row's tokens, which never look ahead
-        tokens = mx.array([row + [0] * (width - len(row)) for row in part])
-        weights = mx.array([[1.0] * len(row) + [0.0] * (width - len(row)) for row in part])
-        energies = {signal: [mx.zeros((n,)) for n in sums.sizes] for signal in SIGNALS}
-
-        def observe(j: int, h: mx.array, energies=energies, weights=weights) -> None:
-            for signal, scale in (("impact", norms[j]), ("activation", None)):
-                energies[signal][j] = energies[signal][j] + energy(h, scale, weights)
-
-        run_with(hooked(model.blocks, observe), model.dense, tokens, cache=make_prompt_cache(model.dense))
-        mx.eval(energies)
-        for s, signal in enumerate(SIGNALS):
-            sums.sums[s, half, domain] += np.concatenate([np.array(e) for e in energies[signal]])
-        sums.tokens[half][domain] += sum(len(row) for row in part)
-        sums.sequences += len(part)
-        mx.clear_cache()
 
 
 def build_ranks(
@@ -260,9 +49,16 @@ def build_ranks(
     stable_at: float | None = DEFAULT_STABLE_AT,
     name: str | None = None,
 ) -> Path:
-    """Measure a model's ranks with a progress bar, and write them to ``out`` or to the user's cache.
+    """Measure a model's global statistics with a progress bar, and write them to a file.
 
     An interrupted run leaves what it has read beside the file, and the next one goes on from there.
+
+    Args:
+        model (GlassModel): the model.
+        tokenizer: its tokenizer.
+        out (Path, optional): the file. Default: the model's file in the user's cache.
+        source (Source, optional): the token sequences. Default: :func:`sources.null_prompt`.
+        tokens, stable_at, name: as in :func:`measure_statistics`.
 
     Returns:
         Path: the file.
@@ -276,11 +72,168 @@ def build_ranks(
             goal = "" if stable_at is None else f" of {stable_at:.0%}"
             bar.set_postfix_str(f"stable {agreement['overlap']:.1%}{goal}")
 
-        def weighing(done: int, blocks: int) -> None:
+        def block_progress(done: int, blocks: int) -> None:
             bar.set_postfix_str(f"sensitivity of block {done} of {blocks}")
 
         partial = out.with_name(f"{out.name}.partial")
-        ranks = calibrate(model, source, tokens, stable_at, name, partial, progress, weighing)
-    ranks.write(out)
+        statistics = measure_statistics(
+            model, source, tokens, stable_at, name, partial, progress=progress, block_progress=block_progress
+        )
+    statistics.write(out)
     partial.unlink(missing_ok=True)
     return out
+
+
+def measure_statistics(
+    model: GlassModel,
+    source: Source,
+    tokens: int = DEFAULT_TOKENS,
+    stable_at: float | None = DEFAULT_STABLE_AT,
+    name: str | None = None,
+    partial: Path | None = None,
+    progress: Callable[[int, dict[str, float]], None] = lambda tokens, stability: None,
+    block_progress: Callable[[int, int], None] = lambda done, blocks: None,
+) -> GlobalStatistics:
+    """Measure a model's global statistics.
+
+    Args:
+        model (GlassModel): the model; its dense form is run.
+        source (Source): the token sequences to record.
+        tokens (int): stop after this many tokens.
+        stable_at (float, optional): stop earlier, when the better halves of the neurons by the two halves of the
+            sequences overlap by this share on average over the layers; None reads all ``tokens``.
+        name (str, optional): the model's name in the metadata.
+        partial (Path, optional): a file that keeps what has been read. An interrupted run with the same arguments
+            continues from it, with the result of an uninterrupted one. Remove it when the statistics are written.
+        progress: called after every batch with the tokens read and :meth:`SplitEvidence.stability`.
+        block_progress: called with how many blocks' sensitivities have been measured, and of how many.
+
+    Returns:
+        GlobalStatistics: for both signals and all blocks.
+
+    Raises:
+        GlassError: the source gave no tokens, or ``partial`` cannot be written.
+    """
+    identity = json.dumps([fingerprint(model), source.method, source.settings])
+    evidence = SplitEvidence.load(partial, identity) or SplitEvidence.empty(model, len(source.domains))
+
+    def after_batch() -> None:
+        progress(evidence.total, evidence.stability())
+        if partial is not None:
+            evidence.save(partial, identity)
+
+    _read(model, source, evidence, tokens, stable_at, after_batch)
+    if evidence.total == 0:
+        raise GlassError("There is nothing to measure: the source gave no tokens.")
+    read = [d for d in range(len(source.domains)) if evidence.tokens_of(d)]
+    energies = {signal: _shares(evidence.by_block(signal)) for signal in SIGNALS}
+    by_domain = {signal: [_shares(evidence.by_block(signal, domain=d)) for d in read] for signal in SIGNALS}
+    return GlobalStatistics(
+        ranks={signal: [rank(e) for e in energies[signal]] for signal in SIGNALS},
+        energies=energies,
+        domains={signal: [mx.stack(rows) for rows in zip(*found)] for signal, found in by_domain.items()},
+        sensitivity=_mean_sensitivity(model, [evidence.samples[d] for d in read], by_domain["impact"], block_progress),
+        metadata=_metadata(model, source, evidence, read, name),
+    )
+
+
+def _read(
+    model: GlassModel,
+    source: Source,
+    evidence: SplitEvidence,
+    tokens: int,
+    stable_at: float | None,
+    after_batch: Callable[[], None],
+) -> None:
+    """Read batches of a source into the evidence until there are enough tokens, or the ranks are stable."""
+    norms = [output_norms(block.module[block.output]) for block in model.blocks]
+    mx.eval(norms)
+    domains, agreement = len(source.domains), evidence.stability()
+    while evidence.batches < domains or (
+        evidence.total < tokens and not (stable_at is not None and agreement["overlap"] >= stable_at)
+    ):
+        rows = [row for row in source.batch(evidence.batches) if row]
+        if not rows:
+            break
+        domain, before = evidence.batches % domains, evidence.sequences
+        evidence.samples[domain] = evidence.samples[domain] or [row[:SAMPLE_LENGTH] for row in rows[:SAMPLE_ROWS]]
+        for half in (0, 1):  # sequences alternate, across batches too
+            mine = rows[(before + half) % 2 :: 2]
+            if mine:
+                _record(model, mine, norms, evidence, half, domain)
+        evidence.batches += 1
+        agreement = evidence.stability()
+        evidence.history.append([evidence.total, *(round(agreement[key], 4) for key in ("overlap", "correlation"))])
+        after_batch()
+
+
+def _record(
+    model: GlassModel, rows: list[list[int]], norms: list[mx.array], evidence: SplitEvidence, half: int, domain: int
+) -> None:
+    """Read rows with the dense model and add their energies to one half and domain."""
+    width = max(len(row) for row in rows)
+    at_once = max(1, _MAX_HIDDEN // (width * max(evidence.sizes)))
+    for i in range(0, len(rows), at_once):
+        part = rows[i : i + at_once]
+        # padding comes after a row's tokens, which never look ahead
+        tokens = mx.array([row + [0] * (width - len(row)) for row in part])
+        weights = mx.array([[1.0] * len(row) + [0.0] * (width - len(row)) for row in part])
+        energies = {signal: [mx.zeros((n,)) for n in evidence.sizes] for signal in SIGNALS}
+
+        def observe(j: int, h: mx.array, energies=energies, weights=weights) -> None:
+            for signal, scale in (("impact", norms[j]), ("activation", None)):
+                energies[signal][j] = energies[signal][j] + energy(h, scale, weights)
+
+        run_with(hooked(model.blocks, observe), model.dense, tokens, cache=make_prompt_cache(model.dense))
+        mx.eval(energies)
+        for s, signal in enumerate(SIGNALS):
+            evidence.sums[s, half, domain] += np.concatenate([np.array(e) for e in energies[signal]])
+        evidence.tokens[half][domain] += sum(len(row) for row in part)
+        evidence.sequences += len(part)
+        mx.clear_cache()
+
+
+def _shares(energies: list[np.ndarray]) -> list[mx.array]:
+    """The energies [F] of each block, scaled to a sum of 1."""
+    tiny = np.finfo(np.float32).tiny
+    return [mx.array((e / np.maximum(e.sum(), tiny)).astype(np.float32)) for e in energies]
+
+
+def _mean_sensitivity(
+    model: GlassModel,
+    samples: list[list[list[int]]],
+    energies: list[list[mx.array]],
+    block_progress: Callable[[int, int], None],
+) -> list[float]:
+    """The sensitivity to each block, averaged over domains with a sample and energies [F] of every block each."""
+    blocks, sums = len(model.blocks), np.zeros(len(model.blocks))
+    for i, (rows, own) in enumerate(zip(samples, energies)):
+        sums += sensitivity(model, rows, own, lambda n, i=i: block_progress(i * blocks + n, len(samples) * blocks))
+    return (sums / len(samples)).tolist()
+
+
+def _metadata(
+    model: GlassModel, source: Source, evidence: SplitEvidence, read: list[int], name: str | None
+) -> dict[str, str]:
+    """A file's metadata; ``read`` are the domains that tokens were read of."""
+    described = describe(model)
+    if name:
+        described["model"] = name
+    return {
+        "format_version": FORMAT_VERSION,
+        **described,
+        "fingerprint": fingerprint(model),
+        "sizes": json.dumps([block.size for block in model.blocks]),
+        "blocks": json.dumps([block.path for block in model.blocks]),
+        "method": source.method,
+        "domains": json.dumps([source.domains[d] for d in read]),
+        "domain_tokens": json.dumps([evidence.tokens_of(d) for d in read]),
+        **{key: str(value) for key, value in source.settings.items()},
+        "sequences": str(evidence.sequences),
+        "tokens": str(evidence.total),
+        "stability": json.dumps({key: round(value, 4) for key, value in evidence.stability().items()}),
+        "stability_history": json.dumps(evidence.history),
+        "glass_mlx": __version__,
+        "mlx": mx.__version__,
+        "mlx_lm": mlx_lm.__version__,
+    }

@@ -1,4 +1,4 @@
-"""Ranks files on the Hugging Face Hub: fetch them, share them; and what goes wrong there, in one line."""
+"""Share ranks files on the Hugging Face Hub: the file, an index that ``lookup`` reads, and a card."""
 
 from __future__ import annotations
 
@@ -9,25 +9,24 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd
 
 from ..errors import GlassError
-from ..files import _api, download, hub_access
-from .format import FORMAT_VERSION, GlobalRanks, index_entry
+from ..hub import download, hub_access, hub_api
+from .format import FORMAT_VERSION, GlobalStatistics, index_entry
 
-REPO_VARIABLE = "GLASS_STATS_REPO"
 INDEX, CARD = "index.json", "README.md"
 
 _ABOUT = """## Global neuron ranks for GLASS
 
-Each `.safetensors` file says which neurons of one model's feed-forward layers matter most to what the model likes to
-say: their ranks, and their mean share of a token's energy. It holds no weights. With it, `glass_mlx` decodes with the
-neurons that matter only (GLASS, [arXiv 2508.14302](https://arxiv.org/abs/2508.14302)):
+Each `.safetensors` file says which neurons of one model's feed-forward layers matter most to what the model tends to
+generate: their ranks, and their mean share of a token's energy. It holds no weights. With it, `glass_mlx` decodes with
+only the neurons that matter (GLASS, [arXiv 2508.14302](https://arxiv.org/abs/2508.14302)):
 
 ```sh
 python -m glass_mlx.chat --model MODEL --stats-repo {repo}
 export GLASS_STATS_REPO={repo}  # or this, for every command; {repo}@COMMIT pins it
 ```
 
-`index.json` lists the files with the models they belong to; a model that a file does not belong to refuses it. The
-ranks are measurements of a model, whose own licence may bear on their use.
+`index.json` lists the files and the models they belong to; any other model refuses a file. The ranks are measurements
+of a model, whose own licence may apply to their use.
 
 """
 
@@ -40,21 +39,29 @@ def upload(
     message: str | None = None,
     license: str = "other",
 ) -> str:
-    """Share a ranks file: it, the repository's index and its card, in one commit. Creates the repository.
+    """Upload a ranks file with the updated index and card of its repository, in one commit.
+
+    Args:
+        path (str or Path): the file.
+        repo (str): the Hub repository ``owner/name``; created if it does not exist.
+        revision (str, optional): the branch. Default: main.
+        private (bool): make a new repository private.
+        message (str, optional): the commit message.
+        license (str): the licence that a new card names.
 
     Returns:
         str: the commit's URL.
 
     Raises:
-        GlassError: the file is unusable, or the Hub does not take it; the repository's files are as before (a new
-            one may be left, empty).
+        GlassError: the file is unusable, or the Hub refuses it. The repository's files are as before; a new repository
+            may be left empty.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise GlassError(f"{path} would not be found in {repo}: name it something.safetensors.")
-    entry = index_entry(path.name, metadata := GlobalRanks.read(path).metadata)
+        raise GlassError(f"{path} would not be found in {repo}: rename it so that it ends in .safetensors.")
+    entry = index_entry(path.name, metadata := GlobalStatistics.read(path).metadata)
     with hub_access(repo, revision):
-        api = _api()
+        api = hub_api()
         api.create_repo(repo, private=private, exist_ok=True)
         info = api.model_info(repo, revision=revision)
         if private and not info.private:
@@ -71,7 +78,7 @@ def upload(
 
 
 def _index(old: bytes | None, entry: dict[str, str], repo: str) -> str:
-    """A repository's index with an entry put in, in the place of that of the same model."""
+    """A repository's index with an entry added; it replaces the entry of the same model."""
     try:
         index = json.loads(old) if old else {"format_version": FORMAT_VERSION, "models": []}
         if index["format_version"] != FORMAT_VERSION:
@@ -80,14 +87,14 @@ def _index(old: bytes | None, entry: dict[str, str], repo: str) -> str:
         taken = [e["model"] for e in others if e["file"] == entry["file"]]
         index["models"] = sorted([*others, entry], key=lambda e: e["file"])
     except (ValueError, TypeError, KeyError) as e:
-        raise GlassError(f"{repo} has an index.json that is not of this version: use another repository.") from e
+        raise GlassError(f"{repo} has an index.json of another version: use another repository.") from e
     if taken:
         raise GlassError(f"{repo} already has a {entry['file']}, for {taken[0]}: rename your file.")
     return json.dumps(index, indent=2) + "\n"
 
 
 def _card(old: bytes | None, repo: str, entry: dict[str, str], metadata: dict[str, str], license: str) -> str:
-    """A repository's card with a file's section put in; whatever else it says stays."""
+    """A repository's card with a file's section added or replaced; everything else stays."""
     name = "license_name: that-of-each-model\n" if license == "other" else ""
     front = f"---\nlicense: {license}\n{name}tags:\n- glass\n- mlx\n---\n\n"
     text = old.decode() if old else front + f"# {repo.split('/')[1]}\n"

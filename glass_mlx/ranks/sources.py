@@ -1,4 +1,4 @@
-"""The token sequences that a model's ranks are measured on."""
+"""The token sequences that a model's global statistics are measured on."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Source:
     """Where the tokens come from.
 
     Attributes:
-        domains: what to call the kinds of text in the metadata; batches are of each in turn.
-        batch: a function from a batch's number to its token sequences, each beginning with what starts a text
-            (BOS, say); an empty list ends the source. The same number gives the same sequences.
-        settings: what else the metadata should say.
+        domains: names of the kinds of text; batches come from each in turn.
+        batch: a function from a batch's number to its token sequences, each of which begins as a text does (with BOS,
+            say). An empty list ends the source. The same number gives the same sequences.
+        settings: further entries of the metadata.
     """
 
     domains: tuple[str, ...]
@@ -37,6 +37,7 @@ class Source:
 
     @property
     def method(self) -> str:
+        """How the tokens were obtained, for the metadata."""
         return " and ".join(self.domains)
 
 
@@ -52,11 +53,17 @@ def null_prompt(
     """Sequences that the dense model samples from its BOS token, or in answer to an empty message.
 
     Args:
-        chat (bool, optional): only the answers; or False for none of them. Default: both in turn, where the model has a
-            chat template that takes an empty message.
+        model (GlassModel): the model.
+        tokenizer: its tokenizer.
+        sequences (int): sequences in a batch.
+        length (int): most tokens to sample for a sequence.
+        temperature (float): of the sampling.
+        seed (int): of the sampling.
+        chat (bool, optional): True for answers only, False for none. Default: both in turn, if the model has a chat
+            template that accepts an empty message.
 
     Raises:
-        GlassError: answers were asked for, and the model gives none.
+        GlassError: answers were asked for, but the model cannot answer an empty message.
     """
     starts = {} if chat else {"null prompt": start_tokens(tokenizer)}
     if chat is not False:
@@ -79,7 +86,7 @@ def null_prompt(
                 out = batch_generate(
                     model.dense, tokenizer, prompts, max_tokens=length, sampler=sampler, return_token_ids=True
                 )
-                return [[*start, *said] for said in out.token_ids]
+                return [[*start, *ids] for ids in out.token_ids]
             return [[*start, *_sample(model, tokenizer, start, length, sampler)] for _ in prompts]
         finally:
             mx.random.seed((high << 32) | low)
@@ -89,23 +96,23 @@ def null_prompt(
 
 
 def empty_message(tokenizer: Any) -> list[int]:
-    """What an assistant is given to answer where the user said nothing.
+    """The prompt tokens of a conversation in which the user has sent an empty message.
 
     Raises:
-        GlassError: the model has no chat template, or one that does not take this.
+        GlassError: the model has no chat template, or one that rejects an empty message.
     """
     if not tokenizer.has_chat_template:
-        raise GlassError("This model has no chat template: leave --chat away.")
+        raise GlassError("This model has no chat template: leave out --chat.")
     try:
         return list(tokenizer.apply_chat_template([{"role": "user", "content": ""}], add_generation_prompt=True))
     except TemplateError as e:
-        raise GlassError(f"The chat template does not take an empty message ({e}): leave --chat away.") from e
+        raise GlassError(f"The chat template rejects an empty message ({e}): leave out --chat.") from e
 
 
 def given_sequences(
     method: str, rows: list[list[int]], sequences: int = 32, settings: dict[str, Any] | None = None
 ) -> Source:
-    """Token sequences that are at hand, of a text or a data set."""
+    """A source of given token sequences, from a text or a data set."""
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:32]
     return Source(
         (method,),
@@ -115,17 +122,19 @@ def given_sequences(
 
 
 def text_rows(text: str, tokenizer: Any, length: int) -> list[list[int]]:
-    """A text cut into rows of at most ``length`` tokens after the BOS token."""
+    """A text cut into rows of at most ``length`` tokens, each after a BOS token."""
     start = start_tokens(tokenizer)
     ids = list(tokenizer.encode(text, add_special_tokens=False))
     return [[*start, *ids[i : i + length]] for i in range(0, len(ids), length)]
 
 
 def dataset_rows(lines: list[str], tokenizer: Any, length: int) -> list[list[int]]:
-    """JSON lines with ``text``, ``messages`` or ``prompt`` and ``completion``, each a row of at most ``length`` tokens.
+    """One row of at most ``length`` tokens for each JSON line.
+
+    A line has ``text``, ``messages``, or ``prompt`` and ``completion``, as mlx-lm's data sets have.
 
     Raises:
-        GlassError: a line is none of these.
+        GlassError: a line has none of these.
     """
     start, rows = start_tokens(tokenizer), []
     for number, line in enumerate(lines, 1):
@@ -136,7 +145,7 @@ def dataset_rows(lines: list[str], tokenizer: Any, length: int) -> list[list[int
             else:
                 text = item["text"] if "text" in item else item["prompt"] + item["completion"]
                 row = [*start, *tokenizer.encode(text, add_special_tokens=False)]
-        except Exception as e:  # of JSON, of the template, or a key that is not there
+        except Exception as e:  # bad JSON, an error of the template, or a missing key
             raise GlassError(
                 f'Line {number} of the data set has no "text", "messages" or "prompt" and "completion".'
             ) from e
@@ -145,16 +154,16 @@ def dataset_rows(lines: list[str], tokenizer: Any, length: int) -> list[list[int
 
 
 def start_tokens(tokenizer: Any) -> list[int]:
-    """What a text begins with: BOS or, in families without one, the end token."""
+    """The token that a text begins with: BOS, or the end token in families without one."""
     bos = tokenizer.bos_token_id
     return [tokenizer.eos_token_id if bos is None else bos]
 
 
 def _sample(model: GlassModel, tokenizer: Any, start: list[int], length: int, sampler: Any) -> list[int]:
     """One sequence, for models whose caches mlx-lm cannot batch."""
-    said = []
+    sampled = []
     for token, _ in generate_step(mx.array(start), model.dense, max_tokens=length, sampler=sampler):
         if token in tokenizer.eos_token_ids:
             break
-        said.append(token)
-    return said
+        sampled.append(token)
+    return sampled

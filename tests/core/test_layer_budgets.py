@@ -1,4 +1,4 @@
-"""How the neurons of a density are given to the blocks."""
+"""Tests of how the neurons of a density are shared out among the blocks."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glass_mlx.core.layer_budgets import FLOOR, POWER, allocate, uniform
+from glass_mlx.core.layer_budgets import FLOOR, POWER, measured_budgets, uniform_budgets
 from glass_mlx.core.slicing import UNIT
 
 
 def loss(energies, sensitivity, counts):
-    """The cost of keeping the best so many of each block, by its definition."""
+    """The cost of keeping the best ``counts`` neurons of each block, by its definition."""
     total = 0.0
     for energy, s, k in zip(energies, sensitivity, counts):
         ordered = np.sort(energy)[::-1]
@@ -25,12 +25,12 @@ def loss(energies, sensitivity, counts):
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 10**6), st.floats(0.05, 0.95))
-def test_no_other_allocation_loses_less(seed, density):
+def test_no_other_budgets_lose_less(seed, density):
     rng = np.random.default_rng(seed)
     energies = [rng.dirichlet(np.full(10, 0.4)) for _ in range(3)]
     sensitivity = rng.exponential(size=3).tolist()
-    counts = allocate(density, energies, sensitivity, [1, 1, 1])
-    floors = uniform(FLOOR * density, [10] * 3, [1] * 3)
+    counts = measured_budgets(density, energies, sensitivity, [1, 1, 1])
+    floors = uniform_budgets(FLOOR * density, [10] * 3, [1] * 3)
     assert sum(counts) == max(round(density * 30), sum(floors))
     best = min(
         loss(energies, sensitivity, other)
@@ -44,13 +44,13 @@ def test_no_other_allocation_loses_less(seed, density):
 def test_in_units(density):
     rng = np.random.default_rng(0)
     energies = [rng.random(size) for size in (256, 384, 128)]
-    counts = allocate(density, energies, [1.0, 5.0, 0.2], [64, 64, 1])
+    counts = measured_budgets(density, energies, [1.0, 5.0, 0.2], [64, 64, 1])
     assert all(count % UNIT == 0 and 0 < count <= len(e) for count, e in zip(counts[:2], energies))
     total = round(density * 768)
     assert total - UNIT < sum(counts) <= max(total, 2 * UNIT + 1)
 
 
-def test_alike_where_nothing_is_known():
+def test_uniform_where_nothing_is_known():
     energies = [np.ones(8) / 8] * 2
-    assert allocate(0.5, energies, [0.0, 0.0], [1, 1]) == uniform(0.5, [8, 8], [1, 1]) == [4, 4]
-    assert allocate(1, energies, [1.0, 9.0], [1, 1]) == [8, 8]
+    assert measured_budgets(0.5, energies, [0.0, 0.0], [1, 1]) == uniform_budgets(0.5, [8, 8], [1, 1]) == [4, 4]
+    assert measured_budgets(1, energies, [1.0, 9.0], [1, 1]) == [8, 8]

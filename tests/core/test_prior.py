@@ -1,4 +1,4 @@
-"""What is expected after a prompt, against NumPy in double precision."""
+"""Tests of what is expected after a prompt, against NumPy in double precision."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from glass_mlx.errors import GlassError
 from glass_mlx.evaluate import main
 from glass_mlx.evaluation import lm_eval_tasks as tasks
 from glass_mlx.evaluation import recall
-from glass_mlx.evaluation.selectors import by_oracle, standard_arms
+from glass_mlx.evaluation.selectors import by_oracle, standard_selectors
 from glass_mlx.model.config import GlassConfig
 
 needs_lm_eval = pytest.mark.skipif(
@@ -62,7 +62,7 @@ def fruit(tmp_path, tiny, monkeypatch):
 @needs_lm_eval
 def test_a_local_task(fruit, tiny):
     configs = {"dense": {1.0: GlassConfig(1.0)}, "griffin": {0.1: GlassConfig(0.1, 0.0, "activation")}}
-    rows = tasks.evaluate(*tiny, ["fruit"], configs, str(fruit()))
+    rows = tasks.run_tasks(*tiny, ["fruit"], configs, str(fruit()))
     assert rows["dense"]["1"]["fruit"]["exact_match,none"] == 0.5 and rows["dense"]["1"]["fruit"]["samples"] == 4
     assert set(rows["griffin"]) == {"0.1"}
     assert rows["griffin"]["0.1"]["fruit"]["exact_match,none"] <= 0.5
@@ -82,9 +82,9 @@ def test_a_task_by_command_line(fruit, invoke, tiny_dir):
 def test_tasks_that_cannot_be_run(fruit, tiny):
     configs = tasks.standard_configs([0.5])
     with pytest.raises(GlassError, match="no task 'vegetables'"):
-        tasks.evaluate(*tiny, ["vegetables"], configs)
+        tasks.run_tasks(*tiny, ["vegetables"], configs)
     with pytest.raises(GlassError, match="Only generation tasks"):
-        tasks.evaluate(*tiny, ["fruit"], configs, str(fruit("loglikelihood")))
+        tasks.run_tasks(*tiny, ["fruit"], configs, str(fruit("loglikelihood")))
 
 
 def test_without_lm_eval(invoke, tiny_dir, monkeypatch):
@@ -98,8 +98,8 @@ def test_the_demo_model_recalls(demo):
     """Densely it mostly does, and the better the neurons, the more it keeps of that."""
     questions = recall.read_questions(8)
     assert {q["kind"] for q in questions} == {"city", "date", "time", "name"}
-    arms = {"random": standard_arms([])["random"], "oracle": by_oracle}
-    rows = recall.evaluate(*demo, arms, [0.5], questions)
+    selectors = {"random": standard_selectors([])["random"], "oracle": by_oracle}
+    rows = recall.measure_recall(*demo, selectors, [0.5], questions)
     accuracy = {name: row["accuracy"] for name, by_density in rows.items() for row in by_density.values()}
     assert accuracy["dense"] > 0.6
     assert accuracy["random"] < accuracy["oracle"] <= 1
@@ -117,7 +117,7 @@ def test_the_questions_hold_their_answers(demo):
 
 def test_a_right_answer(demo):
     model, tokenizer = demo
-    batch = recall.Batch(model, tokenizer, recall.read_questions(1))
+    batch = recall.QuestionBatch(model, tokenizer, recall.read_questions(1))
     answers = {
         f"{batch.questions[0]['answer']} it is.": True,
         "No.": False,
@@ -133,7 +133,7 @@ def test_a_right_answer(demo):
 def test_the_beginning_is_decoded_sparsely(demo):
     """The prompt ends where the answer begins: without any neurons its first words lead nowhere."""
     model, tokenizer = demo
-    batch = recall.Batch(model, tokenizer, recall.read_questions(2))
+    batch = recall.QuestionBatch(model, tokenizer, recall.read_questions(2))
     for q, prompt, begin in zip(batch.questions, batch.prompts, batch.begin):
         assert tokenizer.decode(begin).strip() == q["begin"] and q["begin"] not in tokenizer.decode(prompt)
     nothing = [mx.zeros((2, block.size), mx.bool_) for block in model.blocks]

@@ -11,23 +11,26 @@ from mlx_lm.models.cache import KVCache
 import glass_mlx
 from glass_mlx import GlassConfig, stream_generate
 from glass_mlx.core.importance import SIGNALS
-from glass_mlx.core.metrics import divergence
-from glass_mlx.evaluation import teacher_forcing as fidelity
-from glass_mlx.evaluation.free_running import readability, self_nll, speak
+from glass_mlx.core.metrics import kl_divergence
+from glass_mlx.evaluation import teacher_forcing
+from glass_mlx.evaluation.free_running import readability, sample_continuations, self_nll
 from glass_mlx.evaluation.selectors import (
     Evidence,
     by_chance,
     by_magnitude,
     by_oracle,
+    by_session,
     magnitude,
-    product,
-    standard_arms,
+    standard_selectors,
 )
-from glass_mlx.evaluation.teacher_forcing import Text, as_masks, forced, measure, record
+from glass_mlx.evaluation.teacher_forcing import TextBatch, as_masks, collect_evidence, score_selectors, teacher_forced
 from glass_mlx.evaluation.tiny_models import tiny_model
+from glass_mlx.loading import DEMO_PATH, load_dense
+from glass_mlx.ranks.format import GlobalStatistics
+from glass_mlx.ranks.lookup import STATS_DIR
 
 PROMPTS = [[1, 300, 400, 500, 600], [1, 7], [1, 900, 31, 31, 2000, 77, 8, 9]]
-SAID = [[12, 700, 41, 5, 99, 3000], [8, 8, 1500, 23, 610, 4], [444, 10, 32, 2, 1, 650]]
+CONTINUATIONS = [[12, 700, 41, 5, 99, 3000], [8, 8, 1500, 23, 610, 4], [444, 10, 32, 2, 1, 650]]
 
 # What decoding can do by itself.
 CONFIGS = {
@@ -51,14 +54,14 @@ def decoded(model, prompt: list[int], said: list[int], config: GlassConfig) -> t
     return mx.stack(logits), list(model.kept_neurons(cache).values())
 
 
-def assert_equals_decoding(model, arm, config: GlassConfig) -> None:
-    text = Text(PROMPTS, SAID)
-    evidence, _ = record(model, text)
+def assert_equals_decoding(model, selector, config: GlassConfig) -> None:
+    batch = TextBatch(PROMPTS, CONTINUATIONS)
+    evidence, _ = collect_evidence(model, batch)
     evidence.density = config.density
-    kept = arm(evidence)
+    kept = selector(evidence)
     masks = as_masks(model, kept)
-    logits = text.predicting(forced(model, text, masks))
-    for b, (prompt, said) in enumerate(zip(PROMPTS, SAID)):
+    logits = batch.predictions(teacher_forced(model, batch, masks))
+    for b, (prompt, said) in enumerate(zip(PROMPTS, CONTINUATIONS)):
         expected, neurons = decoded(model, prompt, said, config)
         for mine, its in zip(kept, neurons):
             np.testing.assert_array_equal(mine[b], its)
@@ -67,28 +70,30 @@ def assert_equals_decoding(model, arm, config: GlassConfig) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_teacher_forcing_equals_decoding_token_by_token(exact, name):
-    assert_equals_decoding(exact[0], standard_arms([0.5])[name], CONFIGS[name])
+    assert_equals_decoding(exact[0], standard_selectors([0.5])[name], CONFIGS[name])
 
 
 @pytest.mark.parametrize("name", ["griffin", "glass"])
 def test_where_neurons_are_kept_in_units(name):
-    model, _ = glass_mlx.load("demo")
-    nn.quantize(model.dense, group_size=64, bits=4)
-    model.dense.set_dtype(mx.float32)
+    dense, _, _ = load_dense(DEMO_PATH)
+    nn.quantize(dense, group_size=64, bits=4)
+    dense.set_dtype(mx.float32)
+    model = glass_mlx.wrap(dense, stats=False)
+    GlobalStatistics.read(STATS_DIR / "demo.safetensors").use_in(model)
     assert model.blocks[0].group == 64
-    assert_equals_decoding(model, standard_arms([0.5])[name], CONFIGS[name])
+    assert_equals_decoding(model, standard_selectors([0.5])[name], CONFIGS[name])
 
 
 @pytest.mark.parametrize("family", ["gpt2", "phi3", "gemma3_text"])
 def test_other_families(family):
     model = glass_mlx.wrap(tiny_model(family))
     prompts, said = [[1, 2, 3], [5, 4, 3, 2, 6]], [[7, 8, 9], [3, 3, 1]]
-    text = Text(prompts, said)
-    evidence, _ = record(model, text)
+    batch = TextBatch(prompts, said)
+    evidence, _ = collect_evidence(model, batch)
     evidence.density = 0.5
-    kept = product("activation", 0.0)(evidence)
+    kept = by_session("activation", 0.0)(evidence)
     masks = as_masks(model, kept)
-    logits = text.predicting(forced(model, text, masks))
+    logits = batch.predictions(teacher_forced(model, batch, masks))
     for b in range(2):
         expected, _ = decoded(model, prompts[b], said[b], GlassConfig(0.5, 0.0, "activation"))
         np.testing.assert_allclose(logits[b], expected, atol=1e-3, rtol=1e-3)
@@ -97,7 +102,7 @@ def test_other_families(family):
 @pytest.mark.parametrize("signal", SIGNALS)
 def test_evidence_is_what_a_session_records(exact, signal):
     model, _ = exact
-    evidence, _ = record(model, Text(PROMPTS, SAID))
+    evidence, _ = collect_evidence(model, TextBatch(PROMPTS, CONTINUATIONS))
     for b, prompt in enumerate(PROMPTS):
         cache = model.make_cache(signal=signal)
         mx.eval(model.prefill(mx.array([prompt]), cache))
@@ -105,19 +110,21 @@ def test_evidence_is_what_a_session_records(exact, signal):
         np.testing.assert_allclose(mine, model.session(cache).energy, rtol=1e-3, atol=1e-5)
     for energy, oracle in zip(evidence.local[signal], evidence.oracle[signal]):
         np.testing.assert_allclose(energy.sum(axis=1), [len(p) for p in PROMPTS], rtol=1e-4)
-        np.testing.assert_allclose(oracle.sum(axis=1), [len(s) - 1 for s in SAID], rtol=1e-4)
+        np.testing.assert_allclose(oracle.sum(axis=1), [len(s) - 1 for s in CONTINUATIONS], rtol=1e-4)
 
 
 def test_figures_equal_a_plain_computation(exact):
     model, _ = exact
-    result = measure(model, PROMPTS, SAID, {"griffin": standard_arms([])["griffin"], "oracle": by_oracle}, [0.4, 1.0])
+    result = score_selectors(
+        model, PROMPTS, CONTINUATIONS, {"griffin": standard_selectors([])["griffin"], "oracle": by_oracle}, [0.4, 1.0]
+    )
     assert set(result) == {"dense", "griffin", "oracle"} and set(result["griffin"]) == {0.4, 1.0}
     assert not result["dense"][1.0].kl.any() and result["dense"][1.0].agree.all()
     np.testing.assert_allclose(result["griffin"][1.0].nll, result["dense"][1.0].nll, atol=1e-4)
     assert (result["oracle"][0.4].jaccard == 1).all()
 
     scores = result["griffin"][0.4]
-    for b, (prompt, said) in enumerate(zip(PROMPTS, SAID)):
+    for b, (prompt, said) in enumerate(zip(PROMPTS, CONTINUATIONS)):
         p, q = (
             np.array(nn.log_softmax(decoded(model, prompt, said, config)[0]), np.float64)
             for config in (GlassConfig(1.0), CONFIGS["griffin"])
@@ -132,11 +139,11 @@ def test_figures_equal_a_plain_computation(exact):
 
 def test_batches_make_no_difference(exact, monkeypatch):
     model, _ = exact
-    arms = {"random": by_chance, "glass": product("impact", "auto")}
-    together = measure(model, PROMPTS, SAID, arms, [0.5])
-    monkeypatch.setattr(fidelity, "_MAX_LOGITS", 2 * 4096 * 14)
+    selectors = {"random": by_chance, "glass": by_session("impact", "auto")}
+    together = score_selectors(model, PROMPTS, CONTINUATIONS, selectors, [0.5])
+    monkeypatch.setattr(teacher_forcing, "_MAX_LOGITS", 2 * 4096 * 14)
     done = []
-    apart = measure(model, PROMPTS, SAID, arms, [0.5], progress=done.append)
+    apart = score_selectors(model, PROMPTS, CONTINUATIONS, selectors, [0.5], progress=done.append)
     assert done == [2, 1]
     np.testing.assert_allclose(apart["glass"][0.5].kl, together["glass"][0.5].kl, atol=1e-4)
     assert all((a == t).all() for a, t in zip(apart["glass"][0.5].kept, together["glass"][0.5].kept))
@@ -144,8 +151,8 @@ def test_batches_make_no_difference(exact, monkeypatch):
 
 def test_divergence_of_the_same_is_zero():
     logits = 30 * mx.random.normal((5, 1000))
-    assert not mx.any(divergence(logits, logits)).item()
-    assert mx.all(divergence(logits, logits[::-1])[:2] > 0).item()
+    assert not mx.any(kl_divergence(logits, logits)).item()
+    assert mx.all(kl_divergence(logits, logits[::-1])[:2] > 0).item()
 
 
 def evidence_of(model, density: float) -> Evidence:
@@ -153,13 +160,13 @@ def evidence_of(model, density: float) -> Evidence:
     return Evidence(model, density, PROMPTS[:2], energies, energies)
 
 
-def test_arms_keep_what_the_density_says(exact):
+def test_selectors_keep_what_the_density_says(exact):
     model, _ = exact
     for density in (0.3, 1.0):
         evidence = evidence_of(model, density)
-        for name, arm in standard_arms([0.2, 0.8]).items():
-            allocation = "measured" if name == "glass" else "uniform"
-            assert [k.shape for k in arm(evidence)] == [(2, k) for k in model.kept_counts(density, allocation)]
+        for name, selector in standard_selectors([0.2, 0.8]).items():
+            budgets = "measured" if name == "glass" else "uniform"
+            assert [k.shape for k in selector(evidence)] == [(2, k) for k in model.kept_counts(density, budgets)]
 
 
 def test_chance_differs_from_prompt_to_prompt(tiny):
@@ -191,11 +198,11 @@ def test_magnitude_of_a_fused_projection():
 def test_speaking_equals_generating(exact):
     """A batch of prompts, masked, says what each of them says by itself on compact weights."""
     model, tokenizer = exact
-    evidence, _ = record(model, Text(PROMPTS, SAID))
+    evidence, _ = collect_evidence(model, TextBatch(PROMPTS, CONTINUATIONS))
     evidence.density = 0.5
-    masks = as_masks(model, standard_arms([])["glass"](evidence))
+    masks = as_masks(model, standard_selectors([])["glass"](evidence))
     for given, config in ((None, GlassConfig(1.0)), (masks, GlassConfig(0.5))):
-        said = speak(model, PROMPTS, 12, 0, given)
+        said = sample_continuations(model, PROMPTS, 12, 0, given)
         for prompt, row in zip(PROMPTS, said):
             cache = model.make_cache(**vars(config))
             alone = [r.token for r in stream_generate(model, tokenizer, prompt, 12, prompt_cache=cache)]
@@ -204,11 +211,11 @@ def test_speaking_equals_generating(exact):
 
 def test_speaking_from_a_beginning(exact):
     model, _ = exact
-    said = speak(model, PROMPTS, 6, 0)
+    said = sample_continuations(model, PROMPTS, 6, 0)
     begin = [said[0][:3], [], [9, 9]]
-    again = speak(model, PROMPTS, 6, 0, begin=begin)
+    again = sample_continuations(model, PROMPTS, 6, 0, begin=begin)
     assert again[:2] == said[:2] and again[2][:2] == [9, 9]
-    assert again[2][2:] == speak(model, [[*PROMPTS[2], 9, 9]], 4, 0)[0]
+    assert again[2][2:] == sample_continuations(model, [[*PROMPTS[2], 9, 9]], 4, 0)[0]
 
 
 def test_sampling_follows_the_seed(tiny):
@@ -216,7 +223,7 @@ def test_sampling_follows_the_seed(tiny):
     runs = []
     for seed in (1, 1, 2):
         mx.random.seed(seed)
-        runs.append(speak(model, PROMPTS, 5))
+        runs.append(sample_continuations(model, PROMPTS, 5))
     assert runs[0] == runs[1] != runs[2]
 
 
@@ -232,9 +239,9 @@ def test_caches_that_stay_apart(tiny, monkeypatch):
                 raise AttributeError(name)
             return getattr(self.cache, name)
 
-    together = speak(model, PROMPTS, 5, 0)
+    together = sample_continuations(model, PROMPTS, 5, 0)
     monkeypatch.setattr("glass_mlx.evaluation.free_running.make_prompt_cache", lambda m: [Alone() for _ in m.layers])
-    assert speak(model, PROMPTS, 5, 0) == together
+    assert sample_continuations(model, PROMPTS, 5, 0) == together
 
 
 def test_how_texts_read(exact):
@@ -242,5 +249,5 @@ def test_how_texts_read(exact):
     scores = readability([[1, 2, 3, 4, 5, 6, 7], [5] * 7])
     assert scores["repetition"].tolist() == [0, 0.75]
     assert scores["distinct-1"].tolist() == [1, 1 / 7] and scores["distinct-2"].tolist() == [1, 1 / 6]
-    expected = measure(model, PROMPTS, SAID, {}, [0.5])["dense"][1.0].nll.mean(axis=1)
-    np.testing.assert_allclose(self_nll(model, PROMPTS, SAID), expected, atol=1e-4)
+    expected = score_selectors(model, PROMPTS, CONTINUATIONS, {}, [0.5])["dense"][1.0].nll.mean(axis=1)
+    np.testing.assert_allclose(self_nll(model, PROMPTS, CONTINUATIONS), expected, atol=1e-4)

@@ -24,7 +24,7 @@ from glass_mlx import GlassError, GlassModel
 from glass_mlx.core.prior import Prior
 from glass_mlx.core.slicing import ScatterLinear, plain_class
 from glass_mlx.evaluation.tiny_models import Unbuildable, model_types, tiny_model
-from glass_mlx.ranks.format import GlobalRanks
+from glass_mlx.ranks.format import GlobalStatistics
 from glass_mlx.ranks.lookup import STATS_DIR
 
 PROMPT = [3, 14, 15, 9, 26, 5, 35]
@@ -565,7 +565,7 @@ def test_compact_weights_go_with_their_conversation(llama):
 def test_auto_expects_what_the_model_says_after_prompts_like_it(demo):
     """The demo's domains are prose and answers; each prompt is taken for one of its own kind."""
     model, tokenizer = demo
-    prior = Prior(GlobalRanks.read(STATS_DIR / "demo.safetensors").domains["impact"])
+    prior = Prior(GlobalStatistics.read(STATS_DIR / "demo.safetensors").domains["impact"])
     for text, domain in (
         ("The old house at the end of the lane had stood empty for many", 0),
         ("<|user|> I want to find a restaurant in San Jose.<|assistant|>", 1),

@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from global_statistics import same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -20,10 +21,10 @@ from safetensors.numpy import load_file, save_file
 import glass_mlx
 from glass_mlx import GlassError, StatsError, wrap
 from glass_mlx.core.importance import SIGNALS
-from glass_mlx.ranks.format import GlobalRanks, index_entry, merge, write_index
+from glass_mlx.ranks.format import GlobalStatistics, index_entry, merge, write_index
 from glass_mlx.ranks.identity import describe, fingerprint
 from glass_mlx.ranks.lookup import STATS_DIR
-from glass_mlx.ranks.measure import calibrate
+from glass_mlx.ranks.measure import measure_statistics
 from glass_mlx.ranks.sources import given_sequences
 
 INDEX_SCHEMA = {
@@ -52,27 +53,18 @@ def fits(value, schema) -> bool:
     return isinstance(value, str) and re.fullmatch(schema, value) is not None
 
 
-def same(a: GlobalRanks, b: GlobalRanks) -> bool:
-    arrays = [[*r.ranks[s], *r.energies[s]] for s in SIGNALS for r in (a, b)]
-    return a.metadata == b.metadata and all(
-        x.dtype == y.dtype and mx.array_equal(x, y)
-        for xs, ys in zip(arrays[::2], arrays[1::2], strict=True)
-        for x, y in zip(xs, ys, strict=True)
-    )
-
-
 def test_round_trip(ranks, written):
-    assert same(GlobalRanks.read(written), ranks)
+    assert same(GlobalStatistics.read(written), ranks)
 
 
 @pytest.mark.parametrize("n, dtype", [(2**16 - 1, np.uint16), (2**16, np.uint32)])
 def test_ranks_of_many_neurons(tmp_path, n, dtype):
     order, energy = mx.arange(n, 0, -1, dtype=mx.int64), mx.full((n,), 1 / n)
     metadata = {"format_version": "1", "sizes": json.dumps([n])}
-    many = GlobalRanks({s: [order] for s in SIGNALS}, {s: [energy] for s in SIGNALS}, metadata)
+    many = GlobalStatistics({s: [order] for s in SIGNALS}, {s: [energy] for s in SIGNALS}, metadata)
     many.write(tmp_path / "x.safetensors")
     assert load_file(tmp_path / "x.safetensors")["layers.0.impact.rank"].dtype == dtype
-    assert same(GlobalRanks.read(tmp_path / "x.safetensors"), many)
+    assert same(GlobalStatistics.read(tmp_path / "x.safetensors"), many)
 
 
 def test_file_format(written):
@@ -120,7 +112,7 @@ def test_given_to_a_model(tiny, ranks, written):
 @pytest.mark.parametrize("name", ["missing.safetensors", ".", "no/where"])
 def test_missing_file(tmp_path, name):
     with pytest.raises(StatsError):
-        GlobalRanks.read(tmp_path / name)
+        GlobalStatistics.read(tmp_path / name)
 
 
 def changed(written, path, tensors=(), metadata=()):
@@ -143,19 +135,19 @@ ORDER = np.arange(1, 97, dtype=np.uint16)
         (RANK, ORDER[:-1], "shape"),
         (RANK, ORDER[None], "shape"),
         (RANK, ORDER.astype(np.int32), "dtype"),
-        (RANK, ORDER - 1, "no ranking"),
-        (RANK, np.maximum(ORDER, 2), "no ranking"),
+        (RANK, ORDER - 1, "not a ranking"),
+        (RANK, np.maximum(ORDER, 2), "not a ranking"),
         (ENERGY, None, "missing"),
-        (ENERGY, np.full(96, np.nan, np.float32), "no energies"),
-        (ENERGY, np.full(96, np.inf, np.float32), "no energies"),
-        (ENERGY, np.full(96, -1, np.float32), "no energies"),
+        (ENERGY, np.full(96, np.nan, np.float32), "not energies"),
+        (ENERGY, np.full(96, np.inf, np.float32), "not energies"),
+        (ENERGY, np.full(96, -1, np.float32), "not energies"),
         (ENERGY, np.full(96, 1 / 96), "dtype"),
     ],
 )
 def test_damaged_tensor(written, tmp_path, name, tensor, reason):
     path = changed(written, tmp_path / "x.safetensors", {name: tensor})
     with pytest.raises(StatsError, match=f"x.safetensors is not a usable ranks file: .*{reason}"):
-        GlobalRanks.read(path)
+        GlobalStatistics.read(path)
 
 
 @pytest.mark.parametrize(
@@ -179,14 +171,14 @@ def test_damaged_tensor(written, tmp_path, name, tensor, reason):
 def test_damaged_metadata(written, tmp_path, metadata, reason):
     path = changed(written, tmp_path / "x.safetensors", metadata=metadata)
     with pytest.raises(StatsError, match=f"not a usable ranks file: .*{reason}") as caught:
-        GlobalRanks.read(path)
+        GlobalStatistics.read(path)
     assert str(caught.value).isprintable()
 
 
 def test_control_characters(tiny, written, tmp_path):
     """They could play tricks with a terminal."""
     metadata = {"model": "a\x1b[2Jb\nc", "a\tb": "", "fingerprint": OTHER}
-    ranks = GlobalRanks.read(changed(written, tmp_path / "x.safetensors", metadata=metadata))
+    ranks = GlobalStatistics.read(changed(written, tmp_path / "x.safetensors", metadata=metadata))
     assert ranks.metadata["model"] == "a [2Jb c" and ranks.metadata["a b"] == ""
     with pytest.raises(StatsError, match=r"for a \[2Jb c, whose"):
         ranks.check(tiny[0])
@@ -195,7 +187,7 @@ def test_control_characters(tiny, written, tmp_path):
 def read_or_refuse(path, data):
     path.write_bytes(data)
     try:
-        GlobalRanks.read(path)
+        GlobalStatistics.read(path)
     except StatsError as e:
         assert "\n" not in str(e)
 
@@ -247,13 +239,13 @@ def test_huge_tensor_is_not_allocated(scratch):
     text = json.dumps(header).encode()
     scratch.write_bytes(len(text).to_bytes(8, "little") + text)
     with pytest.raises(StatsError):
-        GlobalRanks.read(scratch)
+        GlobalStatistics.read(scratch)
 
 
 # Which model they are of
 
 
-def altered(ranks: GlobalRanks, **metadata) -> GlobalRanks:
+def altered(ranks: GlobalStatistics, **metadata) -> GlobalStatistics:
     return replace(ranks, metadata=ranks.metadata | metadata)
 
 
@@ -436,25 +428,25 @@ def test_shipped_index():
     assert fits(index, INDEX_SCHEMA)
     assert {entry["file"] for entry in index["models"]} == {p.name for p in STATS_DIR.glob("*.safetensors")}
     for entry in index["models"]:
-        assert entry == index_entry(entry["file"], GlobalRanks.read(STATS_DIR / entry["file"]).metadata)
+        assert entry == index_entry(entry["file"], GlobalStatistics.read(STATS_DIR / entry["file"]).metadata)
         for name, tensor in load_file(STATS_DIR / entry["file"]).items():
             assert tensor.dtype in ((np.uint16, np.uint32) if name.endswith("rank") else (np.float32,))
             assert name.endswith("rank") or tensor.sum(axis=-1, dtype=float) == pytest.approx(1, abs=1e-5)
 
 
 def test_shipped_ranks_of_the_demo(demo):
-    assert GlobalRanks.read(STATS_DIR / "demo.safetensors").check(demo[0]).metadata["model"] == "demo"
+    assert GlobalStatistics.read(STATS_DIR / "demo.safetensors").check(demo[0]).metadata["model"] == "demo"
     assert demo[0].global_ranks is not None
 
 
 def test_merge(tiny, tmp_path):
     """Every kind of text of every part, and the energies of all tokens together."""
-    a, b = (calibrate(tiny[0], given_sequences(name, rows), stable_at=None) for name, rows in PARTS.items())
+    a, b = (measure_statistics(tiny[0], given_sequences(name, rows), stable_at=None) for name, rows in PARTS.items())
     merged, path = merge([a, b]), tmp_path / "merged.safetensors"
     merged.write(path)
-    again = GlobalRanks.read(path).check(tiny[0])
+    again = GlobalStatistics.read(path).check(tiny[0])
     assert again.domain_names == ["a", "b"] and again.domain_tokens == [7, 3] and again.sensitivity is not None
-    whole = calibrate(tiny[0], given_sequences("c", [*PARTS["a"], *PARTS["b"]]), stable_at=None)
+    whole = measure_statistics(tiny[0], given_sequences("c", [*PARTS["a"], *PARTS["b"]]), stable_at=None)
     for signal in SIGNALS:
         for got, expected in zip(again.energies[signal], whole.energies[signal], strict=True):
             np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-7)

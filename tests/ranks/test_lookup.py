@@ -16,9 +16,9 @@ from platformdirs import user_cache_path
 import glass_mlx
 from glass_mlx import GlassError, StatsError, wrap
 from glass_mlx.ranks import lookup
-from glass_mlx.ranks.format import GlobalRanks, index_entry, write_index
+from glass_mlx.ranks.format import GlobalStatistics, index_entry, write_index
 from glass_mlx.ranks.identity import fingerprint
-from glass_mlx.ranks.lookup import cache_dir, cached_file, find_ranks
+from glass_mlx.ranks.lookup import cache_dir, cached_file, find_statistics
 
 REPO = "me/ranks"
 
@@ -57,7 +57,7 @@ def repo(hub, labelled):
 
     def repo(name: str = "hub", **entry):
         path = labelled(name)
-        entry = index_entry("x.safetensors", GlobalRanks.read(path).metadata) | entry
+        entry = index_entry("x.safetensors", GlobalStatistics.read(path).metadata) | entry
         index = json.dumps({"format_version": "1", "models": [entry]})
         return hub.repo(REPO, {"index.json": index.encode(), "x.safetensors": path.read_bytes()})
 
@@ -73,7 +73,7 @@ def test_order(tiny, stats_dir, labelled, repo):
     labelled("cache", cached_file(model))
 
     def found(*arguments) -> str:
-        return find_ranks(model, *arguments).metadata["model"]
+        return find_statistics(model, *arguments).metadata["model"]
 
     assert found(explicit, REPO) == "explicit"
     assert found(None, REPO) == found(True) == found() == "stats"
@@ -81,16 +81,16 @@ def test_order(tiny, stats_dir, labelled, repo):
     assert found(None, REPO) == "cache"
     cached_file(model).unlink()
     assert found(None, REPO) == "hub"
-    assert find_ranks(model) is None
-    assert find_ranks(model, False, REPO) is None
+    assert find_statistics(model) is None
+    assert find_statistics(model, False, REPO) is None
 
 
 def test_explicit_file_is_not_replaced_by_another(tiny, stats_dir, labelled, tmp_path):
     labelled("cache", cached_file(tiny[0]))
     with pytest.raises(StatsError, match="no ranks file"):
-        find_ranks(tiny[0], tmp_path / "missing.safetensors")
+        find_statistics(tiny[0], tmp_path / "missing.safetensors")
     with pytest.raises(StatsError, match="weights differ"):
-        find_ranks(tiny[0], labelled("other", fingerprint="0" * 32))
+        find_statistics(tiny[0], labelled("other", fingerprint="0" * 32))
 
 
 # stats/
@@ -105,11 +105,11 @@ def test_ranks_of_the_model_that_it_is_a_conversion_of(tiny, stats_dir, labelled
     model = wrap(tiny[0].dense, stats=False, path=path)
     labelled("base", stats_dir / "a.safetensors", fingerprint="0" * 32, original=original)
     write_index(stats_dir)
-    ranks = find_ranks(model)
+    ranks = find_statistics(model)
     assert (ranks and ranks.metadata["model"]) == found
     labelled("own", stats_dir / "b.safetensors")
     write_index(stats_dir)
-    assert find_ranks(model).metadata["model"] == "own"
+    assert find_statistics(model).metadata["model"] == "own"
 
 
 DEEP = "[" * 100_000
@@ -121,7 +121,7 @@ DEEP = "[" * 100_000
 def test_damaged_index(tiny, stats_dir, text):
     (stats_dir / "index.json").write_text(text)
     with pytest.raises(StatsError, match="index.json") as caught:
-        find_ranks(tiny[0])
+        find_statistics(tiny[0])
     assert "\n" not in str(caught.value)
 
 
@@ -135,7 +135,7 @@ def test_index_that_names_paths(tiny, stats_dir, labelled, file):
     labelled("below", stats_dir / "sub" / "x.safetensors")
     entry = {"file": file, "fingerprint": fingerprint(tiny[0])}
     (stats_dir / "index.json").write_text(json.dumps({"models": [entry]}))
-    assert find_ranks(tiny[0]) is None
+    assert find_statistics(tiny[0]) is None
 
 
 # The cache
@@ -159,9 +159,10 @@ def test_damaged_cache_file(tiny, stats_dir, labelled, caplog, damage):
     path = labelled("cache", cached_file(tiny[0]), fingerprint="0" * 32)
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-9])
-    assert find_ranks(tiny[0]) is None
+    assert find_statistics(tiny[0]) is None
     [record] = caplog.records
-    assert record.levelno == logging.WARNING and "ignored: " in record.message and "\n" not in record.message
+    assert record.levelno == logging.WARNING
+    assert "ignored the cached ranks: " in record.message and "\n" not in record.message
 
 
 # A Hub repository

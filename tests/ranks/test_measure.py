@@ -11,15 +11,19 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
+from global_statistics import same
 from safetensors.numpy import save_file
 
 import glass_mlx
 from glass_mlx import GlassError
 from glass_mlx.core.importance import SIGNALS
 from glass_mlx.ranks import measure as module
-from glass_mlx.ranks.format import GlobalRanks
+from glass_mlx.ranks import sources
+from glass_mlx.ranks.agreement import compare
+from glass_mlx.ranks.evidence import SplitEvidence
+from glass_mlx.ranks.format import GlobalStatistics
 from glass_mlx.ranks.identity import fingerprint
-from glass_mlx.ranks.measure import build_ranks, calibrate, compare
+from glass_mlx.ranks.measure import build_ranks, measure_statistics
 from glass_mlx.ranks.sources import Source, dataset_rows, given_sequences, null_prompt, text_rows
 
 
@@ -44,14 +48,6 @@ def energies(model, signal: str, rows: list[list[int]]) -> list[np.ndarray]:
     return [np.concatenate(seen).mean(axis=0) for seen in shares]
 
 
-def same(a: GlobalRanks, b: GlobalRanks) -> bool:
-    pairs = [
-        (x, y) for k in ("ranks", "energies", "domains") for s in SIGNALS for x, y in zip(vars(a)[k][s], vars(b)[k][s])
-    ]
-    equal = a.metadata == b.metadata and all(mx.array_equal(x, y) for x, y in pairs)
-    return equal and np.allclose(a.sensitivity, b.sensitivity, rtol=1e-3)
-
-
 @pytest.fixture
 def tokenizer(tiny_dir):
     """A tokenizer of the test's own."""
@@ -63,7 +59,7 @@ def tokenizer(tiny_dir):
 def test_energies(tiny, rows, monkeypatch, signal, at_once):
     """Rows of unequal length: their padding counts for nothing, however they are put together."""
     monkeypatch.setattr(module, "_MAX_HIDDEN", at_once)
-    ranks = calibrate(tiny[0], given_sequences("text", rows, 4), stable_at=None)
+    ranks = measure_statistics(tiny[0], given_sequences("text", rows, 4), stable_at=None)
     assert ranks.metadata["tokens"] == str(sum(map(len, rows))) and ranks.metadata["sequences"] == str(len(rows))
     for got, order, expected in zip(
         ranks.energies[signal], ranks.ranks[signal], energies(tiny[0], signal, rows), strict=True
@@ -76,7 +72,9 @@ def test_energies(tiny, rows, monkeypatch, signal, at_once):
 def test_stability(tiny, rows):
     """Every other sequence is of the other half, across batches too; the worse signal is told."""
     seen, rows = [], [rows[2], rows[5]] * 3 + [rows[2]]
-    calibrate(tiny[0], given_sequences("text", rows, 3), stable_at=None, progress=lambda n, s: seen.append((n, s)))
+    measure_statistics(
+        tiny[0], given_sequences("text", rows, 3), stable_at=None, progress=lambda n, s: seen.append((n, s))
+    )
     assert [n for n, _ in seen] == [sum(map(len, rows[:n])) for n in (3, 6, 7)]
     means = []
     for signal in SIGNALS:
@@ -111,7 +109,7 @@ def test_compare_extremes():
 @pytest.mark.parametrize("stable_at, tokens, read", [(0.97, 1000, 8), (None, 1000, 40), (None, 20, 24), (1.0, 5, 8)])
 def test_when_it_stops(tiny, stable_at, tokens, read):
     """Halves of the same tokens are stable at once; else all tokens are read, in whole batches."""
-    ranks = calibrate(tiny[0], given_sequences("text", [[1, 5, 7, 9]] * 10, 2), tokens, stable_at)
+    ranks = measure_statistics(tiny[0], given_sequences("text", [[1, 5, 7, 9]] * 10, 2), tokens, stable_at)
     assert ranks.metadata["tokens"] == str(read)
     history = json.loads(ranks.metadata["stability_history"])
     assert [n for n, *_ in history] == list(range(8, read + 1, 8)) and history[-1][1:] == [1.0, 1.0]
@@ -119,18 +117,18 @@ def test_when_it_stops(tiny, stable_at, tokens, read):
 
 
 def test_not_stable(tiny):
-    ranks = calibrate(*tiny[:1], small(*tiny), tokens=100, stable_at=1.0)
+    ranks = measure_statistics(*tiny[:1], small(*tiny), tokens=100, stable_at=1.0)
     assert 100 <= int(ranks.metadata["tokens"]) < 100 + 4 * 9
 
 
 def test_seed(tiny):
-    first, again, other = (calibrate(tiny[0], small(*tiny, seed=s), 60, None) for s in (1, 1, 2))
+    first, again, other = (measure_statistics(tiny[0], small(*tiny, seed=s), 60, None) for s in (1, 1, 2))
     assert same(first, again)
     assert not mx.array_equal(first.energies["impact"][0], other.energies["impact"][0])
 
 
 def test_metadata(tiny):
-    metadata = calibrate(tiny[0], small(*tiny, seed=3), 60, None, name="mine").metadata
+    metadata = measure_statistics(tiny[0], small(*tiny, seed=3), 60, None, name="mine").metadata
     expected = {"format_version": "1", "model": "mine", "model_type": "llama", "fingerprint": fingerprint(tiny[0])}
     expected |= {
         "sizes": "[96, 96]",
@@ -147,7 +145,7 @@ def test_metadata(tiny):
 @pytest.mark.parametrize("rows", [[], [[]], [[], []]])
 def test_empty_source(tiny, rows):
     with pytest.raises(GlassError, match="source gave no tokens"):
-        calibrate(tiny[0], given_sequences("text", rows))
+        measure_statistics(tiny[0], given_sequences("text", rows))
 
 
 def interrupted(source: Source, at: int) -> Source:
@@ -168,32 +166,33 @@ def interrupted(source: Source, at: int) -> Source:
 def test_resume(tiny, rows, tmp_path, own, at):
     """Interrupted at any batch, the result is that of one go."""
     source = small(*tiny) if own else given_sequences("text", rows, 2)
-    whole, partial = calibrate(tiny[0], source, 130, None), tmp_path / "new" / "partial"
+    whole, partial = measure_statistics(tiny[0], source, 130, None), tmp_path / "new" / "partial"
     source, asked = interrupted(source, at), []
     with pytest.raises(KeyboardInterrupt):
-        calibrate(tiny[0], source, 130, None, partial=partial)
+        measure_statistics(tiny[0], source, 130, None, partial=partial)
     assert partial.exists() == (at > 0)
     again = replace(source, batch=lambda number: asked.append(number) or source.batch(number))
-    assert same(calibrate(tiny[0], again, 130, None, partial=partial), whole)
+    assert same(measure_statistics(tiny[0], again, 130, None, partial=partial), whole)
     assert asked[0] == at
     assert same(
-        calibrate(tiny[0], Source(source.domains, lambda n: [], source.settings), 130, None, None, partial), whole
+        measure_statistics(tiny[0], Source(source.domains, lambda n: [], source.settings), 130, None, None, partial),
+        whole,
     )
 
 
 def test_resume_when_stable(tiny, rows, tmp_path, monkeypatch):
     """What was stable when it was interrupted, just after being saved, is not read on."""
-    original, arguments = module._Halves.save, (tiny[0], given_sequences("text", rows[2:3] * 8, 2), 999, 0.9)
+    original, arguments = SplitEvidence.save, (tiny[0], given_sequences("text", rows[2:3] * 8, 2), 999, 0.9)
 
     def save(self, *args):
         original(self, *args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module._Halves, "save", save)
+        patch.setattr(SplitEvidence, "save", save)
         with pytest.raises(KeyboardInterrupt):
-            calibrate(*arguments, partial=tmp_path / "partial")
-    assert same(calibrate(*arguments, partial=tmp_path / "partial"), calibrate(*arguments))
+            measure_statistics(*arguments, partial=tmp_path / "partial")
+    assert same(measure_statistics(*arguments, partial=tmp_path / "partial"), measure_statistics(*arguments))
 
 
 def test_nothing_is_lost_when_the_ranks_cannot_be_written(tiny, rows, tmp_path, monkeypatch):
@@ -203,7 +202,7 @@ def test_nothing_is_lost_when_the_ranks_cannot_be_written(tiny, rows, tmp_path, 
         raise GlassError("Cannot write x: No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(GlobalRanks, "write", fail)
+        patch.setattr(GlobalStatistics, "write", fail)
         with pytest.raises(GlassError, match="No space"):
             build_ranks(*tiny, out, source, 20)
     assert build_ranks(*tiny, out, replace(source, batch=fail), 20) == out
@@ -212,10 +211,10 @@ def test_nothing_is_lost_when_the_ranks_cannot_be_written(tiny, rows, tmp_path, 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"sequences": 3}, {"length": 7}, {"temperature": 0.5}, {"chat": True}])
 def test_partial_of_other_arguments(tiny, tmp_path, other):
-    calibrate(tiny[0], small(*tiny, **other), 60, None, partial=tmp_path / "partial")
+    measure_statistics(tiny[0], small(*tiny, **other), 60, None, partial=tmp_path / "partial")
     assert same(
-        calibrate(tiny[0], small(*tiny), 60, None, None, tmp_path / "partial"),
-        calibrate(tiny[0], small(*tiny), 60, None),
+        measure_statistics(tiny[0], small(*tiny), 60, None, None, tmp_path / "partial"),
+        measure_statistics(tiny[0], small(*tiny), 60, None),
     )
 
 
@@ -246,13 +245,13 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_partial(tiny, rows, tmp_path, damage):
     source, partial = given_sequences("text", rows, 4), tmp_path / "partial"
-    whole = calibrate(tiny[0], source, 20, None, partial=partial)
+    whole = measure_statistics(tiny[0], source, 20, None, partial=partial)
     DAMAGE[damage](partial)
     if damage == "directory":
         with pytest.raises(GlassError, match="Cannot write"):
-            calibrate(tiny[0], source, 20, None, None, partial)
+            measure_statistics(tiny[0], source, 20, None, None, partial)
     else:
-        assert same(calibrate(tiny[0], source, 20, None, None, partial), whole)
+        assert same(measure_statistics(tiny[0], source, 20, None, None, partial), whole)
 
 
 def test_model_stays_as_it_is(tiny, rows):
@@ -263,7 +262,7 @@ def test_model_stays_as_it_is(tiny, rows):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        calibrate(model, given_sequences("text", rows), progress=fail)
+        measure_statistics(model, given_sequences("text", rows), progress=fail)
     assert all(block.module[block.output] is o for block, o in zip(model.blocks, own))
     assert mx.array_equal(model.dense(x), before)
 
@@ -279,8 +278,8 @@ def test_mlx_lm_gives_token_ids(tiny):
 def caches(request, monkeypatch):
     """Caches that mlx-lm can batch, and such as it cannot."""
     if request.param == "one by one":
-        monkeypatch.setattr(module, "make_prompt_cache", lambda model: [SimpleNamespace()])
-        monkeypatch.setattr(module, "batch_generate", None)
+        monkeypatch.setattr(sources, "make_prompt_cache", lambda model: [SimpleNamespace()])
+        monkeypatch.setattr(sources, "batch_generate", None)
 
 
 def test_null_prompt(tiny, caches):
@@ -323,7 +322,7 @@ def test_without_a_chat_template_bos_alone(tiny, model_copy):
 def test_domains_are_kept_apart(tiny, rows):
     """Every other batch is of the other domain; what is read of each gives its energies, in whatever order."""
     source = Source(("a", "b"), lambda n: rows[n : n + 1])
-    ranks = calibrate(tiny[0], source, stable_at=None)
+    ranks = measure_statistics(tiny[0], source, stable_at=None)
     assert json.loads(ranks.metadata["domains"]) == ["a", "b"]
     assert json.loads(ranks.metadata["domain_tokens"]) == [sum(map(len, rows[d::2])) for d in (0, 1)]
     for signal in SIGNALS:
@@ -333,7 +332,7 @@ def test_domains_are_kept_apart(tiny, rows):
 
 
 def test_every_domain_is_read_once_at_least(tiny, rows):
-    ranks = calibrate(tiny[0], Source(("a", "b", "c"), lambda n: rows[n : n + 1]), tokens=1, stable_at=0.01)
+    ranks = measure_statistics(tiny[0], Source(("a", "b", "c"), lambda n: rows[n : n + 1]), tokens=1, stable_at=0.01)
     assert json.loads(ranks.metadata["domains"]) == ["a", "b", "c"]
 
 
@@ -350,7 +349,7 @@ def test_chat_refused(tiny, model_copy, template):
     file = model_copy / "chat_template.jinja"
     file.write_text(template) if template else file.unlink()
     tokenizer = glass_mlx.load(model_copy, stats=False)[1]
-    with pytest.raises(GlassError, match="leave --chat away"):
+    with pytest.raises(GlassError, match="leave out --chat"):
         small(tiny[0], tokenizer, chat=True)
 
 

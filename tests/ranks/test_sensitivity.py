@@ -9,7 +9,7 @@ import pytest
 
 from glass_mlx import GlassModel
 from glass_mlx.evaluation.tiny_models import tiny_model
-from glass_mlx.ranks.measure import calibrate
+from glass_mlx.ranks.measure import measure_statistics
 from glass_mlx.ranks.sensitivity import sensitivity
 from glass_mlx.ranks.sources import given_sequences
 
@@ -40,7 +40,7 @@ def logs(model: GlassModel, row: list[int]) -> np.ndarray:
 
 def test_against_rows_one_by_one(model):
     """Each row on its own, its dropped neurons' columns of the output projection set to zero."""
-    energies = calibrate(model, given_sequences("text", ROWS[:2]), stable_at=None).energies["impact"]
+    energies = measure_statistics(model, given_sequences("text", ROWS[:2]), stable_at=None).energies["impact"]
     seen = []
     got = sensitivity(model, ROWS, energies, seen.append)
     assert seen == list(range(1, len(model.blocks) + 1))

@@ -17,8 +17,8 @@ from hub_server import HubServer
 from huggingface_hub import constants, file_download
 
 from glass_mlx import GlassError, StatsError
-from glass_mlx.files import download, hub_access
-from glass_mlx.ranks.format import GlobalRanks
+from glass_mlx.hub import download, hub_access
+from glass_mlx.ranks.format import GlobalStatistics
 from glass_mlx.ranks.share import CARD, INDEX, upload
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's uploads
@@ -49,7 +49,7 @@ def ranks_file(tmp_path):
     """Make a ranks file that says to be of some model."""
 
     def ranks_file(model: str, file: str = "", **metadata) -> Path:
-        ranks = GlobalRanks.read(DEMO)
+        ranks = GlobalStatistics.read(DEMO)
         path = tmp_path / "mine" / (file or f"{model.split('/')[-1]}.safetensors")
         changed = {**ranks.metadata, "model": model, "fingerprint": f"{model}'s", **metadata}
         dataclasses.replace(ranks, metadata=changed).write(path)
@@ -78,7 +78,7 @@ def test_download(server, repo):
     path = download(REPO, FILE)
     assert path.read_bytes() == RANKS and path.parent.name == repo.refs["main"]
     assert not server.leaked
-    GlobalRanks.read(path)
+    GlobalStatistics.read(path)
     assert server.sent(FILE) + server.sent("/cdn/") == len(RANKS)
     assert download(REPO, FILE) == path  # asks for the ETag only
     assert server.requests[-1][:2] == ("HEAD", f"/{REPO}/resolve/main/{FILE}")
@@ -336,7 +336,7 @@ def test_upload_to_a_new_repo(server, ranks_file):
     assert entry["file"] == path.name and entry["model"] == "org/Tiny-4bit"
     assert entry["fingerprint"] == "org/Tiny-4bit's" and entry["model_type"] == "llama"
     card = repo.files[CARD].decode()
-    sizes = GlobalRanks.read(path).sizes
+    sizes = GlobalStatistics.read(path).sizes
     assert card.startswith("---\nlicense: other\n")
     assert f"--stats-repo {REPO}" in card and f"GLASS_STATS_REPO={REPO}" in card
     for row in (

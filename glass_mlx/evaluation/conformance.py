@@ -1,4 +1,4 @@
-"""The checks of ``doctor``: what must hold on any device, each a function that says what it found or raises."""
+"""What must hold on any device: the checks of ``doctor``. Each returns what it found, or raises."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ..core.slicing import UNIT, ScatterLinear
 from ..decoding.stream import generate
 from ..loading import DEMO_PATH, wrap
 from ..model.blocks import Block, hooked, run_with
-from ..ranks.format import GlobalRanks
+from ..ranks.format import GlobalStatistics
 from ..ranks.lookup import STATS_DIR
 from ..serving.engine import Engine
 from ..serving.request import Request
-from .doctor_cases import FORMATS, SHIPPED, TOKENS, Case, CheckFailed
+from .conformance_cases import FORMATS, SHIPPED, TOKENS, Case, CheckFailed
 from .teacher_forcing import decode_given
 
 MESSAGES = [{"role": "user", "content": "I want to find a restaurant in San Jose."}]
@@ -54,7 +54,7 @@ def _differs(what: str, found: float, limit: float) -> None:
 
 
 def check_mlx_lm(case: Case) -> str:
-    """The model runs in mlx-lm alone: if it does not, GLASS is not the reason."""
+    """The model runs in mlx-lm alone. If it does not, GLASS is not the reason."""
     logits = case.dense(mx.array([case.prompt]))
     if not mx.all(mx.isfinite(logits)).item():
         raise CheckFailed("the dense model's logits: expected finite numbers, found others")
@@ -72,11 +72,8 @@ def check_slices(case: Case) -> str:
         kept = mx.array(neurons[some].reshape(-1).astype(np.int32))
         for name, compact in block.compact(kept).items():
             weight = dense_weight(layer.mlp[name])
-            if isinstance(compact, ScatterLinear):  # is not cut: the hidden values are put in their places
-                expected = np.zeros(size)
-                expected[np.array(kept)] = values = np.arange(1, kept.size + 1)
-                if not np.array_equal(np.array(compact.scatter(mx.array(values))), expected):
-                    raise CheckFailed(f"{block.path}, {name}: expected each neuron in its place, found others")
+            if isinstance(compact, ScatterLinear):  # not sliced: the hidden values are scattered instead
+                _check_scatter(f"{block.path}, {name}", compact, kept, size)
                 continue
             expected = weight[:, kept] if name == block.output else weight[kept]
             found = dense_weight(compact)
@@ -87,15 +84,22 @@ def check_slices(case: Case) -> str:
     return f"{len(case.dense.layers)} blocks"
 
 
+def _check_scatter(where: str, compact: ScatterLinear, kept: mx.array, size: int) -> None:
+    expected = np.zeros(size)
+    expected[np.array(kept)] = values = np.arange(1, kept.size + 1)
+    if not np.array_equal(np.array(compact.scatter(mx.array(values))), expected):
+        raise CheckFailed(f"{where}: expected each neuron in its place, found others")
+
+
 def _numpy_ranks(energy: np.ndarray) -> np.ndarray:
-    """Ranks [F] from 1, ties by index."""
+    """Ranks [F] from 1 on, ties by index."""
     ranks = np.empty(len(energy), np.int64)
     ranks[np.argsort(-energy, kind="stable")] = np.arange(1, len(energy) + 1)
     return ranks
 
 
 def _numpy_choice(ranks: np.ndarray, k: int, group: int) -> np.ndarray:
-    """The k best neurons by their ranks [F], ascending; where there are groups, in whole units."""
+    """The k best neurons by their ranks [F], ascending; in whole units if there are groups."""
     if group == 1:
         return np.sort(np.argsort(ranks, kind="stable")[:k])
     within = np.argsort(ranks.reshape(-1, group), axis=1, kind="stable")
@@ -111,7 +115,7 @@ def _same_neurons(where: str, found: np.ndarray, expected: np.ndarray) -> None:
 
 
 def check_ranks(case: Case) -> str:
-    """Ranks, and the best half by them, are NumPy's, ties included."""
+    """Ranks and the best half of the neurons are the same as NumPy's, with ties."""
     size = case.dense.args.intermediate_size
     energy = np.random.default_rng(0).exponential(size=size).astype(np.float32)
     energy[::5] = energy[1]
@@ -126,12 +130,12 @@ def check_ranks(case: Case) -> str:
 
 
 def check_wrap(case: Case) -> str:
-    """GLASS takes the model, all of its FFN blocks, with its global ranks."""
+    """GLASS wraps the model with all of its FFN blocks and its global ranks."""
     if case.name == SHIPPED:
         model = wrap(case.dense, path=DEMO_PATH)
-    else:  # looked up they would be refused, as other weights'
+    else:  # a look-up would refuse them, because the weights differ
         model = wrap(case.dense, stats=False)
-        GlobalRanks.read(STATS_DIR / "demo.safetensors").use_in(model)
+        GlobalStatistics.read(STATS_DIR / "demo.safetensors").use_in(model)
     if len(model.blocks) != len(case.dense.layers):
         raise CheckFailed(f"expected {len(case.dense.layers)} FFN blocks, found {len(model.blocks)}")
     if model.global_ranks is None:
@@ -141,13 +145,13 @@ def check_wrap(case: Case) -> str:
 
 
 def check_density_1(case: Case) -> str:
-    """At density 1.0 the tokens are mlx-lm's own."""
-    return _same_tokens(case.say(density=1.0), case.greedy)
+    """At density 1 the tokens are mlx-lm's own."""
+    return _same_tokens(case.answer(density=1.0), case.greedy)
 
 
 def check_selection(case: Case) -> str:
-    """NumPy keeps the same neurons after a prompt, from the same energies."""
-    model, cache = case.model, case.read(global_weight=0.0, layer_budgets="uniform")
+    """After a prompt, NumPy keeps the same neurons given the same energies."""
+    model, cache = case.model, case.prefilled(global_weight=0.0, layer_budgets="uniform")
     energies = np.split(np.array(model.session(cache).energy), np.cumsum([b.size for b in model.blocks])[:-1])
     kept, counts = model.kept_neurons(cache), model.kept_counts(0.5, "uniform")
     for block, energy, k in zip(model.blocks, energies, counts):
@@ -157,8 +161,8 @@ def check_selection(case: Case) -> str:
 
 
 def check_sparse(case: Case) -> str:
-    """Decoding on compact weights is the dense model with the dropped neurons' hidden values zeroed."""
-    model, cache = case.model, case.read(refresh=0)
+    """Decoding on compact weights equals the dense model with the dropped neurons' hidden values set to zero."""
+    model, cache = case.model, case.prefilled(refresh=0)
     masked, dense = copy.deepcopy(cache[:-1]), copy.deepcopy(cache[:-1])
 
     kept = model.kept_neurons(cache).values()
@@ -177,18 +181,18 @@ def check_sparse(case: Case) -> str:
 
 
 def _keys_and_values(cache: list[Any], tokens: int) -> list[mx.array]:
-    """Of each layer [B, heads, tokens, D], those of the first tokens."""
+    """The keys and values of the first tokens in each layer, [B, heads, tokens, D]."""
     return [array[:, :, :tokens] for entry in cache for array in entry.state if isinstance(array, mx.array)]
 
 
 def check_refresh(case: Case) -> str:
-    """A refresh reads what was said densely: its keys and values are the dense model's, and it is evidence."""
-    model, n, said = case.model, len(case.prompt), mx.array([case.continuation])
-    never = case.read(refresh=0)
+    """A refresh rereads generated tokens densely: keys and values are the dense model's, and evidence is recorded."""
+    model, n, given = case.model, len(case.prompt), mx.array([case.continuation])
+    never = case.prefilled(refresh=0)
     cache, dense = copy.deepcopy(never), copy.deepcopy(never[:-1])
     model.session(cache).configure(refresh=4)
-    mx.eval(decode_given(model, said, never), decode_given(model, said, cache))
-    case.dense(said[:, :5], cache=dense)  # the fifth token is read together with the four before it
+    mx.eval(decode_given(model, given, never), decode_given(model, given, cache))
+    case.dense(given[:, :5], cache=dense)  # the fifth token is read together with the four before it
     recorded = model.session(cache).prompt_tokens
     if recorded != n + 5:
         raise CheckFailed(f"expected evidence of {n + 5} tokens, found {recorded}")
@@ -196,24 +200,24 @@ def check_refresh(case: Case) -> str:
     error, effect = max(map(distance, found, expected)), max(map(distance, sparse, expected))
     _near("keys and values against the dense model's", error, case.tolerance)
     _differs("keys and values without a refresh", effect, case.tolerance)
-    return f"5 tokens read again, relative error {error:.1g}, without {effect:.1g}"
+    return f"5 tokens reread, relative error {error:.1g}, without {effect:.1g}"
 
 
 def check_saved(case: Case) -> str:
-    """A prompt cache that is saved and loaded goes on as the one in memory does."""
+    """A prompt cache that was saved and loaded continues like the one in memory."""
     cache = case.model.make_cache(density=0.5)
-    case.say(n=6, prompt_cache=cache, refresh=4)
+    case.answer(n=6, prompt_cache=cache, refresh=4)
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "cache.safetensors")
         save_prompt_cache(file, cache)
         loaded = load_prompt_cache(file)
-        found = case.say(case.continuation, 4, prompt_cache=loaded)  # arrays are read from the file when first used
-    return _same_tokens(found, case.say(case.continuation, 4, prompt_cache=cache))
+        found = case.answer(case.continuation, 4, prompt_cache=loaded)  # arrays are read from the file on first use
+    return _same_tokens(found, case.answer(case.continuation, 4, prompt_cache=cache))
 
 
 def check_verified(case: Case) -> str:
-    """Verified decoding says what the dense model says; at a tie within rounding, either token."""
-    found = case.say(density=0.5, verify=True, draft_tokens=3)
+    """Verified decoding gives the dense model's tokens, or at a tie within rounding either token."""
+    found = case.answer(density=0.5, verify=True, draft_tokens=3)
     if found == case.greedy:
         return f"{len(found)} tokens"
     start = len(case.prompt) - 1
@@ -225,12 +229,12 @@ def check_verified(case: Case) -> str:
 
 
 def check_thread(case: Case) -> str:
-    """The server's thread answers as this one."""
+    """The server's thread gives the same answer as this one."""
     prompt = case.tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True)
     expected = generate(case.model, case.tokenizer, prompt, max_tokens=TOKENS)
     engine = Engine()
     try:
-        # called first, because it passes on what the backend raises
+        # called first, because it passes on the backend's errors
         called = engine.call(lambda model, tokenizer: generate(model, tokenizer, prompt, max_tokens=TOKENS)).result()
         answered = "".join(p.text for p in engine.submit(Request(messages=MESSAGES, max_tokens=TOKENS)))
     finally:
@@ -241,17 +245,17 @@ def check_thread(case: Case) -> str:
     return f"{len(expected)} characters"
 
 
-# By name: the check, what holds if it passes, and on which formats it runs.
+# By name: the check, what holds if it passes, and the formats that it runs on.
 CHECKS: dict[str, tuple[Callable[[Case], str], str, Iterable[str]]] = {
     "mlx-lm": (check_mlx_lm, "mlx-lm alone runs the model", FORMATS),
     "slices": (check_slices, "compact weights equal the original's", FORMATS),
     "ranks": (check_ranks, "NumPy ranks the same way", (SHIPPED,)),
-    "wrap": (check_wrap, "GLASS takes all FFN blocks", FORMATS),
+    "wrap": (check_wrap, "GLASS wraps all FFN blocks", FORMATS),
     "density 1": (check_density_1, "mlx-lm's own tokens", FORMATS),
     "selection": (check_selection, "NumPy keeps the same neurons", FORMATS),
     "sparse": (check_sparse, "equals dense with neurons zeroed", FORMATS),
-    "refresh": (check_refresh, "what was said is read again densely", FORMATS),
-    "saved": (check_saved, "a loaded prompt cache goes on alike", FORMATS),
+    "refresh": (check_refresh, "generated tokens are reread densely", FORMATS),
+    "saved": (check_saved, "a loaded prompt cache continues alike", FORMATS),
     "verified": (check_verified, "the dense model's tokens", FORMATS),
     "thread": (check_thread, "the server's thread answers alike", (SHIPPED,)),
 }

@@ -1,4 +1,4 @@
-"""The models that ``doctor`` checks: the demo model as shipped, and in each format of weights that people use."""
+"""The models that ``conformance`` checks: the demo model as shipped, and in each weight format that people use."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FORMATS: dict[str, mx.Dtype | dict[str, Any] | None] = {
 
 
 class CheckFailed(Exception):
-    """Something does not hold; the message says what was expected and what was found."""
+    """Something does not hold. The message says what was expected and what was found."""
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Case:
         name: of the format.
         dense: the mlx-lm model.
         tokenizer: its tokenizer.
-        glass: the model wrapped, once ``check_wrap`` has done it.
+        glass: the wrapped model, once ``check_wrap`` has made it.
     """
 
     name: str
@@ -53,37 +53,39 @@ class Case:
 
     @property
     def model(self) -> GlassModel:
+        """The wrapped model."""
         if self.glass is None:
             raise CheckFailed("not run, because the check 'wrap' failed")
         return self.glass
 
     @cached_property
     def prompt(self) -> list[int]:
+        """A prompt's tokens."""
         return self.tokenizer.encode(PROMPT)
 
     @cached_property
     def continuation(self) -> list[int]:
-        """Of the prompt, given rather than generated, so that it is as long on every device."""
+        """Tokens that follow the prompt: given, not generated, so that they are the same on every device."""
         return self.tokenizer.encode(CONTINUATION, add_special_tokens=False)
 
     @cached_property
     def greedy(self) -> list[int]:
-        """What mlx-lm says after the prompt."""
+        """The tokens that mlx-lm generates after the prompt."""
         responses = mlx_lm.stream_generate(self.dense, self.tokenizer, self.prompt, max_tokens=TOKENS)
         return [response.token for response in responses]
 
     @property
     def tolerance(self) -> float:
-        """How far results may be apart that are the same but for rounding, as a share of their norm."""
+        """How far apart results may be that differ only by rounding, as a share of their norm."""
         return 1e-3 if self.dense.model.norm.weight.dtype == mx.float32 else 2e-2
 
-    def say(self, prompt: list[int] | None = None, n: int = TOKENS, **options: Any) -> list[int]:
-        """The tokens of an answer by GLASS."""
+    def answer(self, prompt: list[int] | None = None, n: int = TOKENS, **options: Any) -> list[int]:
+        """The tokens that GLASS generates."""
         prompt = self.prompt if prompt is None else prompt
         return [r.token for r in stream_generate(self.model, self.tokenizer, prompt, n, **options)]
 
-    def read(self, **config: Any) -> list[Any]:
-        """A prompt cache after the prompt."""
+    def prefilled(self, **config: Any) -> list[Any]:
+        """A prompt cache after the prompt, with neurons selected."""
         cache = self.model.make_cache(density=0.5, **config)
         mx.eval(self.model.prefill(mx.array([self.prompt]), cache))
         self.model.select(cache)
@@ -91,11 +93,11 @@ class Case:
 
 
 def make_case(name: str) -> Case:
-    """The demo model in one of ``FORMATS``, without GLASS."""
+    """The demo model in one of ``FORMATS``, not yet wrapped."""
     dense, tokenizer, _ = load_dense(DEMO_PATH)
     form = FORMATS[name]
     if isinstance(form, dict):
-        dense.set_dtype(activation_dtype())  # MLX's CPU backend sums quantised products in 16 bits: too coarse
+        dense.set_dtype(activation_dtype())  # MLX's CPU backend sums quantised products in 16 bits, which is too coarse
         nn.quantize(dense, **form)
     elif form is not None:
         dense.set_dtype(form)

@@ -1,0 +1,96 @@
+"""Evidence while it is being measured: summed up, split to tell how stable it is, and saved to go on later."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from ..core.importance import SIGNALS
+from ..files import write_atomically
+from ..model.glass_model import GlassModel
+from .agreement import compare
+
+
+@dataclass
+class SplitEvidence:
+    """Energies summed so far, kept apart by domain and by the half that a sequence belongs to.
+
+    Attributes:
+        sizes: F of each block.
+        sums: the energies, [signals, halves, domains, sum of F] float64.
+        tokens: how many tokens were read, by half and domain.
+        samples: for each domain, sequences to measure the sensitivity on.
+        sequences: how many sequences were read.
+        batches: how many batches of the source were read.
+        history: the stability after each batch, as (tokens, overlap, correlation).
+    """
+
+    sizes: list[int]
+    sums: np.ndarray
+    tokens: list[list[int]]
+    samples: list[list[list[int]]]
+    sequences: int = 0
+    batches: int = 0
+    history: list[list[float]] = field(default_factory=list)
+
+    @classmethod
+    def empty(cls, model: GlassModel, domains: int) -> SplitEvidence:
+        """No evidence yet, for a model's blocks and a number of domains."""
+        sizes = [block.size for block in model.blocks]
+        sums = np.zeros((len(SIGNALS), 2, domains, sum(sizes)))
+        return cls(sizes, sums, [[0] * domains, [0] * domains], [[] for _ in range(domains)])
+
+    @property
+    def total(self) -> int:
+        """How many tokens were read."""
+        return sum(map(sum, self.tokens))
+
+    def tokens_of(self, domain: int) -> int:
+        """How many tokens of a domain were read."""
+        return sum(tokens[domain] for tokens in self.tokens)
+
+    def by_block(self, signal: str, half: int | None = None, domain: int | None = None) -> list[np.ndarray]:
+        """The energies [F] of each block, of one half or both, and of one domain or all."""
+        halves = slice(None) if half is None else slice(half, half + 1)
+        domains = slice(None) if domain is None else slice(domain, domain + 1)
+        values = self.sums[SIGNALS.index(signal), halves, domains].sum(axis=(0, 1))
+        return np.split(values, np.cumsum(self.sizes)[:-1])
+
+    def stability(self) -> dict[str, float]:
+        """How well the two halves agree (:func:`agreement.compare`): means over the layers, of the worse signal.
+
+        Each half has read half of the tokens, so all of them together are more stable than this says.
+        """
+        worst = {"correlation": 1.0, "overlap": 1.0}
+        for signal in SIGNALS:
+            layers = [compare(a, b) for a, b in zip(self.by_block(signal, 0), self.by_block(signal, 1))]
+            for key in worst:
+                worst[key] = min(worst[key], float(np.mean([layer[key] for layer in layers])))
+        return worst
+
+    def save(self, path: Path, identity: str) -> None:
+        """Write everything to a file. ``identity`` says what was being measured, and how."""
+        state = {"identity": identity, "sizes": self.sizes, "tokens": self.tokens, "samples": self.samples}
+        state |= {"sequences": self.sequences, "batches": self.batches, "history": self.history}
+        data = save({"sums": self.sums}, metadata={"state": json.dumps(state)})
+        write_atomically(path, lambda temporary: temporary.write_bytes(data))
+
+    @classmethod
+    def load(cls, path: Path | None, identity: str) -> SplitEvidence | None:
+        """Read what an interrupted run of the same identity saved; None if there is nothing usable."""
+        if path is None or not path.exists():
+            return None
+        try:
+            with safe_open(str(path), framework="numpy") as f:
+                state = json.loads(f.metadata()["state"])
+                sums = f.get_tensor("sums")
+            kept = cls(sums=sums, **state) if state.pop("identity") == identity else None
+            fits = kept and sums.shape == (len(SIGNALS), 2, len(kept.tokens[0]), sum(kept.sizes))
+            return kept if fits and kept.total > 0 else None
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError, IndexError, AttributeError):
+            return None
