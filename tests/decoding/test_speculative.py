@@ -36,10 +36,14 @@ def verified(model: GlassModel, prompt: list[int], n: int = N, cache: list | Non
 @pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_is_the_dense_model(name):
     model = GlassModel(tiny_model(name))
+    assert verified(model, PROMPT, 14, draft_tokens=3) == dense(model, PROMPT, 14)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2"])
+def test_greedy_with_as_many_drafts_as_pay(name):
+    model = GlassModel(tiny_model(name))
     for prompt in (PROMPT, [8, 97]):
-        expected = dense(model, prompt)
-        assert verified(model, prompt, draft_tokens=3) == expected
-        assert verified(model, prompt) == expected
+        assert verified(model, prompt) == dense(model, prompt)
 
 
 @pytest.mark.parametrize("k", [0, 1, 5])
@@ -67,8 +71,8 @@ def test_max_tokens_cuts_anywhere(n):
 def test_many_prompts_on_a_trained_model(demo):
     model, tokenizer = demo
     for text in ("The old house stood", "I want to find a restaurant", "Hi", "He said that he would never"):
-        expected = [r.token for r in mlx_lm.stream_generate(model.dense, tokenizer, text, max_tokens=32)]
-        ours = list(stream_generate(model, tokenizer, text, 32, verify=True, draft_tokens=4))
+        expected = [r.token for r in mlx_lm.stream_generate(model.dense, tokenizer, text, max_tokens=16)]
+        ours = list(stream_generate(model, tokenizer, text, 16, verify=True, draft_tokens=4))
         assert [r.token for r in ours] == expected
         assert any(r.from_draft for r in ours) and not ours[0].from_draft
 
@@ -116,7 +120,7 @@ def test_a_sampled_answer_follows_the_dense_distribution():
         logits = model.dense(mx.array([[*PROMPT, *pair]]))[0, len(PROMPT) - 1 :]
         p = np.array(mx.softmax(2 * logits[:, :few], axis=-1))
         exact += p[0, pair[0]] * p[1, pair[1]] * p[2]
-    runs, counts = 500, np.zeros(few)
+    runs, counts = 250, np.zeros(few)
     mx.random.seed(1)
     options = {"sampler": make_sampler(temp=1.0), "logits_processors": [only_few], "draft_tokens": 2}
     for _ in range(runs):
@@ -205,7 +209,7 @@ def test_a_recurrent_state_is_decoded_densely(name):
 def test_a_quantised_kv_cache(demo, start):
     model, tokenizer = demo
     prompt, kv = tokenizer.encode("The ship sailed"), {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": start}
-    assert verified(model, prompt, 32, draft_tokens=3, **kv) == dense(model, prompt, 32, **kv)
+    assert verified(model, prompt, 20, draft_tokens=3, **kv) == dense(model, prompt, 20, **kv)
 
 
 def test_without_a_limit():
