@@ -1,11 +1,10 @@
 """Fast on-device LLM inference for Apple Silicon: mlx-lm models that decode on the FFN neurons a prompt calls for."""
 
-import warnings
-
-# Python says this of any package that imports a module also run with -m; here both copies are alike.
-warnings.filterwarnings("ignore", "'glass_mlx.* found in sys.modules", RuntimeWarning)
+import sys
+from types import ModuleType
 
 from ._version import __version__
+from .decoding import stream
 from .decoding.stream import GenerationResponse, generate, stream_generate
 from .errors import GlassError, StatsError
 from .loading import load, wrap
@@ -24,3 +23,12 @@ __all__ = [
     "stream_generate",
     "wrap",
 ]
+
+
+class _Package(ModuleType):
+    """Keeps ``glass_mlx.generate`` the function: importing the command of that name would put its module there."""
+
+    generate = property(lambda self: stream.generate, lambda self, value: None)
+
+
+sys.modules[__name__].__class__ = _Package

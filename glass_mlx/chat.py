@@ -16,18 +16,18 @@ from rich.console import Console
 
 from .cli import add_glass_options, add_verbose, add_verify_options, density, run, sampler_maker, verify_options
 from .decoding.conversation import Conversation
-from .decoding.stream import GenerationResponse, stream_generate
+from .decoding.stream import GenerationResponse
 from .errors import GlassError
 from .loading import DEFAULT_MODEL, load
 
-with contextlib.suppress(ImportError):  # gives input() a history and line editing, where Python has it
+with contextlib.suppress(ImportError):  # gives input() a history and line editing where available
     import readline  # noqa: F401
 
 HELP = """\
   q or Ctrl-D     leave
   r               forget the conversation
   h               this help
-  /density X      decode with this share of the FFN neurons, in (0, 1]; without X, say which
+  /density X      decode with this share of the FFN neurons, in (0, 1]; without X, show it
   /dense          answer the last message again with all neurons, to compare
   Ctrl-C          stop the answer and keep the conversation"""
 
@@ -36,7 +36,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     """mlx-lm's options for chat, and GLASS's."""
     parser = setup_mlx_lm_parser()
     parser.prog = "glass_mlx.chat"
-    parser.description = "Chat with a model that decodes on the FFN neurons your prompt calls for."
+    parser.description = "Chat with a model that decodes with only the FFN neurons that your prompt calls for."
     parser.set_defaults(model=DEFAULT_MODEL)
     add_glass_options(parser, build=True)
     add_verify_options(parser)
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 class Chat:
-    """The terminal's side of a conversation."""
+    """Reads messages and commands from the terminal, and prints the answers."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -109,7 +109,7 @@ class Chat:
         elif command == "/dense":
             self._answer_densely()
         elif command.startswith("/"):
-            self._note(f"there is no {command}; h lists what there is")
+            self._note(f"unknown command {command}; h lists the commands")
         else:
             self._answer(line)
 
@@ -143,18 +143,11 @@ class Chat:
         self._show(self.conversation.reply(text, **self._options()))
 
     def _answer_densely(self) -> None:
-        """The last message again, by the dense model; the conversation goes on from its own answer."""
-        messages = self.conversation.messages
-        last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=None)
-        if last is None:
-            self._note("nothing to answer yet")
-            return
-        prompt = self.tokenizer.apply_chat_template(messages[: last + 1], add_generation_prompt=True)
-        options = {**self._options(), "max_kv_size": self.args.max_kv_size}
-        self._show(stream_generate(self.model, self.tokenizer, prompt, density=1.0, **options))
+        """Show how the dense model answers the last message. The conversation keeps its own answer."""
+        self._show(self.conversation.answer_again(density=1.0, **self._options()))
 
     def _show(self, stream: Any) -> None:
-        """Print an answer as it comes, and a line about it. Ctrl-C ends it."""
+        """Print an answer as it comes, then a line about its cost. Ctrl-C ends the answer."""
         response = None
         try:
             for response in stream:
@@ -174,7 +167,7 @@ class Chat:
 
 
 def status_line(r: GenerationResponse) -> str:
-    """What an answer cost, in one line."""
+    """One line about what an answer cost."""
     return (
         f"{r.generation_tokens} tokens · {r.generation_tps:.1f} tok/s · prompt {r.prompt_tps:.1f} tok/s · "
         f"density {r.density:g} ({r.kept_neurons:,} of {r.total_neurons:,} neurons) · peak {r.peak_memory:.2f} GB"

@@ -17,9 +17,11 @@ from mlx_lm.models.cache import load_prompt_cache
 
 from .cli import add_glass_options, add_verify_options, run, sampler_maker, verify_options
 from .decoding.prompt import render
-from .decoding.stream import GenerationResponse, _statistics, stream_generate
+from .decoding.stream import GenerationResponse, statistics, stream_generate
 from .errors import GlassError
 from .loading import DEFAULT_MODEL, load
+from .model.glass_model import GlassModel
+from .model.saved_session import UnusableCache
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -27,7 +29,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser = setup_mlx_lm_parser()
     parser.prog = "glass_mlx.generate"
     parser.description = "Generate text on the FFN neurons that the prompt calls for."
-    # --verbose True, given, also shows tracebacks
+    # an explicit --verbose True also shows tracebacks
     parser.set_defaults(model=DEFAULT_MODEL, verbose=None)
     add_glass_options(parser, build=False)
     add_verify_options(parser)
@@ -49,14 +51,13 @@ def main() -> None:
         if not isinstance(template, dict):
             raise ValueError("not an object")
     except ValueError as e:
-        parser.error(f"--chat-template-config is no JSON object: {e}")
+        parser.error(f"--chat-template-config is not a JSON object: {e}")
     run(lambda: _generate(args, template), args.verbose is True)
 
 
 def _generate(args: argparse.Namespace, template: dict[str, Any]) -> None:
     if args.seed is not None:
         mx.random.seed(args.seed)
-    options: dict[str, Any] = {}
     cached = _read_cache(args.prompt_cache_file) if args.prompt_cache_file else None
     model, tokenizer = load(
         args.model,
@@ -76,19 +77,34 @@ def _generate(args: argparse.Namespace, template: dict[str, Any]) -> None:
     )
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)
-    if args.draft_model:
-        draft, draft_tokenizer = load(args.draft_model, stats=False)
-        if draft_tokenizer.vocab_size != tokenizer.vocab_size:
-            raise GlassError(f"{args.draft_model} cannot draft for {args.model}: their vocabularies differ.")
-        options["draft_model"] = draft.dense
-        options["num_draft_tokens"] = args.num_draft_tokens
+    options = _options(args, model, tokenizer, cached)
+    prompt = _prompt(args, tokenizer, template, after_cache=cached is not None)
+    decorated = args.verbose is not False and not args.json
+    if decorated:
+        print("=" * 10)
     used: nn.Module = model.dense if args.dense else model
-    if cached is not None:
-        cached = model.add_session(cached)
-        if len(cached) != len(model.make_cache()):
-            raise GlassError(f"{args.prompt_cache_file} is the prompt cache of another model.")
-        options["prompt_cache"] = cached[:-1] if args.dense else cached
-    sampler = sampler_maker(args)(
+    text, tokens, response = "", [], None
+    try:
+        for response in stream_generate(used, tokenizer, prompt, args.max_tokens, **options):
+            text += response.text
+            tokens.append(response.token)
+            if not args.json:
+                print(response.text, end="", flush=True)
+    except (ValueError, RuntimeError) as e:  # options of mlx-lm's that the model, or the prompt cache, cannot have
+        raise GlassError(f"mlx-lm cannot generate with these options: {str(e).splitlines()[0]}") from e
+    if args.json:
+        print(json.dumps(_as_json(text, tokens, response)))
+    elif decorated:
+        print("\n" + "=" * 10)
+        print(statistics(response))
+    else:
+        print()
+
+
+def _options(args: argparse.Namespace, model: GlassModel, tokenizer: Any, cached: list[Any] | None) -> dict[str, Any]:
+    """Arguments of ``stream_generate`` besides the prompt."""
+    options = {"max_kv_size": args.max_kv_size, "prefill_step_size": args.prefill_step_size}
+    options["sampler"] = sampler_maker(args)(
         args.temp,
         args.top_p,
         args.min_p,
@@ -98,32 +114,36 @@ def _generate(args: argparse.Namespace, template: dict[str, Any]) -> None:
         xtc_threshold=args.xtc_threshold,
         xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
     )
-    prompt = _prompt(args, tokenizer, template, after_cache=cached is not None)
+    if args.draft_model:
+        draft, draft_tokenizer = load(args.draft_model, stats=False)
+        if draft_tokenizer.vocab_size != tokenizer.vocab_size:
+            raise GlassError(f"{args.draft_model} cannot draft for {args.model}: their vocabularies differ.")
+        options |= {"draft_model": draft.dense, "num_draft_tokens": args.num_draft_tokens}
+    if cached is not None:
+        cache = _with_session(args.prompt_cache_file, cached, model)
+        options["prompt_cache"] = cache[:-1] if args.dense else cache
     if args.kv_bits is not None:
         options |= {"kv_bits": args.kv_bits, "kv_group_size": args.kv_group_size}
         options["quantized_kv_start"] = args.quantized_kv_start
-    text, tokens, response = "", [], None
-    loud = args.verbose is not False and not args.json
-    if loud:
-        print("=" * 10)
-    if not args.dense:
-        options |= verify_options(args)
-    options |= {"max_kv_size": args.max_kv_size, "prefill_step_size": args.prefill_step_size}
+    return options if args.dense else options | verify_options(args)
+
+
+def _read_cache(path: str) -> list[Any]:
     try:
-        for response in stream_generate(used, tokenizer, prompt, args.max_tokens, sampler=sampler, **options):
-            text += response.text
-            tokens.append(response.token)
-            if not args.json:
-                print(response.text, end="", flush=True)
-    except (ValueError, RuntimeError) as e:  # options of mlx-lm's that the model, or the prompt cache, cannot have
-        raise GlassError(f"mlx-lm cannot generate with these options: {str(e).splitlines()[0]}") from e
-    if args.json:
-        print(json.dumps(_as_json(text, tokens, response)))
-    elif loud:
-        print("\n" + "=" * 10)
-        print(_statistics(response))
-    else:
-        print()
+        return load_prompt_cache(path)
+    except (OSError, RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise GlassError(f"{path} is not a usable prompt cache: {reason}") from e
+
+
+def _with_session(path: str, cached: list[Any], model: GlassModel) -> list[Any]:
+    try:
+        cache = model.add_session(cached)
+    except UnusableCache as e:
+        raise GlassError(f"{path} is not a usable prompt cache: {e.reason}") from e
+    if len(cache) != len(model.make_cache()):
+        raise GlassError(f"{path} is not a usable prompt cache: it is of another model.")
+    return cache
 
 
 def _prompt(args: argparse.Namespace, tokenizer: Any, template: dict[str, Any], after_cache: bool) -> list[int]:
@@ -148,13 +168,6 @@ def _prompt(args: argparse.Namespace, tokenizer: Any, template: dict[str, Any], 
         return rendered(prompt)
     start = rendered("<query>", tokenize=False).index("<query>")
     return tokenizer.encode(rendered(prompt, tokenize=False)[start:], add_special_tokens=False)
-
-
-def _read_cache(path: str) -> list[Any]:
-    try:
-        return load_prompt_cache(path)
-    except (OSError, RuntimeError, ValueError, KeyError) as e:
-        raise GlassError(f"{path} is no prompt cache: {str(e).splitlines()[0]}") from e
 
 
 def _as_json(text: str, tokens: list[int], r: GenerationResponse) -> dict[str, Any]:

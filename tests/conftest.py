@@ -35,6 +35,7 @@ mx.disable_compile()
 
 def pytest_addoption(parser):
     parser.addoption("--no-metal-rules", action="store_true", help="let pass what MLX's Metal backend refuses")
+    parser.addoption("--update-snapshots", action="store_true", help="write what snapshots hold anew")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -168,13 +169,13 @@ def invoke(monkeypatch, capsys):
 
 
 @pytest.fixture
-def python_m(tmp_path):
-    """Run ``python -m`` in a process of its own, elsewhere than in the repository."""
+def python(tmp_path):
+    """Run Python in a process of its own, elsewhere than in the repository."""
 
-    def python_m(*args, stdin: str = "") -> Outcome:
+    def python(*args, stdin: str = "") -> Outcome:
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         done = subprocess.run(
-            [sys.executable, "-m", *map(str, args)],
+            [sys.executable, *map(str, args)],
             cwd=tmp_path,
             env=os.environ | {"PYTHONPATH": path},
             input=stdin,
@@ -183,4 +184,10 @@ def python_m(tmp_path):
         )
         return Outcome(done.returncode, done.stdout, done.stderr)
 
-    return python_m
+    return python
+
+
+@pytest.fixture
+def python_m(python):
+    """Run ``python -m`` in a process of its own."""
+    return lambda *args, stdin="": python("-m", *args, stdin=stdin)

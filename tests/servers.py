@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from glass_mlx import stream_generate
-from glass_mlx.server import Server
 from glass_mlx.serving.app import ApiOptions
 from glass_mlx.serving.engine import Engine, EngineOptions
+from glass_mlx.serving.server import Server
 
 CHAT = "/v1/chat/completions"
 QUESTION = [{"role": "user", "content": "I want to find a restaurant in San Jose."}]
@@ -20,8 +20,8 @@ QUESTION = [{"role": "user", "content": "I want to find a restaurant in San Jose
 def answered(model: Any, tokenizer: Any) -> tuple[str, int, int]:
     """What the package itself answers to the question: the text, and the numbers of prompt and generated tokens."""
     prompt = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True)
-    pieces = list(stream_generate(model, tokenizer, prompt, 512))
-    return "".join(piece.text for piece in pieces), len(prompt), len(pieces)
+    responses = list(stream_generate(model, tokenizer, prompt, 512))
+    return "".join(response.text for response in responses), len(prompt), len(responses)
 
 
 @contextlib.contextmanager

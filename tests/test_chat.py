@@ -8,10 +8,10 @@ import mlx.core as mx
 import pytest
 
 import glass_mlx.decoding.conversation
-from glass_mlx import chat, stats
+from glass_mlx import chat
 from glass_mlx.chat import Chat, main
 from glass_mlx.decoding.conversation import Conversation
-from glass_mlx.ranks import measure as calibrate
+from glass_mlx.ranks import measure, sources
 from glass_mlx.ranks.lookup import STATS_DIR
 
 HELLO = "I want to find a restaurant in San Jose."
@@ -63,7 +63,7 @@ def interrupted(monkeypatch):
                 raise KeyboardInterrupt
             yield response
 
-    monkeypatch.setattr(glass_mlx.conversation, "stream_generate", stream)
+    monkeypatch.setattr(glass_mlx.decoding.conversation, "stream_generate", stream)
 
 
 @pytest.fixture(scope="module")
@@ -137,13 +137,13 @@ def test_dense(demo, talk, chats):
 
 def test_dense_without_a_message(talk):
     done = talk("/dense", options=("--system-prompt", "Be brief."))
-    assert "nothing to answer yet" in done.out and not STATUS.search(done.out)
+    assert "There is no message to answer yet" in done.out and not STATUS.search(done.out)
 
 
 @pytest.mark.parametrize("command", ["/help", "/densityx 0.5", "/", "/quit now"])
 def test_unknown_command(talk, command):
     done = talk(command)
-    assert f"there is no {command.split()[0]};" in done.out and not STATUS.search(done.out)
+    assert f"unknown command {command.split()[0]};" in done.out and not STATUS.search(done.out)
 
 
 def test_interrupted_answer(talk, chats, interrupted, answer):
@@ -210,7 +210,7 @@ def test_ranks_are_measured_at_first_use(talk, chats, tiny_dir, small_builds, mo
     assert talk("Hi", options=("--model", tiny_dir)).code == 0
     assert "measuring them, once" in caplog.text
     caplog.clear()
-    monkeypatch.setattr(stats, "build_ranks", None)
+    monkeypatch.setattr(measure, "build_ranks", None)
     assert talk("Hi", options=("--model", tiny_dir)).code == 0
     assert not caplog.records
     first, second = (chat.model.global_ranks["impact"] for chat in chats)
@@ -222,7 +222,7 @@ def test_ranks_are_measured_at_first_use(talk, chats, tiny_dir, small_builds, mo
 
 def test_interrupted_measuring(talk, chats, tiny_dir, small_builds, monkeypatch, caplog, tmp_path):
     """Ctrl-C goes on without ranks; the next start goes on measuring."""
-    calls, original = [], calibrate.batch_generate
+    calls, original = [], sources.batch_generate
 
     def batch_generate(*args, **kwargs):
         calls.append(None)
@@ -230,7 +230,7 @@ def test_interrupted_measuring(talk, chats, tiny_dir, small_builds, monkeypatch,
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(calibrate, "batch_generate", batch_generate)
+    monkeypatch.setattr(sources, "batch_generate", batch_generate)
     done = talk("Hi", options=("--model", tiny_dir))
     assert done.code == 0 and len(STATUS.findall(done.out)) == 1
     assert "stopped; what was measured is kept" in caplog.text and chats[0].model.global_ranks is None
@@ -242,7 +242,7 @@ def test_interrupted_measuring(talk, chats, tiny_dir, small_builds, monkeypatch,
 
 @pytest.mark.parametrize("options", [("--no-build",), ("--dense",), ("--global-weight", 0), ("--stats", "given")])
 def test_measuring_declined(talk, chats, tiny_dir, written, monkeypatch, caplog, options):
-    monkeypatch.setattr(stats, "build_ranks", None)
+    monkeypatch.setattr(measure, "build_ranks", None)
     options = [written if option == "given" else option for option in options]
     assert talk("Hi", options=("--model", tiny_dir, *options)).code == 0
     assert (chats[0].model.global_ranks is None) == (written not in options)

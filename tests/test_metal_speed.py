@@ -17,7 +17,7 @@ from mlx_lm import stream_generate as mlx_lm_stream_generate
 
 from glass_mlx.decoding.stream import stream_generate
 from glass_mlx.evaluation import shapes
-from glass_mlx.model import blocks as ffn
+from glass_mlx.model import discovery
 from glass_mlx.model.glass_model import GlassModel
 
 SHAPES = ("mistral-7b", "llama-3.1-8b", "qwen3-4b", "gemma-3-4b", "llama-3.2-1b")
@@ -52,7 +52,7 @@ def fake(name: str, monkeypatch: pytest.MonkeyPatch, mode: str = "affine", group
     """One layer of a shape at 4 bits in bfloat16, all weights zero, with global ranks."""
     small = {"vocab_size": 64, "sliding_window_pattern": 1}
     monkeypatch.setitem(shapes.SHAPES, name, shapes.SHAPES[name] | small)
-    monkeypatch.setattr(ffn, "check", lambda block: ("", ""))  # that blocks are separable is tested elsewhere
+    monkeypatch.setattr(discovery, "check", lambda block: ("", ""))  # that blocks are separable is tested elsewhere
     dense = shapes.build(name, layers=1)
     dense.set_dtype(mx.bfloat16)
     nn.quantize(dense, group_size=group_size, bits=4, mode=mode)

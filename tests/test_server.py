@@ -19,12 +19,12 @@ from servers import CHAT, QUESTION, answered, connect, raw, serving
 
 import glass_mlx
 from glass_mlx import server
-from glass_mlx.server import Server
 from glass_mlx.serving import app as api
 from glass_mlx.serving.app import Api, ApiOptions
 from glass_mlx.serving.engine import Engine
-from glass_mlx.serving.output_parser import Reader
-from glass_mlx.serving.request import Piece
+from glass_mlx.serving.output_parser import OutputParser
+from glass_mlx.serving.request import Chunk
+from glass_mlx.serving.server import Server
 
 
 @pytest.fixture(scope="module")
@@ -251,12 +251,12 @@ def test_tools_and_reasoning(client, monkeypatch, stream):
     """The demo knows neither; this is what a model that does would say."""
     call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Ulm"}'}}
 
-    def feed(self, text: str) -> Piece:
-        self.called = True
+    def feed(self, text: str) -> Chunk:
+        self.has_tool_calls = True
         first, self.done = not hasattr(self, "done"), True
-        return Piece("Sure.", "hm", (call,)) if first else Piece()
+        return Chunk("Sure.", "hm", (call,)) if first else Chunk()
 
-    monkeypatch.setattr(Reader, "feed", feed)
+    monkeypatch.setattr(OutputParser, "feed", feed)
     tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
     answer = client.chat.completions.create(model="demo", messages=QUESTION, tools=tools, stream=stream)
     if stream:
@@ -306,7 +306,7 @@ def test_a_client_that_goes_stops_its_generation(served, http, stream):
         connection.sendall(raw(body=body))
         until(lambda: served.engine.status().state == "generating")
     until(lambda: served.engine.status().state == "ready")
-    until(lambda: not served.api.tickets)
+    until(lambda: not served.api.pending)
 
 
 def test_a_client_that_goes_while_waiting_gives_its_place_free(served, http):
@@ -328,7 +328,7 @@ def test_queue_full(tiny_dir):
             until(lambda: server.engine.status().state == "generating")
             second.sendall(raw(body=body))
             until(lambda: server.engine.status().queued == 1)
-            refused = httpx.post(server.url + CHAT, json=body)
+            refused = httpx.post(server.url + CHAT, json=body, timeout=60)
             assert (refused.status_code, refused.headers["retry-after"]) == (429, "2")
             assert refused.json()["error"]["code"] == "queue_full"
 
@@ -375,8 +375,8 @@ def test_log(tiny_dir, caplog):
         options = ApiOptions(defaults={"max_tokens": 3}, log_prompts=wanted)
         with caplog.at_level("INFO"), serving(options, model=str(tiny_dir), load={"stats": False}) as server:
             for stream in (False, True):
-                httpx.post(server.url + CHAT, json={"messages": QUESTION, "stream": stream})
-            httpx.post(server.url + CHAT, json={"messages": QUESTION, "temperature": "San Jose"})
+                httpx.post(server.url + CHAT, json={"messages": QUESTION, "stream": stream}, timeout=60)
+            httpx.post(server.url + CHAT, json={"messages": QUESTION, "temperature": "San Jose"}, timeout=60)
         assert caplog.text.count("3 generated") == 2
         assert caplog.text.count("San Jose") == (2 if wanted else 0)
 
@@ -397,7 +397,7 @@ def test_start_stop():
 def test_stop_ends_streams(tiny_dir):
     with serving(model=str(tiny_dir), load={"stats": False}) as server:
         body = {"messages": QUESTION, "max_tokens": 1_000_000, "stream": True}
-        with httpx.stream("POST", server.url + CHAT, json=body) as response:
+        with httpx.stream("POST", server.url + CHAT, json=body, timeout=60) as response:
             lines = response.iter_lines()
             next(lines)
             start = time.perf_counter()
@@ -419,7 +419,7 @@ def test_command_line(number, tmp_path):
     line = process.stdout.readline()
     url = line.split()[3].removesuffix("/v1")
     assert str(tmp_path / "server.log") in line
-    assert httpx.get(f"{url}/v1/status").json()["state"] == "ready"
+    assert httpx.get(f"{url}/v1/status", timeout=60).json()["state"] == "ready"
     answer = httpx.post(url + CHAT, json={"messages": QUESTION, "max_tokens": 2}, timeout=60).json()
     assert answer["usage"]["glass"]["density"] == 0.25
     process.send_signal(number)

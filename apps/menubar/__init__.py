@@ -1,5 +1,5 @@
 """The menu-bar app: a model, an endpoint and GLASS behind one icon.
 
-``settings``, ``state`` and ``menu`` are pure, ``controller`` and ``jobs`` do the work, ``app`` and ``window`` show it
-with Toga, and ``macos`` has all that only a Mac has.
+``settings``, ``state`` and ``menu`` are pure; ``controller``, ``server_control`` and ``jobs`` do the work; ``app`` and
+``window`` show it with Toga; ``macos`` and ``login`` are for the Mac only.
 """

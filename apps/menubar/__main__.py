@@ -2,7 +2,7 @@
 
 python -m apps.menubar            the icon in the menu bar
 python -m apps.menubar --window   and its window
-python -m apps.menubar --serve …  no app: the server, with the options of glass_mlx.server
+python -m apps.menubar --serve …  the server without the app, with the options of glass_mlx.server
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import os
 import sys
 
-# Downloads by Xet cannot be cancelled, those by HTTP can. Before anything imports huggingface_hub.
+# Downloads by HTTP can be cancelled, those by Xet cannot. This must precede any import of huggingface_hub.
 os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
 
 
 def main() -> None:
-    """Dispatch on the arguments first: in a packaged app this is also what ``sys.executable`` starts."""
+    """Start the app, or the server. A packaged app is also its own ``sys.executable``, so arguments come first."""
     arguments = sys.argv[1:]
     if arguments[:1] == ["--serve"]:
         from glass_mlx import server
@@ -32,7 +32,7 @@ def main() -> None:
         if isinstance(e, ModuleNotFoundError) and e.name != "toga":
             raise
         backend = None
-    if backend is None or (backend == "toga_dummy" and "TOGA_BACKEND" not in os.environ):  # one that shows nothing
+    if backend is None or (backend == "toga_dummy" and "TOGA_BACKEND" not in os.environ):  # a backend without windows
         sys.exit("error: the app needs toga: pip install 'glass_mlx[app]'")
     run("--window" in arguments)
 
@@ -47,7 +47,7 @@ def run(window: bool) -> None:
     log = log_to_file("menubar.log")
     controller = Controller()
     if log is None:
-        controller.say("No log is kept: its file cannot be written. Is the disk full?")
+        controller.notify("The log file cannot be written, so there is no log. Is the disk full?")
     GlassApp(controller, log, window).main_loop()
     controller.close()
 

@@ -1,4 +1,4 @@
-"""The view: Toga's status icon and its menu, made from the menu as data, and looked at again every second."""
+"""The view: Toga's status icon and its menu, made from the menu as data and refreshed every second."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .window import DownloadWindow, StatusWindow
 logger = logging.getLogger("glass_mlx")
 
 RESOURCES = Path(__file__).parent / "resources"
-INTERVAL = 1.0  # seconds between two looks
+INTERVAL = 1.0  # seconds between two refreshes
 
 
 class GlassApp(toga.App):
@@ -37,18 +37,18 @@ class GlassApp(toga.App):
     def __init__(self, controller: Controller, log: Path | None = None, show_window: bool = False):
         """
         Args:
-            controller (Controller): what does the work; the app closes it in the end.
+            controller (Controller): does the work. The app closes it when quitting.
             log (Path, optional): the log file.
-            show_window (bool): show the window from the beginning.
+            show_window (bool): whether to show the window at the start.
         """
         self.controller, self.log = controller, log
         self._show_at_start = show_window
         self._workers = ThreadPoolExecutor(2, "action")
         self._menu: tuple[Item, ...] = ()
-        self._built: list = []
-        self._look: tuple[bool, str] | None = None
+        self._built: list = []  # the structure of the menu that Toga has
+        self._icon_state: tuple[bool, str] | None = None
         self._login = macos.login_state()
-        self._own: dict[str, Callable] = {
+        self._view_actions: dict[str, Callable] = {
             "open_chat": self.open_chat,
             "copy_endpoint": self.copy_endpoint,
             "show_window": self.show_window,
@@ -64,80 +64,86 @@ class GlassApp(toga.App):
             APP_ID,
             icon=RESOURCES / "glass",
             version=glass_mlx.__version__,
-            description="Local models that decode on the neurons your prompt calls for",
+            description="Local models that decode with only the neurons that your prompt calls for",
         )
 
     def startup(self) -> None:
         try:
             self._startup_menu()
-        except Exception:  # a process without a menu and a window would be of no use, and hard to end
+        except Exception:  # a process without a menu and a window would be useless, and hard to end
             logger.exception("the app cannot start")
             self.exit()
             raise
 
     def _startup_menu(self) -> None:
-        self.main_window = toga.App.BACKGROUND  # before the icon: macOS 26 wants the app to be an accessory by then
+        self.main_window = toga.App.BACKGROUND  # before the icon, because macOS 26 expects an accessory app by then
         self.icons = {on: toga.Icon(RESOURCES / name) for on, name in ((False, "menu"), (True, "menu-attention"))}
         self.status_icon = toga.MenuStatusIcon("glass", self.icons[False])
         self.status_icons.add(self.status_icon)
-        self.window, self.download_window = StatusWindow(self), DownloadWindow(self)
+        self.window = StatusWindow(self.perform, self._call_soon)
+        self.download_window = DownloadWindow(self._download, self._call_soon)
         macos.on_reopen(self.show_window)
         warning = macos.framework_warning()
         if warning:
-            self.controller.say(warning)
+            self.controller.notify(warning)
         self.refresh()
-        if self._show_at_start or warning or not macos.ON_MAC:  # elsewhere many desktops show no status icons
+        if self._show_at_start or warning or not macos.ON_MAC:  # many other desktops show no status icons
             self.show_window()
 
     async def on_running(self) -> None:
-        await self.beside(self.controller.start)
+        await self.run_in_background(self.controller.start)
         while not self.controller.closing:
             try:
                 self.controller.tick()
                 self.refresh()
-            except Exception:  # or the menu would say the same for ever
+            except Exception:  # or the menu would never change again
                 logger.exception("the menu cannot be brought up to date")
             await asyncio.sleep(INTERVAL)
 
     async def on_exit(self) -> bool:
-        """Quitting frees the memory first."""
-        closing = asyncio.ensure_future(self.beside(self.controller.close))
-        await asyncio.sleep(0.05)  # until it is known that it closes, so that it can be said
+        """Free the memory before quitting."""
+        closing = asyncio.ensure_future(self.run_in_background(self.controller.close))
+        await asyncio.sleep(0.05)  # until the controller is closing, so that the menu can show it
         self.refresh()
         await closing
         return True
 
-    async def beside(self, action: Callable, *arguments: Any) -> None:
-        """Do something that may take a moment on another thread, so that the menu stays alive."""
+    async def run_in_background(self, action: Callable, *arguments: Any) -> None:
+        """Run something that may take a moment on another thread, so that the menu stays alive."""
         await asyncio.get_running_loop().run_in_executor(self._workers, action, *arguments)
 
     async def perform(self, key: str) -> None:
-        """Do what an entry of the menu stands for now."""
+        """Do what an entry of the menu stands for."""
         item = find(self._menu, key)
-        if not item.enabled or not item.do:
+        if not item.enabled or not item.action:
             return
         arguments = () if item.argument is None else (item.argument,)
-        if item.do in self._own:
-            self._own[item.do](*arguments)
+        if item.action in self._view_actions:
+            self._view_actions[item.action](*arguments)
         else:  # these may wait for a thread to end
-            await self.beside(getattr(self.controller, item.do), *arguments)
+            await self.run_in_background(getattr(self.controller, item.action), *arguments)
         self.refresh()
 
-    # Showing.
+    async def _download(self, name: str) -> None:
+        await self.run_in_background(self.controller.download, name)
+        self.refresh()
+
+    def _call_soon(self, function: Callable, *arguments: Any) -> None:
+        self.loop.call_soon(function, *arguments)
 
     def refresh(self) -> None:
-        """Show what there is to show, if it is not shown already."""
+        """Show the controller's present state, where it has changed."""
         snapshot = self.controller.snapshot(self._login)
         items = menu(snapshot)
         if items != self._menu:
             self._menu = items
             self._show_menu()
             self.window.update(items)
-        look = needs_attention(snapshot), status(snapshot).headline
-        if look != self._look:
-            self._look = look
-            self.status_icon.icon = self.icons[look[0]]
-            macos.dress(self.status_icon, look[1])
+        attention, headline = needs_attention(snapshot), status(snapshot).headline
+        if (attention, headline) != self._icon_state:
+            self._icon_state = attention, headline
+            self.status_icon.icon = self.icons[attention]
+            macos.style_status_icon(self.status_icon, headline)
 
     def _show_menu(self) -> None:
         commands, is_open = self.status_icons.commands, macos.menu_is_open()
@@ -150,22 +156,22 @@ class GlassApp(toga.App):
                     if is_open:
                         macos.retitle(command)
         elif is_open:
-            self._menu = ()  # look again in a second
+            self._menu = ()  # try again at the next refresh
         else:
             self._built = shape
-            redraw, commands.on_change = commands.on_change, None  # once, when all are there
+            redraw, commands.on_change = commands.on_change, None  # redraw once, with all commands
             commands.clear()
-            commands.add(*self._made(self._menu, self.status_icon))
+            commands.add(*self._make_commands(self._menu, self.status_icon))
             commands.on_change = redraw
         if commands.on_change and not is_open:
             commands.on_change()
 
-    def _made(self, items: tuple[Item, ...], group: toga.Group) -> list[toga.Command]:
+    def _make_commands(self, items: tuple[Item, ...], group: toga.Group) -> list[toga.Command]:
         made = []
         for order, item in enumerate(items):
             if item.items is not None:
                 submenu = toga.Group(item.text, parent=group, section=item.section, order=order)
-                made += self._made(item.items, submenu)
+                made += self._make_commands(item.items, submenu)
                 continue
             made.append(
                 toga.Command(
@@ -186,10 +192,10 @@ class GlassApp(toga.App):
 
         return handler
 
-    # The actions that are the view's own.
+    # Actions of the view itself. The others are the controller's.
 
     def show_window(self) -> None:
-        """Show the window, which says and does what the menu does."""
+        """Show the window, which is the menu as a form."""
         self.window.show()
         macos.activate(self)
 
@@ -206,14 +212,14 @@ class GlassApp(toga.App):
         webbrowser.open(self.controller.snapshot().server.url)
 
     def copy_endpoint(self) -> None:
-        """Put the endpoint's address, as clients want it, on the clipboard; where there is none, say it."""
+        """Copy the endpoint's URL for clients. Where there is no clipboard, show it."""
         url = f"{self.controller.snapshot().server.url}/v1"
         if not (macos.copy(url) or _copy_in_qt(url)):
-            self.controller.say(f"The endpoint is {url}")
+            self.controller.notify(f"The endpoint is {url}")
 
     def set_login(self, on: bool) -> None:
-        if words := macos.set_login(on):
-            self.controller.say(words)
+        if message := macos.set_login(on):
+            self.controller.notify(message)
         self._login = macos.login_state()
 
     def open_log(self) -> None:
@@ -224,18 +230,18 @@ class GlassApp(toga.App):
         self._open(self.controller.path)
 
     def _open(self, path: Path) -> None:
-        """Open a file in the user's editor; where that cannot be done, say where it is."""
+        """Open a file in the user's editor. If that is not possible, show its path."""
         command = ["open", *(["-t"] if path.is_file() else [])] if macos.ON_MAC else ["xdg-open"]
         if not path.exists():
-            self.controller.say(f"{path} is not there.")
+            self.controller.notify(f"{path} does not exist.")
         elif shutil.which(command[0]) is None:
-            self.controller.say(f"It is {path}")
+            self.controller.notify(f"The path is {path}")
         else:
             subprocess.Popen([*command, str(path)], stdin=subprocess.DEVNULL, start_new_session=True)
 
 
 def _copy_in_qt(text: str) -> bool:
-    gui = sys.modules.get("PySide6.QtGui")  # there if Toga runs on Qt, which has the clipboard that Toga lacks
+    gui = sys.modules.get("PySide6.QtGui")  # loaded if Toga runs on Qt, which has a clipboard; Toga itself has none
     if gui is None:
         return False
     gui.QGuiApplication.clipboard().setText(text)

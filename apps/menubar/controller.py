@@ -1,7 +1,6 @@
-"""What the app does: an engine and a server in its own process, and the jobs beside them.
+"""The app without its view: an engine and a server in this process, downloads, and measurements of ranks.
 
-All methods may be called from any thread. None of them raises for what a user can meet: it becomes a state or a notice,
-in words.
+All methods may be called from any thread. What can go wrong for a user is not raised: it becomes a state or a notice.
 """
 
 from __future__ import annotations
@@ -23,21 +22,22 @@ from glass_mlx.loading import ALIASES, DEFAULT_MODEL
 from glass_mlx.model.config import GlassConfig
 from glass_mlx.serving.catalogue import Catalogue
 from glass_mlx.serving.engine import Engine, EngineOptions
-from glass_mlx.serving.request import UnknownModel, Usage
+from glass_mlx.serving.errors import UnknownModel
+from glass_mlx.serving.request import Usage
 
 from . import jobs
 from .jobs import Cancelled, Job
-from .serving import Serving
+from .server_control import ServerControl
 from .settings import Settings, load_settings, save_settings, settings_path
 from .state import Model, Snapshot, fit
 
 logger = logging.getLogger("glass_mlx")
 
-RESCAN = 30.0  # seconds; models may come to the Hub cache by other ways than this app
+RESCAN = 30.0  # seconds; other programs download models, too
 
 
 class Controller:
-    """The app without its view: methods for the user's actions, ``snapshot`` for what there is to see.
+    """Methods for the user's actions, and ``snapshot`` for what the view shows.
 
     Attributes:
         path: the settings file.
@@ -48,19 +48,19 @@ class Controller:
     def __init__(self, path: Path | None = None):
         """
         Args:
-            path (Path, optional): the settings file, if not the user's.
+            path (Path, optional): the settings file. Default: the user's own.
         """
         self.path = path or settings_path()
-        self._lock = threading.RLock()  # held for moments only
+        self._lock = threading.RLock()  # held briefly, never while waiting
         self.settings, notices = load_settings(self.path)
         self._notices = list(notices)
-        self._seen = self._modified()
-        self._serving = Serving({"density": self.settings.effective_density})
+        self._settings_mtime = self._modified()
+        self._server = ServerControl({"density": self.settings.effective_density})
         self._models: tuple[Model, ...] = ()
         self._scanned = -RESCAN
         self._scanning = threading.Lock()
         self._speeds: dict[tuple[str, float], float] = {}
-        self._ranked = {DEFAULT_MODEL}  # its ranks come with the package; of others it is known when they are loaded
+        self._ranked = {DEFAULT_MODEL}  # comes with its ranks; other models show theirs once they are loaded
         self._usage: Usage | None = None
         self._download: Job | None = None
         self._ranks: Job | None = None
@@ -68,15 +68,15 @@ class Controller:
         self._engine = self._new_engine()
 
     def start(self) -> None:
-        """Begin: the server if it is to start with the app, and a look for models."""
+        """Start the server, if the settings say so, and look for models."""
         with self._lock:
-            self._use(self.settings)
+            self._apply(self.settings)
         if self.settings.start_server:
             self.start_server()
         self.scan()
 
     def snapshot(self, login: bool | None = None) -> Snapshot:
-        """Everything there is to show, now."""
+        """Everything that the view shows, now."""
         with self._lock:
             engine = self._engine.status()
             speeds = tuple(sorted((d, v) for (m, d), v in self._speeds.items() if m == self.settings.model))
@@ -84,7 +84,7 @@ class Controller:
                 settings=self.settings,
                 engine=engine,
                 alive=self._engine.alive or self.closing,
-                server=self._serving.view(self.settings.port),
+                server=self._server.view(self.settings.port),
                 models=self._fitting(),
                 download=self._download.task if self._download else None,
                 ranks=self._ranks.task if self._ranks else None,
@@ -96,15 +96,15 @@ class Controller:
             )
 
     def tick(self) -> None:
-        """To be called every second or so: notices what has changed without being told."""
+        """Notice what has changed: the last answer, the settings file, models. Call it about every second."""
         with self._lock:
             engine = self._engine.status()
             if engine.usage is not None and engine.usage is not self._usage and engine.model is not None:
-                self._usage = engine.usage  # of the last answer, which may be of the last model
+                self._usage = engine.usage  # of the last answer
                 self._speeds[engine.model, engine.usage.density] = engine.usage.generation_tps
             if engine.has_ranks and engine.model is not None:
                 self._ranked.add(engine.model)
-            if self._modified() != self._seen and not self.closing:
+            if self._modified() != self._settings_mtime and not self.closing:
                 self._reload()
             due = time.monotonic() - self._scanned >= RESCAN and not self.closing
         if due:
@@ -114,15 +114,15 @@ class Controller:
 
     def start_server(self) -> None:
         """Start serving."""
-        self._serving.start(self._engine, self.settings.port)
+        self._server.start(self._engine, self.settings.port)
 
     def stop_server(self) -> None:
         """Stop serving; the model stays loaded."""
-        self._serving.stop()
+        self._server.stop()
 
     def use_another_port(self) -> None:
-        """Serve on the next port that is free, from now on."""
-        port = self._serving.start_elsewhere(self._engine, self.settings.port)
+        """Serve on the next free port, from now on."""
+        port = self._server.start_elsewhere(self._engine, self.settings.port)
         if port is not None:
             self._change(replace(self.settings, port=port))
 
@@ -132,8 +132,8 @@ class Controller:
         """Answer with this model from now on, and load it."""
         with self._lock:
             self._change(replace(self.settings, model=name))
-            there = self.settings.model == name
-        if there:
+            selected = self.settings.model == name
+        if selected:
             self.load()
 
     def load(self) -> None:
@@ -141,14 +141,14 @@ class Controller:
         self._try(lambda: self._engine.load())
 
     def unload(self) -> None:
-        """Free the model's memory, after the answer under way."""
+        """Free the model's memory, after the present answer."""
         self._try(lambda: self._engine.unload())
 
     def restart(self) -> None:
-        """A new engine in place of one that has stopped, and the server again if it was running."""
-        if self._engine.alive:  # chosen twice
+        """Replace an engine that has stopped, and restart the server if it was running."""
+        if self._engine.alive:  # restarted already
             return
-        was_serving = self._serving.stop()
+        was_serving = self._server.stop()
         self._engine.close(timeout=1)
         with self._lock:
             self._ranks = None
@@ -157,14 +157,15 @@ class Controller:
             self.start_server()
 
     def set_glass(self, on: bool) -> None:
-        """Decode with some of the neurons, or with all; holds from the next answer on."""
+        """Decode with some of the neurons, or with all of them, from the next answer on."""
         self._change(replace(self.settings, glass=on))
 
     def set_density(self, density: float) -> None:
-        """Decode with this share of the neurons; 1 switches GLASS off and leaves its density."""
-        dense = density == 1
-        kept = self.settings.density if dense else density
-        self._change(replace(self.settings, glass=not dense, density=kept))
+        """Decode with this share of the neurons. 1 turns GLASS off and keeps its density for later."""
+        if density == 1:
+            self.set_glass(False)
+        else:
+            self._change(replace(self.settings, glass=True, density=density))
 
     def _new_engine(self) -> Engine:
         settings, idle = self.settings, self.settings.idle_minutes * 60 or None
@@ -190,61 +191,61 @@ class Controller:
                 self._models, self._scanned = models, time.monotonic()
 
     def download(self, name: str) -> None:
-        """Download a model, by its short name, repository or address, and choose it when it is there."""
+        """Download a model and select it. The name is a short name, a repository or the URL of its page."""
         with self._lock:
             if self._download is not None:
-                return self._say(f"Wait for {self._download.model}, or cancel it: one download at a time.")
+                return self._add_notice(f"{self._download.model} is still being downloaded. Wait for it, or cancel it.")
             try:
                 job = self._download = Job(jobs.repo_name(name))
             except GlassError as e:
-                return self._say(str(e))
+                return self._add_notice(str(e))
 
         def work() -> None:
-            error = _outcome(lambda: jobs.download(job))
+            error = _error_of(lambda: jobs.download(job))
             self.scan()
             with self._lock:
                 self._download = None
                 if error:
-                    self._say(error)
+                    self._add_notice(error)
                 found = [m for m in self._fitting() if _repo(m.name) == _repo(job.model)]
                 if error is not None or not found or self.closing:
                     return
                 fits = found[0].fit != "too large"
-                self._say(f"{job.model} is downloaded" + ("." if fits else ", but too large for this memory."))
+                self._add_notice(f"{job.model} is downloaded" + ("." if fits else ", but too large for this memory."))
             if fits:
                 self.select_model(found[0].name)
 
         threading.Thread(target=work, name="download", daemon=True).start()
 
     def cancel_download(self) -> None:
-        """Stop the download; what there is of it is kept for the next time."""
+        """Stop the download. What has arrived is kept for the next attempt."""
         if (job := self._download) is not None:
             job.cancel()
 
     def build_ranks(self) -> None:
-        """Measure the chosen model's global ranks, on the engine's thread."""
+        """Measure the global ranks of the selected model, on the engine's thread."""
         with self._lock:
             if self._ranks is not None:
                 return
             job = Job(self.settings.model)
 
             def ended(future: Future) -> None:
-                error = _outcome(future.result)
+                error = _error_of(future.result)
                 with self._lock:
                     if self._ranks is job:
                         self._ranks = None
                     if error:
-                        self._say(f"The ranks are not measured. {error}")
+                        self._add_notice(f"The ranks could not be measured. {error}")
 
             try:
                 future = self._engine.call(jobs.build_ranks(job))
             except GlassError as e:
-                return self._say(str(e))
+                return self._add_notice(str(e))
             self._ranks = job
         future.add_done_callback(ended)
 
     def cancel_ranks(self) -> None:
-        """Stop measuring; what has been read is kept for the next time."""
+        """Stop measuring. What has been measured is kept for the next attempt."""
         if (job := self._ranks) is not None:
             job.cancel()
 
@@ -254,17 +255,17 @@ class Controller:
 
     # Settings and notices.
 
-    def say(self, notice: str) -> None:
-        """Tell the user something that went wrong elsewhere."""
+    def notify(self, notice: str) -> None:
+        """Show a message until the user dismisses it."""
         with self._lock:
-            self._say(notice)
+            self._add_notice(notice)
 
     def dismiss(self) -> None:
-        """The user has read the notices."""
+        """Remove all notices."""
         with self._lock:
             self._notices.clear()
 
-    def _say(self, notice: str) -> None:
+    def _add_notice(self, notice: str) -> None:
         logger.info("notice: %s", notice)
         if notice not in self._notices:
             self._notices.append(notice)
@@ -273,12 +274,12 @@ class Controller:
         try:
             action()
         except GlassError as e:
-            self.say(str(e))
+            self.notify(str(e))
 
     def _change(self, settings: Settings) -> None:
-        """The user has changed a setting: use it, and save it."""
+        """Apply and save settings."""
         with self._lock:
-            self._use(settings)
+            self._apply(settings)
             self.save()
 
     def save(self) -> None:
@@ -287,29 +288,29 @@ class Controller:
             try:
                 save_settings(self.path, self.settings)
             except GlassError as e:
-                self._say(str(e))
-            self._seen = self._modified()
+                self._add_notice(str(e))
+            self._settings_mtime = self._modified()
 
-    def _use(self, settings: Settings) -> None:
-        """Let settings hold from now on; a model that is not on this machine is not among them."""
+    def _apply(self, settings: Settings) -> None:
+        """Use settings from now on. A model that is not on this machine is replaced."""
         try:
             Catalogue().resolve(settings.model)
         except UnknownModel:
             other = self.settings.model if self.settings.model != settings.model else DEFAULT_MODEL
-            self._say(f"{settings.model} is not on this machine: using {other}. Download it to have it here.")
+            self._add_notice(f"{settings.model} is not on this machine: using {other}. Download it to use it.")
             settings = replace(settings, model=other)
         self.settings = settings
-        self._serving.defaults["density"] = settings.effective_density
+        self._server.defaults["density"] = settings.effective_density
         self._engine.catalogue.default = settings.model
         self._engine.options = replace(self._engine.options, idle_timeout=settings.idle_minutes * 60 or None)
 
     def _reload(self) -> None:
-        """The settings file was edited by hand: what it says holds. A new port does when the server starts again."""
+        """Apply a settings file that was edited by hand. A new port holds when the server starts the next time."""
         settings, notices = load_settings(self.path)
-        self._seen = self._modified()
+        self._settings_mtime = self._modified()
         for notice in notices:
-            self._say(notice)
-        self._use(settings)
+            self._add_notice(notice)
+        self._apply(settings)
 
     def _modified(self) -> int:
         try:
@@ -321,15 +322,15 @@ class Controller:
         """Stop everything and free the memory."""
         with self._lock:
             self.closing = True
-            under_way = [job for job in (self._download, self._ranks) if job]
-        for job in under_way:
+            running = [job for job in (self._download, self._ranks) if job]
+        for job in running:
             job.cancel()
-        self._serving.stop()
+        self._server.stop()
         self._engine.close()
 
 
 def memory_size() -> int:
-    """What models may take: on Apple's GPU what the system recommends, elsewhere the machine's memory."""
+    """Bytes that a model may take: what macOS recommends for the GPU; elsewhere the machine's memory."""
     recommended = mx.device_info().get("max_recommended_working_set_size")
     return int(recommended or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
@@ -338,15 +339,15 @@ def _repo(name: str) -> str:
     return ALIASES.get(name, name)
 
 
-def _outcome(work: Callable[[], Any]) -> str | None:
-    """Do something; returns None if it is done, "" if it was cancelled, else what went wrong in words."""
+def _error_of(work: Callable[[], Any]) -> str | None:
+    """Do some work. Returns None on success, "" if it was cancelled, or else an error message."""
     try:
         work()
     except (Cancelled, CancelledError):
         return ""
     except GlassError as e:
         return str(e)
-    except Exception as e:  # a job's thread has nobody else to tell
+    except Exception as e:  # nobody else would see the error of a job's thread
         logger.exception("a job failed")
-        return f"Something went wrong ({type(e).__name__}). The log says more."
+        return f"Something went wrong ({type(e).__name__}). See the log."
     return None

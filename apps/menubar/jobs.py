@@ -1,4 +1,4 @@
-"""What takes minutes, can be watched and can be cancelled: downloading a model, measuring its ranks."""
+"""Jobs that take minutes, show their progress and can be cancelled: downloads, and measurements of ranks."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import DryRunError
 from tqdm import tqdm
 
-from glass_mlx import stats
 from glass_mlx.errors import GlassError
 from glass_mlx.hub import hub_access
 from glass_mlx.loading import ALIASES, MODEL_FILES
+from glass_mlx.ranks import measure
 from glass_mlx.ranks.format import GlobalStatistics
 from glass_mlx.ranks.sources import null_prompt
 
@@ -24,11 +24,11 @@ from .state import Task, size
 
 
 class Cancelled(Exception):
-    """The user has cancelled the job."""
+    """The job was cancelled."""
 
 
 class Job:
-    """A job under way. Its worker reports to it and asks it whether to go on; the view asks it for a task to show."""
+    """A running job. The worker reports its progress here and checks for cancellation; the view shows ``task``."""
 
     def __init__(self, model: str, total: int = 0):
         self.model, self.done, self.total = model, 0, total
@@ -48,7 +48,7 @@ class Job:
 
 
 def repo_name(text: str) -> str:
-    """The alias or repository that a user has typed or pasted, the address of its Hub page included.
+    """The alias or repository in what a user has typed or pasted, which may be the URL of a Hub page.
 
     Raises:
         GlassError: it is neither.
@@ -63,31 +63,34 @@ def repo_name(text: str) -> str:
 
 
 def download(job: Job) -> None:
-    """Download the files of the job's model to the Hub cache. What a cancelled download has got is kept.
+    """Download the job's model to the Hub cache. A cancelled download keeps what has arrived.
 
     Raises:
         Cancelled: the job was cancelled.
-        GlassError: it is no model, there is no room, or the Hub does not give it.
+        GlassError: it is not a model, the disk is full, or the Hub refuses it.
     """
     repo = ALIASES.get(job.model, job.model)
     with hub_access(repo):
         try:
             files = snapshot_download(repo, allow_patterns=MODEL_FILES, dry_run=True)
         except DryRunError as e:
-            raise (e.__cause__ or e) from None  # what the Hub or the network said
+            raise (e.__cause__ or e) from None  # the error of the Hub or the network
         job.check()
         names = [file.filename for file in files]
         if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
-            raise GlassError(f"{repo} is no model that mlx-lm reads: look for its conversion in mlx-community.")
+            raise GlassError(f"{repo} is not a model for mlx-lm. Look for a conversion of it in mlx-community.")
         _check_room(repo, sum(file.file_size for file in files if file.will_download))
         job.total = sum(file.file_size for file in files)
         snapshot_download(repo, allow_patterns=MODEL_FILES, tqdm_class=_bar(job))
 
 
 def build_ranks(job: Job) -> Callable[[Any, Any], None]:
-    """The work, for ``Engine.call``, of measuring a model's ranks and letting it use them.
+    """Make the function that measures a model's ranks and gives them to the model.
 
-    A cancelled measurement goes on the next time from where it was.
+    A cancelled measurement goes on from where it stopped.
+
+    Returns:
+        callable: takes the model and its tokenizer; for ``Engine.call``.
     """
 
     def work(model: Any, tokenizer: Any) -> None:
@@ -99,14 +102,14 @@ def build_ranks(job: Job) -> Callable[[Any, Any], None]:
             job.check()
             rows = source.batch(number)
             job.check()
-            # of an interrupted run the earlier batches are read already, and were about as long as this one
+            # an interrupted run has read the earlier batches, which were about as long as this one
             job.done = max(job.done, min(job.total, (number + 1) * sum(map(len, rows))))
             return rows
 
-        ranks = GlobalStatistics.read(stats.build_ranks(model, tokenizer, source=replace(source, batch=batch)))
-        ranks.use_in(model)
+        file = measure.build_ranks(model, tokenizer, source=replace(source, batch=batch))
+        GlobalStatistics.read(file).use_in(model)
 
-    job.total = stats.DEFAULT_TOKENS
+    job.total = measure.DEFAULT_TOKENS
     return work
 
 
@@ -116,14 +119,14 @@ def _check_room(repo: str, need: int) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if need > free:
-        raise GlassError(f"No space for {repo}: it takes {size(need)}, and {size(free)} are free on that disk.")
+        raise GlassError(f"{repo} needs {size(need)}, but only {size(free)} are free on the disk.")
 
 
 def _bar(job: Job) -> type[tqdm]:
-    """A progress bar that nobody sees: it reports to the job, and stops the download when that is cancelled."""
+    """A class of invisible progress bars, which report to the job and stop the download when it is cancelled."""
 
     class Bar(tqdm):
-        monitor_interval = 0  # no thread to watch it
+        monitor_interval = 0  # starts no monitor thread
 
         def __init__(self, *args: Any, **options: Any):
             super().__init__(*args, **{**options, "file": io.StringIO()})
@@ -131,7 +134,7 @@ def _bar(job: Job) -> type[tqdm]:
         def update(self, n: float | None = 1) -> bool | None:
             job.check()
             super().update(n)
-            if self.unit == "B":  # others count files
+            if self.unit == "B":  # other bars count files
                 job.done = max(job.done, min(int(self.n), job.total))
 
     return Bar

@@ -1,4 +1,4 @@
-"""Launch at login for an app that runs from a checkout: a LaunchAgent, a file that the system reads at login."""
+"""Launch at login for an app that runs from a checkout, by a LaunchAgent: a file that macOS reads at login."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ APP_ID = "io.github.glass-mlx.menubar"
 
 
 def agent_path() -> Path:
-    """Where the user's LaunchAgents are."""
+    """The path of the LaunchAgent."""
     return Path.home() / "Library" / "LaunchAgents" / f"{APP_ID}.plist"
 
 
 def agent() -> dict:
-    """What to run at login: this very interpreter, from this checkout."""
+    """The LaunchAgent: it runs this interpreter, from this checkout."""
     return {
         "Label": APP_ID,
         "ProgramArguments": [sys.executable, "-m", __package__],
@@ -27,15 +27,15 @@ def agent() -> dict:
 
 
 def is_agent() -> bool:
-    """Whether the agent is there."""
+    """Whether the app starts at login."""
     return agent_path().is_file()
 
 
 def set_agent(on: bool) -> None:
-    """Write the agent, or remove it. Neither starts or stops anything now.
+    """Write the LaunchAgent, or remove it. Nothing starts or stops now.
 
     Raises:
-        OSError: its directory cannot be written.
+        OSError: the directory cannot be written.
     """
     path = agent_path()
     if not on:

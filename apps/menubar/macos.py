@@ -1,7 +1,7 @@
-"""All that only a Mac has: the app's few touches of AppKit, beyond what Toga offers.
+"""What exists only on a Mac: the few things that the app asks of AppKit because Toga does not offer them.
 
-Elsewhere each function does nothing. On a Mac one that fails is logged, and the app goes on without: none of them may
-keep it from running.
+Elsewhere these functions do nothing. On a Mac, failures are logged and the app goes on: none of this may keep it from
+running.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ logger = logging.getLogger("glass_mlx")
 
 ON_MAC = sys.platform == "darwin"
 
-_kept: list[Any] = []  # what AppKit refers to and does not own
+_retained: list[Any] = []  # objects that AppKit refers to without owning them
 
 
-def _touch(default: Any = None) -> Callable:
-    """Make a function safe: ``default`` elsewhere than on a Mac, and where it fails."""
+def _mac_only(default: Any = None) -> Callable:
+    """Make a function return ``default`` where it fails, and everywhere but on a Mac."""
 
     def decorate(function: Callable) -> Callable:
         @functools.wraps(function)
@@ -42,37 +42,37 @@ def _touch(default: Any = None) -> Callable:
     return decorate
 
 
-@_touch()
-def dress(icon: Any, tooltip: str) -> None:
-    """Let the system colour a status icon as its menu bar wants it, which Toga does not ask for; and its tooltip."""
+@_mac_only()
+def style_status_icon(icon: Any, tooltip: str) -> None:
+    """Let macOS colour a status icon to suit the menu bar, and set its tooltip."""
     button = icon._impl.native.button
     button.image.setTemplate(True)
     button.toolTip = tooltip
 
 
-@_touch()
+@_mac_only()
 def activate(app: Any) -> None:
-    """Bring the app's windows to the front: an app without a Dock icon has to ask."""
+    """Bring the app's windows to the front, which an app without a Dock icon has to ask for."""
     app._impl.native.activateIgnoringOtherApps(True)
 
 
-@_touch(False)
+@_mac_only(False)
 def menu_is_open() -> bool:
-    """Whether a menu is being used. Rebuilding it would take it from under the pointer."""
+    """Whether a menu is open. Rebuilding it would take it away from under the pointer."""
     from rubicon.objc import ObjCClass
 
     mode = _value(_value(ObjCClass("NSRunLoop"), "mainRunLoop"), "currentMode")
     return str(mode) == "NSEventTrackingRunLoopMode"
 
 
-@_touch()
+@_mac_only()
 def retitle(command: Any) -> None:
     """Change the text of a command in the open menu."""
     for item in command._impl.native:
         item.title = command.text
 
 
-@_touch(False)
+@_mac_only(False)
 def copy(text: str) -> bool:
     """Put text on the pasteboard."""
     from rubicon.objc import ObjCClass
@@ -82,9 +82,9 @@ def copy(text: str) -> bool:
     return bool(pasteboard.setString_forType_(text, "public.utf8-plain-text"))
 
 
-@_touch()
+@_mac_only()
 def on_reopen(handler: Callable[[], None]) -> None:
-    """Call ``handler`` when the user opens the app that is already running: in Finder, Spotlight or the terminal."""
+    """Call ``handler`` when the user opens the app while it is running, from Finder, Spotlight or the terminal."""
     from rubicon.objc import SEL, NSObject, ObjCClass, objc_method
 
     class GlassReopenHandler(NSObject):
@@ -93,7 +93,7 @@ def on_reopen(handler: Callable[[], None]) -> None:
             handler()
 
     target = GlassReopenHandler.alloc().init()
-    _kept.append(target)
+    _retained.append(target)
     manager = _value(ObjCClass("NSAppleEventManager"), "sharedAppleEventManager")
     manager.setEventHandler_andSelector_forEventClass_andEventID_(
         target, SEL("reopen:withReply:"), int.from_bytes(b"aevt", "big"), int.from_bytes(b"rapp", "big")
@@ -106,25 +106,25 @@ def is_bundled() -> bool:
 
 
 def framework_warning() -> str:
-    """What to say if this Python is one whose status icons macOS 26 does not draw; "" if it is not."""
+    """A warning if macOS 26 may not draw the status icons of this Python; "" otherwise."""
     if not ON_MAC or is_bundled() or not getattr(sys, "_framework", ""):
         return ""
     if int(platform.mac_ver()[0].split(".")[0] or 0) < 26:
         return ""
     return (
-        "macOS 26 may not draw the menu-bar icon of this Python, which is a framework build (Homebrew's and "
+        "macOS 26 may not draw the menu-bar icon, because this Python is a framework build (as Homebrew's and "
         "python.org's are). Use uv's Python, or this window."
     )
 
 
-@_touch()
+@_mac_only()
 def login_state() -> bool | None:
-    """Whether the app starts at login; None where that cannot be had."""
+    """Whether the app starts at login; None where that is not supported."""
     return _service().status == 1 if is_bundled() else login.is_agent()
 
 
 def set_login(on: bool) -> str:
-    """Start at login, or do not. Returns what there is to say about it."""
+    """Start at login, or not. Returns a message for the user, or ""."""
     if not ON_MAC:
         return "Only macOS has login items."
     if not is_bundled():
@@ -136,13 +136,13 @@ def set_login(on: bool) -> str:
     return _set_service(on)
 
 
-@_touch("The login item cannot be changed: the log says why. System Settings > General > Login Items can.")
+@_mac_only("The login item could not be changed (see the log). Try System Settings > General > Login Items.")
 def _set_service(on: bool) -> str:
     service = _service()
     done = service.registerAndReturnError_(None) if on else service.unregisterAndReturnError_(None)
     if on and service.status == 2:
         return "macOS asks for your approval: System Settings > General > Login Items."
-    return "" if done else "macOS does not change the login item: see System Settings > General > Login Items."
+    return "" if done else "macOS did not change the login item: see System Settings > General > Login Items."
 
 
 def _service() -> Any:
@@ -154,6 +154,6 @@ def _service() -> Any:
 
 
 def _value(thing: Any, name: str) -> Any:
-    """A value that Objective-C has as a property or as a method without arguments; rubicon tells them apart."""
+    """A value that is a property or a method without arguments in Objective-C; rubicon handles them differently."""
     value = getattr(thing, name)
     return value() if type(value).__name__ == "ObjCBoundMethod" else value

@@ -1,4 +1,4 @@
-"""The menu as data, computed from a snapshot: the view shows it as it is, and tests read it."""
+"""The menu as data, computed from a snapshot. The view shows it; nothing here depends on a toolkit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .state import Model, Snapshot, Status, download_progress, progress, size, s
 DENSITIES = (0.3, 0.5, 0.7)
 LINE = 58  # characters of a line of text in the menu
 
-TICK, BLANK = "✓ ", "\u2003\u200a"  # spaces of about the width of the tick
+TICK, BLANK = "✓ ", "\u2003\u200a"  # the spaces are about as wide as the tick
 
 
 @dataclass(frozen=True)
@@ -20,20 +20,20 @@ class Item:
     """An entry of the menu.
 
     Attributes:
-        key: its name, the same as long as it means the same.
-        text: what it says.
-        do, argument: what it does; "" for a line that is only read.
-        enabled: whether it can be chosen.
-        section: lines are drawn between sections.
-        items: of a submenu.
-        ticked: whether it is on, for what can be on or off.
-        indent: whether it is one of a list, in which it has to line up with the one that is ticked.
-        share: how far it is, for what is under way.
+        key: a stable name.
+        text: what it shows.
+        action, argument: the method to call, and its argument; "" for a line that cannot be chosen.
+        enabled: whether it can be chosen now.
+        section: separators are drawn between sections.
+        items: the entries of a submenu.
+        ticked: whether it is on, for entries that are on or off.
+        indent: whether it lines up with the ticked entry of a list.
+        share: progress, from 0 to 1, of something that is running.
     """
 
     key: str
     text: str
-    do: str = ""
+    action: str = ""
     argument: Any = None
     enabled: bool = True
     section: int = 0
@@ -44,12 +44,12 @@ class Item:
 
     @property
     def label(self) -> str:
-        """The text with its tick, for menus that have none of their own, as Toga's."""
+        """The text with its tick, for Toga's menus, which cannot tick entries."""
         return f"{TICK if self.ticked else BLANK if self.indent else ''}{self.text}"
 
 
 def menu(s: Snapshot) -> tuple[Item, ...]:
-    """The menu of a snapshot."""
+    """The menu for a snapshot."""
     now = status(s)
     open_ = not s.closing
     serving = s.server.state == "running" and s.alive and open_
@@ -74,12 +74,12 @@ def menu(s: Snapshot) -> tuple[Item, ...]:
 
 
 def find(items: tuple[Item, ...], key: str) -> Item:
-    """The entry of a name, in submenus too."""
+    """The entry of a key, in submenus as well."""
     return next(item for item in flat(items) if item.key == key)
 
 
 def flat(items: tuple[Item, ...]) -> Iterator[Item]:
-    """All entries, those of submenus after their own."""
+    """All entries; those of a submenu follow it."""
     for item in items:
         yield item
         yield from flat(item.items or ())
@@ -90,7 +90,7 @@ def _status(s: Snapshot, now: Status) -> Iterator[Item]:
     for i, line in enumerate(textwrap.wrap(now.detail, LINE)):
         yield Item(f"detail {i}", line, enabled=False)
     if now.fix is not None:
-        yield Item("fix", now.fix.text, now.fix.do, now.fix.argument)
+        yield Item("fix", now.fix.text, now.fix.action, now.fix.argument)
     lines = [line for notice in s.notices for line in textwrap.wrap(f"⚠︎ {notice}", LINE, subsequent_indent="\u2003")]
     for i, line in enumerate(lines):
         yield Item(f"notice {i}", line, enabled=False)
@@ -120,7 +120,7 @@ def _models(s: Snapshot) -> tuple[Item, ...]:
 
 
 def model_text(model: Model) -> str:
-    """A model's line: its name, size, and whether it fits."""
+    """The line of a model: its name, its size, and whether it fits."""
     extra = {"tight": " · tight", "too large": " · too large for this memory"}.get(model.fit, "")
     return f"{model.name} · {size(model.size)}{extra}"
 
@@ -139,9 +139,9 @@ def _densities(s: Snapshot) -> tuple[Item, ...]:
     presets = sorted({*DENSITIES, now, 1.0})
 
     def preset(density: float) -> Item:
-        words = f"{density:.0%} of the neurons" if density < 1 else "All neurons (dense)"
+        text = f"{density:.0%} of the neurons" if density < 1 else "All neurons (dense)"
         measured = f" · {speed(speeds[density])}" if speeds.get(density) else ""
-        return Item(f"density {density}", words + measured, "set_density", density, ticked=density == now, indent=True)
+        return Item(f"density {density}", text + measured, "set_density", density, ticked=density == now, indent=True)
 
     return tuple(map(preset, presets))
 
@@ -154,7 +154,7 @@ def _ranks(s: Snapshot) -> Iterator[Item]:
     elif s.engine.has_ranks if _loaded(s) else s.settings.model in s.ranked:
         yield Item("ranks", f"Ranks of {s.model}: measured", enabled=False, section=3)
     elif _loaded(s):
-        yield Item("ranks", f"No ranks of {s.model}: measure them", "build_ranks", enabled=can, section=3)
+        yield Item("ranks", f"No ranks for {s.model}: measure them", "build_ranks", enabled=can, section=3)
     else:
         yield Item("ranks", f"Measure ranks of {s.settings.model}", "build_ranks", enabled=can, section=3)
 

@@ -1,4 +1,4 @@
-"""What the user has chosen, in a JSON file that may also be edited by hand."""
+"""The user's settings, in a JSON file that may also be edited by hand."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from glass_mlx.files import write_atomically
 
 @dataclass(frozen=True)
 class Settings:
-    """The user's choices.
+    """The user's settings.
 
     Attributes:
         model: the model that answers: ``demo``, an alias or a Hub repository.
-        glass: whether to decode with some of the neurons only.
-        density: with which share of them, if so.
-        port: where the server listens, on this machine only.
-        idle_minutes: after so many without a request the model is unloaded; 0 for never.
+        glass: whether to decode with only some of the neurons.
+        density: the share of the neurons to decode with if ``glass`` is on.
+        port: where the server listens, for this machine only.
+        idle_minutes: minutes without a request until the model is unloaded; 0 for never.
         start_server: whether the server starts with the app.
     """
 
@@ -40,7 +40,7 @@ class Settings:
         return self.density if self.glass else 1.0
 
 
-# For each setting, what its value must be, in words, and the test of it.
+# For each setting what its value must be, and a test of it.
 _VALID = {
     "model": ("a name", lambda v: isinstance(v, str) and 0 < len(v) <= 300),
     "glass": ("true or false", lambda v: isinstance(v, bool)),
@@ -52,7 +52,7 @@ _VALID = {
 
 
 def settings_path() -> Path:
-    """Where the settings are: ``~/Library/Application Support/glass_mlx/menubar.json`` on a Mac."""
+    """The settings file: ``~/Library/Application Support/glass_mlx/menubar.json`` on a Mac."""
     return user_config_path("glass_mlx") / "menubar.json"
 
 
@@ -60,39 +60,41 @@ def load_settings(path: Path) -> tuple[Settings, list[str]]:
     """Read the settings, whatever is in the file.
 
     Returns:
-        tuple: the settings, and what was wrong with the file, in words. A file that is no JSON object is renamed, so
-            that nothing is lost by saving the fresh settings.
+        tuple: the settings, and messages about what is wrong with the file. A file that is not a JSON object is
+            renamed, so that saving new settings does not overwrite it.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(data, dict):
-            raise ValueError("it holds no JSON object")
+            raise ValueError("not a JSON object")
     except FileNotFoundError:
         return Settings(), []
     except OSError as e:
-        return Settings(), [f"The settings cannot be read ({e.strerror}): using the defaults."]
-    except (ValueError, RecursionError):  # no UTF-8, no JSON
+        return Settings(), [f"The settings cannot be read ({e.strerror}). Using the defaults."]
+    except (ValueError, RecursionError):  # not UTF-8, or not JSON
         kept = path.with_name(f"{path.stem}.damaged-{time.strftime('%Y%m%d-%H%M%S')}{path.suffix}")
         try:
             path.replace(kept)
         except OSError as e:
-            return Settings(), [f"The settings file is damaged and cannot be renamed ({e.strerror}): using defaults."]
-        return Settings(), [f"The settings file was damaged: it is kept as {kept.name}, and these are fresh ones."]
+            return Settings(), [
+                f"The settings file is damaged and cannot be renamed ({e.strerror}). Using the defaults."
+            ]
+        return Settings(), [f"The settings file was damaged. It is kept as {kept.name}. Using the defaults."]
     return _checked(data)
 
 
 def save_settings(path: Path, settings: Settings) -> None:
-    """Write the settings; the file is complete, or as it was before.
+    """Write the settings. If that fails, the file stays as it was.
 
     Raises:
-        GlassError: it cannot be written.
+        GlassError: the file cannot be written.
     """
     text = json.dumps(asdict(settings), indent=2) + "\n"
     try:
         write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     except GlassError as e:
         reason = getattr(e.__cause__, "strerror", None) or e
-        raise GlassError(f"The settings cannot be saved ({reason}): they hold until you quit.") from e
+        raise GlassError(f"The settings cannot be saved ({reason}). They are kept until you quit.") from e
 
 
 def _checked(data: dict[str, Any]) -> tuple[Settings, list[str]]:
@@ -100,11 +102,11 @@ def _checked(data: dict[str, Any]) -> tuple[Settings, list[str]]:
     for field in fields(Settings):
         if field.name not in data:
             continue
-        words, valid = _VALID[field.name]
+        requirement, valid = _VALID[field.name]
         if valid(data[field.name]):
             good[field.name] = data[field.name]
         else:
-            wrong.append(f'In the settings file, "{field.name}" must be {words}: using {field.default}.')
+            wrong.append(f'In the settings file, "{field.name}" must be {requirement}. Using {field.default}.')
     return Settings(**good), wrong
 
 

@@ -1,4 +1,4 @@
-"""What there is to show, and the words for it. Nothing here does anything: a snapshot goes in, words come out."""
+"""The app's state at one moment, and the words for it. Pure functions: a snapshot goes in, text comes out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Task:
-    """A download (in bytes) or a measurement of ranks (in tokens) under way; ``total`` is 0 while it is unknown."""
+    """A running download (in bytes) or measurement of ranks (in tokens). ``total`` is 0 while it is unknown."""
 
     model: str
     done: int = 0
@@ -36,29 +36,29 @@ class Task:
 
 @dataclass(frozen=True)
 class ServerView:
-    """The server: ``state`` is "stopped", "running", "no port" or "failed", of which ``words`` say more."""
+    """The server. ``state`` is "stopped", "running", "no port" or "failed"; ``detail`` says why."""
 
     state: str = "stopped"
     port: int = 8080
     url: str = ""
-    words: str = ""
+    detail: str = ""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything the menu and the window depend on, at one moment.
+    """Everything that the menu and the window show, at one moment.
 
     Attributes:
         settings: the user's choices.
-        engine: what the engine says of itself.
-        alive: whether it can answer at all.
+        engine: the engine's status.
+        alive: whether the engine takes requests.
         server: the server.
-        models: what can be chosen.
-        download, ranks: what is under way.
-        speeds: the last tokens/s of the chosen model by density.
-        notices: what went wrong or ended since the user last looked, in words.
+        models: the models that can be chosen.
+        download, ranks: the running download and measurement of ranks.
+        speeds: (density, tokens/s) of the chosen model's last answers.
+        notices: messages that the user has not dismissed.
         ranked: models that are known to have ranks.
-        login: whether the app starts at login; None where that cannot be had.
+        login: whether the app starts at login; None where that is not supported.
         closing: whether the app is quitting.
     """
 
@@ -83,16 +83,16 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Fix:
-    """What to do about a problem: an action's words, its name and its argument."""
+    """What to do about a problem: the text of an action, its method, and its argument."""
 
     text: str
-    do: str
+    action: str
     argument: Any = None
 
 
 @dataclass(frozen=True)
 class Status:
-    """The state in words: one line, more lines, and what to do if it is a problem."""
+    """The state in words: a headline, details, and what to do if it is a problem."""
 
     key: str
     headline: str
@@ -101,24 +101,24 @@ class Status:
 
 
 def status(s: Snapshot) -> Status:
-    """The state in words. What keeps everything else from working comes first."""
+    """The state in words. A problem that blocks everything else comes first."""
     e, model, server = s.engine, s.model, s.server
     if s.closing:
         return Status("closing", "Quitting: freeing the memory…")
     if not s.alive:
-        words = "It ended by itself, and the memory is free again. The log may say why."
-        return Status("crashed", "The engine has stopped", words, Fix("Restart the engine", "restart"))
+        detail = "It stopped unexpectedly, and its memory is free again. See the log."
+        return Status("crashed", "The engine has stopped", detail, Fix("Restart the engine", "restart"))
     if server.state == "no port":
         fix = Fix("Use another port", "use_another_port")
-        return Status("no port", f"Port {server.port} cannot be used", server.words, fix)
+        return Status("no port", f"Port {server.port} cannot be used", server.detail, fix)
     if server.state == "failed":
         fix = Fix("Start the server again", "start_server")
-        return Status("server failed", "The server is not running", server.words, fix)
+        return Status("server failed", "The server is not running", server.detail, fix)
     if e.state == "failed":
-        words = e.error or "The log says why."
-        return Status("load failed", f"{model} · cannot be loaded", words, Fix("Try again", "load"))
+        detail = e.error or "See the log."
+        return Status("load failed", f"{model} · cannot be loaded", detail, Fix("Try again", "load"))
     if s.ranks is not None:
-        return Status("measuring", f"{model} · {progress(s.ranks)}", "Questions are answered when it is done.")
+        return Status("measuring", f"{model} · {progress(s.ranks)}", "Requests wait until it is done.")
     if e.state == "loading":
         return Status("loading", f"{model} · loading…", choice(s))
     if e.state == "generating":
@@ -135,12 +135,12 @@ def status(s: Snapshot) -> Status:
 
 
 def needs_attention(s: Snapshot) -> bool:
-    """Whether the icon should say that something is wrong."""
+    """Whether the icon should show that something is wrong."""
     return status(s).fix is not None or bool(s.notices)
 
 
 def choice(s: Snapshot) -> str:
-    """With which neurons the model decodes, and what it takes of the memory."""
+    """Which neurons the model decodes with, and how much memory it takes."""
     loaded = s.engine.state in ("ready", "generating")
     parts = [f"{s.settings.density:.0%} of the neurons" if s.settings.glass else "All neurons (dense)"]
     if s.settings.glass and loaded and not s.engine.has_ranks:
@@ -151,14 +151,14 @@ def choice(s: Snapshot) -> str:
 
 
 def progress(task: Task) -> str:
-    """How far a measurement is."""
+    """The progress of a measurement."""
     if task.stopping:
         return "stopping the measurement…"
     return f"measuring ranks · {task.share:.0%}" if task.done else "measuring ranks…"
 
 
 def download_progress(task: Task) -> str:
-    """How far a download is."""
+    """The progress of a download."""
     if task.stopping:
         return f"Stopping the download of {task.model}…"
     if not task.total:
@@ -167,12 +167,12 @@ def download_progress(task: Task) -> str:
 
 
 def speed(tokens_per_second: float) -> str:
-    """Tokens per second, as precise as it is worth."""
+    """Tokens per second, with a decimal only below 100."""
     return f"{tokens_per_second:.{0 if tokens_per_second >= 100 else 1}f} tok/s"
 
 
 def size(count: int) -> str:
-    """Bytes in the decimal units that a Mac shows."""
+    """Bytes in decimal units, as macOS shows them."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6)):
         if count >= scale:
             return f"{count / scale:.{1 if unit == 'GB' else 0}f} {unit}"
@@ -180,8 +180,8 @@ def size(count: int) -> str:
 
 
 def fit(size: int, density: float, memory: int) -> str:
-    """Whether a model fits: its weights, a copy of those of the kept neurons (two thirds of all or more are FFN's), and
-    a tenth for the conversation."""
+    """Whether a model fits into memory. It needs its weights, a tenth more for the conversation, and a copy of the kept
+    neurons' weights (at least two thirds of all weights are the FFN's)."""
     if 1.1 * size > memory:
         return "too large"
     copies = 0.8 * density if density < 1 else 0

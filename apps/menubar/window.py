@@ -1,9 +1,10 @@
-"""The app's windows, for when the menu-bar icon is hidden: the menu as a form, and the question what to download."""
+"""The app's windows: the menu as a form, for when the menu-bar icon is hidden, and the choice of a download."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import toga
 from toga.style import Pack
@@ -12,29 +13,31 @@ from glass_mlx.loading import ALIASES
 
 from .menu import Item
 
-if TYPE_CHECKING:
-    from .app import GlassApp
-
 WIDTH, MARGIN = 500, 16
 OTHER = "Another one:"
 
-_LEFT_OUT = ("window", "quit")  # what a window needs no button for
+_NOT_SHOWN = ("window", "quit")  # entries that a window needs no button for
 
 
 class StatusWindow:
-    """Everything that the menu says and does, in a window: lines as labels, submenus as selections, what can be on or
-    off as switches, the rest as buttons."""
+    """The menu in a window: lines become labels, submenus selections, entries that are on or off switches, and all
+    others buttons."""
 
-    def __init__(self, app: GlassApp):
-        self.app = app
+    def __init__(self, perform: Callable[[str], Awaitable[None]], call_soon: Callable[..., Any]):
+        """
+        Args:
+            perform: does what the entry of a key stands for.
+            call_soon: calls a function once the event loop runs again.
+        """
+        self._perform, self._call_soon = perform, call_soon
         self._window: toga.Window | None = None
         self._items: tuple[Item, ...] = ()
         self._shape: list = []
         self._widgets: dict[str, Any] = {}
-        self._updating = False  # while the app changes widgets, which tell it so
+        self._updating = False  # widgets also report changes that the app itself makes
 
     def show(self) -> None:
-        """Show the window, made anew if it was closed."""
+        """Show the window. A closed one is made again."""
         if self._window is None or self._window.closed:
             self._window = toga.Window(title="GLASS", size=(WIDTH, 440))
             self._shape = []
@@ -42,13 +45,13 @@ class StatusWindow:
         self._window.show()
 
     def update(self, items: tuple[Item, ...]) -> None:
-        """Show these items, if the window is open; otherwise when it will be."""
-        self._items = tuple(item for item in items if item.key not in _LEFT_OUT)
+        """Show these items now, or when the window is shown next."""
+        self._items = tuple(item for item in items if item.key not in _NOT_SHOWN)
         if self._window is None or self._window.closed:
             return
         self._updating, fresh = True, False
         try:
-            shape = [(item.key, item.section, item.share is None, item.do == "") for item in self._items]
+            shape = [(item.key, item.section, item.share is None, item.action == "") for item in self._items]
             if shape != self._shape:
                 self._shape, self._widgets = shape, {}
                 self._window.content = self._form()
@@ -56,7 +59,7 @@ class StatusWindow:
             for item in self._items:
                 self._fill(item)
             if fresh:
-                self.app.loop.call_soon(self._fit)  # when the widgets have their sizes
+                self._call_soon(self._fit)  # when the widgets have their sizes
         finally:
             self._updating = False
 
@@ -91,11 +94,11 @@ class StatusWindow:
     def _widget(self, item: Item) -> toga.Widget:
         def act(widget: Any, **kwargs: Any) -> None:
             if not self._updating:
-                asyncio.ensure_future(self.app.perform(item.key))
+                asyncio.ensure_future(self._perform(item.key))
 
         def choose(widget: Any, **kwargs: Any) -> None:
             if not self._updating and widget.value is not None:
-                asyncio.ensure_future(self.app.perform(widget.value.key))
+                asyncio.ensure_future(self._perform(widget.value.key))
 
         if item.items is not None:
             return toga.Selection(accessor="text", on_change=choose, style=Pack(flex=1))
@@ -103,7 +106,7 @@ class StatusWindow:
             return toga.Switch(item.text, on_change=act)
         if item.key == "status":
             return toga.Label(item.text, style=Pack(font_size=13, font_weight="bold"))
-        return toga.Button(item.text, on_press=act) if item.do else toga.Label(item.text)
+        return toga.Button(item.text, on_press=act) if item.action else toga.Label(item.text)
 
     def _fill(self, item: Item) -> None:
         widget = self._widgets[item.key]
@@ -126,29 +129,34 @@ class StatusWindow:
 
 
 def _fit(window: toga.Window) -> None:
-    """Make a window as high as what is in it."""
+    """Give a window the height of its content."""
     window.size = (WIDTH, window.content.layout.min_content_height + 2 * MARGIN)
 
 
 def _short(text: str, most: int = 50) -> str:
-    """A text that does not make its widget wider than the window."""
+    """A text short enough for a widget of the window."""
     return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 + 1 :]}"
 
 
 class DownloadWindow:
-    """Asks which model to download: one of those with a short name, or any repository."""
+    """Asks which model to download: one with a short name, or any repository."""
 
-    def __init__(self, app: GlassApp):
-        self.app = app
+    def __init__(self, download: Callable[[str], Awaitable[None]], call_soon: Callable[..., Any]):
+        """
+        Args:
+            download: downloads the model of a name.
+            call_soon: calls a function once the event loop runs again.
+        """
+        self._download, self._call_soon = download, call_soon
         self._window: toga.Window | None = None
 
     def show(self) -> None:
-        """Ask."""
+        """Show the window. A closed one is made again."""
         if self._window is None or self._window.closed:
             self._window = toga.Window(title="Download a model", size=(WIDTH, 120), resizable=False)
             self._window.content = self._form()
         self._window.show()
-        self.app.loop.call_soon(_fit, self._window)  # when the widgets have their sizes
+        self._call_soon(_fit, self._window)  # when the widgets have their sizes
 
     def _form(self) -> toga.Box:
         column = Pack(width=110, margin_top=4)
@@ -174,9 +182,8 @@ class DownloadWindow:
         self.name.value = ALIASES.get(widget.value, "")
 
     async def download(self, widget: toga.Widget, **kwargs: Any) -> None:
-        """Download what was chosen; the menu and the window say how far it is."""
+        """Close the window and download what was chosen. The menu shows the progress."""
         chosen = self.choice.value
         name = chosen if ALIASES.get(chosen) == self.name.value else self.name.value
         self._window.close()
-        await self.app.beside(self.app.controller.download, name)
-        self.app.refresh()
+        await self._download(name)

@@ -50,10 +50,14 @@ class PhasedModel(nn.Module):
         super().__init__()
         self.model, self.prompt_left = model, prompt_tokens
 
-    def __call__(self, inputs: mx.array, cache: list[Any], **kwargs: Any) -> mx.array:
+    # mlx-lm looks for input_embeddings in the signature
+    def __call__(
+        self, inputs: mx.array, cache: list[Any], input_embeddings: mx.array | None = None, **kwargs: Any
+    ) -> mx.array:
+        if input_embeddings is not None:
+            kwargs["input_embeddings"] = input_embeddings
         if self.prompt_left > 0:
-            embeddings = kwargs.get("input_embeddings")
-            self.prompt_left -= (inputs if embeddings is None else embeddings).shape[1]
+            self.prompt_left -= (inputs if input_embeddings is None else input_embeddings).shape[1]
             return self.model.prefill(inputs, cache, **kwargs)
         return self.model.run_phase(self.model.session(cache).decoding_phase(), inputs, cache, **kwargs)
 
@@ -167,7 +171,7 @@ def generate(
             print(response.text, end="", flush=True)
     if verbose:
         print("\n" + "=" * 10)
-        print(_statistics(response))
+        print(statistics(response))
     return text
 
 
@@ -191,7 +195,8 @@ def _describe_dense(model: nn.Module) -> dict[str, Any]:
     return {"kept_neurons": neurons, "total_neurons": neurons}
 
 
-def _statistics(r: GenerationResponse) -> str:
+def statistics(r: GenerationResponse) -> str:
+    """An answer's figures, a line each, as mlx-lm prints them."""
     lines = [
         f"Prompt: {r.prompt_tokens} tokens, {r.prompt_tps:.3f} tokens-per-sec",
         f"Generation: {r.generation_tokens} tokens, {r.generation_tps:.3f} tokens-per-sec",

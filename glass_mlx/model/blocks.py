@@ -17,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..core.importance import energy
 from ..core.slicing import plain_class, slice_columns, slice_rows, unit_group
 
 # How a fused projection orders the 2F rows of its two halves. "" means that it is not fused.
@@ -154,6 +155,29 @@ def run_with(replacements: Replacements, call: Callable[..., Any], *args: Any, *
         return call(*args, **kwargs)
 
     return copy_context().run(replaced)
+
+
+def recording(
+    blocks: list[Block], norms: list[mx.array | None], call: Callable[..., mx.array], *args: Any, **kwargs: Any
+) -> tuple[mx.array, list[mx.array]]:
+    """``call(*args, **kwargs)``, with the energies of all neurons on the way.
+
+    Args:
+        blocks (list[Block]): whose hidden vectors are recorded.
+        norms (list): for each block its output-weight norms [F] for impact, or None for activation.
+        call: the dense model.
+
+    Returns:
+        tuple: what ``call`` returns, and for each block the energies [F] float32, neither evaluated.
+    """
+    energies = [mx.zeros((block.size,)) for block in blocks]
+
+    def observe(i: int, h: mx.array) -> mx.array:
+        energies[i] = energies[i] + energy(h, norms[i])
+        # Recorded before it is projected: else every layer's hidden vectors wait for the end of the prefill.
+        return mx.depends(h, energies[i])
+
+    return run_with(hooked(blocks, observe), call, *args, **kwargs), energies
 
 
 @cache

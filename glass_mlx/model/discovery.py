@@ -8,12 +8,14 @@ its neurons once its projections are sliced. No family needs code of its own her
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..core.ranking import kept_count, rank, select
 from ..core.slicing import SLICEABLE, in_float32, plain_class
+from ..errors import GlassError
 from .blocks import HALVES, INTERLEAVED, Block, Projection, hooked, run_with
 
 # (input projections, output projection) by the names that mlx-lm's families give them, most specific first.
@@ -49,6 +51,9 @@ def find_blocks(model: nn.Module) -> tuple[list[Block], dict[str, str]]:
 
     Returns:
         tuple: the blocks in the model's order, and the blocks that must stay dense: {path: reason}.
+
+    Raises:
+        GlassError: there is none.
     """
     blocks, dense, seen, checked = [], {}, set(), {}
     for path, module in _walk(model):
@@ -75,7 +80,33 @@ def find_blocks(model: nn.Module) -> tuple[list[Block], dict[str, str]]:
                 break
     for block in blocks:
         dense.pop(block.path, None)
+    if not blocks:
+        name = getattr(model, "model_type", type(model).__name__)
+        why = _why_none(model, dense)
+        raise GlassError(f"{name} has no dense FFN block that GLASS can sparsify ({why}). Use it with mlx-lm directly.")
     return blocks, dense
+
+
+def signature(model: nn.Module, blocks: list[Block]) -> tuple:
+    """Which projections and weights the blocks have now, by identity: it changes when any of them is replaced."""
+    found: list[Any] = []
+    for block in blocks:
+        module = _at(model, block.path)
+        for name in block.names:
+            projection = module.get(name) if isinstance(module, nn.Module) else None
+            found.append((id(projection), id(projection.get("weight")) if isinstance(projection, dict) else 0))
+    return tuple(found)
+
+
+def _at(model: nn.Module, path: str) -> Any:
+    """The module at a path; None if there is none any more."""
+    found: Any = model
+    for part in path.split(".") if path else ():
+        try:
+            found = found[int(part)] if isinstance(found, list) else found.get(part)
+        except (AttributeError, IndexError, ValueError):
+            return None
+    return found
 
 
 def check(block: Block) -> tuple[str, str]:
@@ -223,7 +254,7 @@ def _close(a: mx.array, b: mx.array) -> bool:
     return bool(mx.max(mx.abs(a - b)) <= tolerance * mx.max(mx.abs(b)))
 
 
-def why_none(dense: nn.Module, left_dense: dict[str, str]) -> str:
+def _why_none(dense: nn.Module, left_dense: dict[str, str]) -> str:
     """Why a model has no block to sparsify, in words."""
     if left_dense:
         return "; ".join(summarise(left_dense))

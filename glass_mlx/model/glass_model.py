@@ -7,9 +7,7 @@ logits = model.decode(token, cache)     # the same forward code, on the compact 
 
 from __future__ import annotations
 
-import logging
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +15,17 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
-from ..core.importance import energy, output_norms
 from ..errors import GlassError
-from .blocks import Block, hooked, run_with
+from .blocks import Block, recording, run_with
 from .compacting import make_compact
 from .config import GlassConfig
-from .discovery import find_blocks, summarise, why_none
-from .memory import SessionMemory, WeightFiles, default_limit
-from .selection import NeuronSelector
+from .memory import SessionMemory
+from .plan import Plan
+from .saved_session import check_restored, restore
 from .session import Phase, Session
-
-logger = logging.getLogger("glass_mlx")
 
 # Generated tokens that a dense call reads again at once, before a prompt: a long answer needs no more memory.
 _REREAD = 512
-
-
-@dataclass
-class _Plan:
-    """What GLASS knows of a model. Kept out of the module tree: none of it is a parameter."""
-
-    blocks: list[Block]
-    left_dense: dict[str, str]
-    path: Path | None
-    selector: NeuronSelector
-    memory: SessionMemory
-    files: WeightFiles | None
-    norms: list[mx.array] = field(default_factory=list)
-    draft_schedulers: dict[float, Any] = field(default_factory=dict)
 
 
 class GlassModel(nn.Module):
@@ -86,22 +67,12 @@ class GlassModel(nn.Module):
         super().__init__()
         if low_memory and path is None:
             raise GlassError("low_memory needs the model's directory, to read its weights again.")
-        blocks, left_dense = find_blocks(dense)
-        if not blocks:
-            name = getattr(dense, "model_type", type(dense).__name__)
-            raise GlassError(
-                f"{name} has no dense FFN block that GLASS can sparsify ({why_none(dense, left_dense)}). "
-                "Use it with mlx-lm directly."
-            )
         self.dense = dense
         self.config = config or GlassConfig()
         if low_memory and self.config.refresh == "auto":
             self.config = self.config.updated(refresh=0)  # each would read all weights from the disk
-        limit = default_limit(dense) if max_session_memory is None else max_session_memory
-        files = WeightFiles(path, blocks) if low_memory else None
-        self._plan = _Plan(blocks, left_dense, path, _selector(blocks, global_ranks), SessionMemory(limit), files)
-        for message in summarise(left_dense):
-            logger.warning(message)
+        self._plan = Plan.make(dense, path, max_session_memory, low_memory)
+        self.set_global_ranks(global_ranks)
 
     @property
     def blocks(self) -> list[Block]:
@@ -140,7 +111,17 @@ class GlassModel(nn.Module):
         sensitivity: list[float] | None = None,
     ) -> None:
         """Use these for the choices to come; arguments as for :class:`~glass_mlx.model.selection.NeuronSelector`."""
-        self._plan.selector = _selector(self.blocks, ranks, domains, sensitivity)
+        self._plan.set_statistics(ranks, domains, sensitivity)
+
+    def parameters(self) -> dict[str, Any]:
+        """The dense model's parameters under its own names, so that what mlx-lm saves of this model it can load."""
+        return self.dense.parameters()
+
+    def update(self, parameters: dict[str, Any], strict: bool = True) -> GlassModel:
+        """As ``nn.Module.update``, with the names of ``parameters()``."""
+        if set(parameters) != {"dense"}:
+            parameters = {"dense": parameters}
+        return super().update(parameters, strict=strict)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -200,8 +181,17 @@ class GlassModel(nn.Module):
 
     # The phases. Calls with a prompt cache return logits [B, L, vocabulary] of tokens [B, L].
 
-    def __call__(self, inputs: mx.array, cache: list[Any] | None = None, **kwargs: Any) -> mx.array:
+    # mlx-lm looks for input_embeddings in the signature
+    def __call__(
+        self,
+        inputs: mx.array,
+        cache: list[Any] | None = None,
+        input_embeddings: mx.array | None = None,
+        **kwargs: Any,
+    ) -> mx.array:
         """One step of a foreign loop, mlx-lm's for example: the phase is inferred (``Session.infer_phase``)."""
+        if input_embeddings is not None:
+            kwargs["input_embeddings"] = input_embeddings
         session = self._find_session(cache)
         if session is None:
             return self.dense(inputs, cache=cache, **kwargs)
@@ -217,6 +207,7 @@ class GlassModel(nn.Module):
     def prefill(self, inputs: mx.array, cache: list[Any], **kwargs: Any) -> mx.array:
         """The dense model over a prompt, or a part of one; the evidence is recorded. What an answer before it decoded
         sparsely is read again first, so that the cache holds what the dense model would have written."""
+        self._plan.follow(self.dense)
         session, entries = self.session(cache), cache[:-1]
         length = _length(inputs, kwargs)
         pending = self._take_pending(session, entries)
@@ -248,6 +239,8 @@ class GlassModel(nn.Module):
         start = time.perf_counter()
         kept = self._choose(session)
         compact = make_compact(plan.blocks, kept, plan.files, lambda needed: plan.memory.use(session, needed))
+        if plan.files is not None:
+            plan.accept(self.dense)  # dense weights were let go
         session.hold(compact, time.perf_counter() - start)
 
     def decode(self, inputs: mx.array, cache: list[Any], **kwargs: Any) -> mx.array:
@@ -303,15 +296,8 @@ class GlassModel(nn.Module):
 
     def _read(self, session, entries, inputs, length: int, prompt: int, kwargs, choose: bool = True) -> mx.array:
         """The dense model over ``length`` tokens, the last ``prompt`` of them of a prompt; the evidence is recorded."""
-        norms = self._norms() if session.config.signal == "impact" else [None] * len(self.blocks)
-        energies = [mx.zeros((block.size,)) for block in self.blocks]
-
-        def observe(i: int, h: mx.array) -> mx.array:
-            energies[i] = energies[i] + energy(h, norms[i])
-            # recorded before it is projected: else every layer's hidden vectors wait for the end of the prefill
-            return mx.depends(h, energies[i])
-
-        logits = run_with(hooked(self.blocks, observe), self.dense, inputs, cache=entries, **kwargs)
+        norms = self._plan.norms() if session.config.signal == "impact" else [None] * len(self.blocks)
+        logits, energies = recording(self.blocks, norms, self.dense, inputs, cache=entries, **kwargs)
         session.record(mx.concatenate(energies), length, prompt)
         mx.async_eval(session.energy)  # an array that is not evaluated belongs to this thread
         if choose:
@@ -334,26 +320,14 @@ class GlassModel(nn.Module):
             session.choose(kept)
         return session.kept
 
-    def _norms(self) -> list[mx.array]:
-        if not self._plan.norms:
-            found = []
-            for block in self.blocks:
-                found.append(output_norms(block.module[block.output]))
-                mx.eval(found[-1])  # one block at a time: a quantised one is dequantised for this
-            self._plan.norms = found
-        return self._plan.norms
-
     def _find_session(self, cache: list[Any] | None) -> Session | None:
         if not cache:
             return None
         if isinstance(cache[-1], Session):
             return cache[-1]
-        restored = Session.restore(cache[-1])
+        restored = restore(cache[-1])
         if restored is not None:
-            if restored.energy is not None and restored.energy.shape != (sum(self._plan.selector.sizes),):
-                raise GlassError("the session is of another model: its evidence has another size")
-            if restored.kept is not None and not self._plan.selector.fits(restored.kept, restored.config):
-                restored.drop_choice()  # chosen for weights in another quantisation, or damaged
+            check_restored(restored, cache[:-1], self._plan.selector, self.dense)
             cache[-1] = restored
         return restored
 
@@ -362,7 +336,3 @@ def _length(inputs: mx.array, kwargs: dict[str, Any]) -> int:
     """How many tokens a call has; embeddings count where they are given."""
     embeddings = kwargs.get("input_embeddings")
     return (inputs if embeddings is None else embeddings).shape[1]
-
-
-def _selector(blocks: list[Block], *statistics: Any) -> NeuronSelector:
-    return NeuronSelector([block.size for block in blocks], [block.group for block in blocks], *statistics)

@@ -59,6 +59,13 @@ class SessionMemory:
             holding.pop(0).drop_weights()
         self._sessions = [weakref.ref(s) for s in (*holding, session)]
 
+    def forget(self) -> None:
+        """Drop all compact weights."""
+        for ref in self._sessions:
+            if (session := ref()) is not None:
+                session.drop_choice()
+        self._sessions = []
+
     def held(self) -> int:
         """Bytes of all compact weights."""
         return self._held([s for s in (ref() for ref in self._sessions) if s is not None])

@@ -47,9 +47,17 @@ class NeuronSelector:
             sensitivity (list, optional): of every block (``ranks/sensitivity.py``). Default: all alike.
         """
         self.sizes, self.groups, self.ranks, self._sensitivity = sizes, groups, ranks, sensitivity
+        self._domains = domains
         domains = domains or {signal: [_shares(r) for r in rs] for signal, rs in (ranks or {}).items()}
         self._priors = {signal: Prior(rows) for signal, rows in domains.items()}
         self._counts: dict[tuple[float, str], list[int]] = {}
+
+    def of(self, sizes: list[int], groups: list[int]) -> NeuronSelector:
+        """The selector of the same model with other blocks: what is known of it goes along where the sizes are the
+        same."""
+        if sizes != self.sizes:
+            return NeuronSelector(sizes, groups)
+        return NeuronSelector(sizes, groups, self.ranks, self._domains, self._sensitivity)
 
     def counts(self, density: float, layer_budgets: str) -> list[int]:
         """How many neurons each block keeps: density * F, rounded to what the block can be cut into; or, with the

@@ -10,12 +10,10 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache
 
-from ..errors import GlassError
 from .blocks import CompactWeights
 from .config import GlassConfig
 
-_FORMAT = "glass_mlx session"
-_VERSION = 3
+SAVED_AS = "glass_mlx session 3"
 _MAX_SPANS = 8
 # With refresh "auto", generated tokens are read again every _REREAD_GAP tokens. Neurons are chosen again after
 # _FIRST_CHOICE tokens, after three times as many, and from then on every _CHOICE_GAP.
@@ -287,7 +285,7 @@ class Session:
             "pending": len(pending),
         }
         arrays = [span.energy for span in self.spans] + pending + (self.kept or [])
-        return [f"{_FORMAT} {_VERSION}", json.dumps(header), *arrays], None, None
+        return [SAVED_AS, json.dumps(header), *arrays], None, None
 
     def __deepcopy__(self, memo: dict) -> Session:
         # MLX arrays are never changed in place here, so copies share them, the compact weights above all.
@@ -296,58 +294,7 @@ class Session:
         copy.spans, copy.pending_reread = list(self.spans), list(self.pending_reread)
         return copy
 
-    @classmethod
-    def restore(cls, entry: Any) -> Session | None:
-        """The session that mlx-lm's ``load_prompt_cache`` read as an ArraysCache; None if the entry is not one.
-
-        Raises:
-            GlassError: it is damaged, or was saved by another version.
-        """
-        if type(entry) is not ArraysCache or not entry.cache or not str(entry.cache[0]).startswith(_FORMAT):
-            return None
-        if entry.cache[0] != f"{_FORMAT} {_VERSION}":
-            raise GlassError(f"the session was saved by another version of glass_mlx ({entry.cache[0][:40]!r})")
-        try:
-            return cls._restore(json.loads(entry.cache[1]), entry.cache[2:])
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, GlassError) as e:
-            raise GlassError(f"the session is damaged ({(str(e).splitlines() or ['empty'])[0][:80]})") from e
-
-    @classmethod
-    def _restore(cls, header: dict[str, Any], arrays: list[Any]) -> Session:
-        if not all(isinstance(a, mx.array) for a in arrays):
-            raise ValueError("an entry is not an array")
-        session = cls(GlassConfig(**header["config"]))
-        session.offset, session.generated = header["offset"], header["generated"]
-        session.in_prompt = header["in_prompt"] is True
-        spans, pending = header["spans"], header["pending"]
-        if not all(type(n) is int and n >= 0 for n in (session.offset, session.generated, pending)) or pending > 1:
-            raise ValueError("a count is out of range")
-        end = 0
-        for span, energy in zip(spans, arrays):
-            start, stop, tokens = span
-            if not all(type(n) is int for n in span) or not end <= start < stop or not 1 <= tokens <= stop - start:
-                raise ValueError("a span of evidence is out of order")
-            if energy.dtype != mx.float32 or energy.ndim != 1 or not mx.all((energy >= 0) & mx.isfinite(energy)).item():
-                raise ValueError("evidence has values that are not energies")
-            session.spans.append(EvidenceSpan(start, stop, tokens, energy))
-            end = stop
-        if len(session.spans) != len(spans) or end > session.offset:
-            raise ValueError("evidence is missing, or is of tokens that are not in the cache")
-        if session.spans:
-            session.energy = session.spans[-1].energy
-        rest = arrays[len(spans) :]
-        session.pending_reread, kept = rest[:pending], rest[pending:]
-        for tokens in session.pending_reread:
-            if (
-                tokens.ndim != 2
-                or not mx.issubdtype(tokens.dtype, mx.integer)
-                or tokens.shape[1] > session.offset - end
-            ):
-                raise ValueError("the tokens to be read again do not fit the cache")
-        session.kept = kept or None
-        return session
-
 
 # mlx-lm's load_prompt_cache makes each entry again by its class name, which must be one of mlx-lm's own.
-# Under this name a saved session comes back as plain arrays, which ``restore`` turns into a session.
+# Under this name a saved session comes back as plain arrays, which ``saved_session.restore`` turns into a session.
 Session.__name__ = ArraysCache.__name__

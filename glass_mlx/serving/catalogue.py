@@ -1,7 +1,7 @@
-"""Which models may be served, and where they are: no name that a client sends is used as a path.
+"""Which models may be served, and where they are. A name that a client sends is never used as a path.
 
-The bundled demo, aliases, Hub repositories in the local cache (others if downloads are allowed), the default model, and
-directories under those that the operator allows.
+Served are the bundled demo, the aliases, Hub repositories in the local cache (any repository if downloads are allowed),
+the default model, and models below the directories that the operator allows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from huggingface_hub.errors import CacheNotFound, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..loading import ALIASES, DEFAULT_MODEL, DEMO_PATH, resolve_model
-from .request import UnknownModel
+from .errors import UnknownModel
 
 DEFAULT_NAME = "default_model"
 
@@ -27,8 +27,8 @@ class Source:
 
     Attributes:
         id: the name to show.
-        key: the same for all names of one model.
-        locate: its directory; downloads it where that is allowed and necessary.
+        key: identifies the model: all of its names have the same key.
+        locate: returns its directory, after downloading it if necessary.
     """
 
     id: str
@@ -38,7 +38,7 @@ class Source:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A model that can be asked for; ``kind`` is "demo", "alias", "hub", "local" or "default"."""
+    """A model that requests may name; ``kind`` is "demo", "alias", "hub", "local" or "default"."""
 
     id: str
     kind: str
@@ -54,10 +54,10 @@ class Catalogue:
         self.allow_paths = tuple(Path(p).expanduser().resolve() for p in allow_paths)
 
     def resolve(self, name: str) -> Source:
-        """The model of a name.
+        """Find the model that a name stands for.
 
         Raises:
-            UnknownModel: there is none that may be served; the message names no path but the client's own words.
+            UnknownModel: no model of this name may be served. The message contains no path except what the client sent.
         """
         if name in ("", DEFAULT_NAME, self.default, self._default_id()):
             return self._default()
@@ -67,7 +67,7 @@ class Catalogue:
         if (local := self._local(name)) is not None:
             return Source(local.name, str(local), lambda: local)
         if not _is_repo(repo):
-            raise UnknownModel(f"The model {name[:100]!r} does not exist; GET /v1/models lists those that do.")
+            raise UnknownModel(f"The model {name[:100]!r} does not exist; GET /v1/models lists the models.")
         if (cached := _cached(repo)) is not None:
             return Source(name, repo, lambda: cached)
         if not self.allow_download:
@@ -78,7 +78,7 @@ class Catalogue:
         return Source(name, repo, lambda: _download(repo))
 
     def models(self) -> list[ModelInfo]:
-        """What can be asked for, with its size on disk; the default model first."""
+        """All models that requests may name, with their sizes on disk; the default model first."""
         cached = {
             repo.repo_id: repo.size_on_disk
             for repo in _scan()
@@ -105,12 +105,12 @@ class Catalogue:
         return sorted(found, key=lambda model: model.id != default)
 
     def _default_id(self) -> str:
-        """The default model's name to show: of a local directory its last part only."""
+        """The default model's name to show; for a local directory only its last part."""
         path = Path(self.default).expanduser()
         return path.resolve().name if self.default not in (DEFAULT_MODEL, *ALIASES) and path.is_dir() else self.default
 
     def _default(self) -> Source:
-        """The default model is the operator's choice, so it may be any that ``load`` takes."""
+        """The default model. The operator chose it, so it may be anything that ``load`` takes."""
         name = self.default
         if name == DEFAULT_MODEL:
             return Source(name, name, lambda: DEMO_PATH)
@@ -119,9 +119,9 @@ class Catalogue:
         return Source(self._default_id(), key, lambda: resolve_model(name))
 
     def _local(self, name: str) -> Path | None:
-        """The directory of a name under one of the allowed ones, links followed."""
+        """The directory that a name means below one of the allowed ones; links are followed first."""
         for root in self.allow_paths:
-            with contextlib.suppress(OSError, ValueError, RuntimeError):  # names no path can have
+            with contextlib.suppress(OSError, ValueError, RuntimeError):  # names that cannot be paths
                 path = (root / name).resolve()
                 if path.is_relative_to(root) and path != root and (path / "config.json").is_file():
                     return path
@@ -137,7 +137,7 @@ def _is_repo(name: str) -> bool:
 
 
 def _cached(repo: str) -> Path | None:
-    """The directory of a repository in the Hub cache, if it has what a model needs."""
+    """The directory of a repository in the Hub cache, if it has a config and weights."""
     config = try_to_load_from_cache(repo, "config.json", cache_dir=constants.HF_HUB_CACHE)
     if not isinstance(config, str):
         return None
@@ -146,7 +146,7 @@ def _cached(repo: str) -> Path | None:
 
 
 def _download(repo: str) -> Path:
-    if Path(repo).exists():  # resolve_model would take it for a path
+    if Path(repo).exists():  # resolve_model would take the name as a path
         raise UnknownModel(
             f"{repo} is also a directory where the server runs: start it elsewhere to download the model."
         )

@@ -1,4 +1,4 @@
-"""The log file: in the platform's directory for logs, rotated."""
+"""The log file, in the platform's directory for logs, with rotation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def log_dir() -> Path:
-    """Where logs are kept: ``~/Library/Logs/glass_mlx`` on a Mac."""
+    """The directory of the logs: ``~/Library/Logs/glass_mlx`` on a Mac."""
     return user_log_path("glass_mlx")
 
 
@@ -21,7 +21,7 @@ def log_to_file(name: str = "server.log", directory: Path | None = None, level: 
     """Write this process's log to a file of at most 1 MB, keeping three older ones.
 
     Returns:
-        Path | None: the file; None if it cannot be written, which is no reason not to run.
+        Path | None: the file; None if it cannot be written, in which case there is no log.
     """
     path = (directory or log_dir()) / name
     try:

@@ -1,4 +1,4 @@
-"""The published description of the API, made from the models that check requests and write responses."""
+"""The OpenAPI document, made from the models that check requests and write responses."""
 
 from __future__ import annotations
 
@@ -17,16 +17,20 @@ _MODELS = (
     *(Model, ModelList, EngineStatus, Health, ErrorBody),
 )
 _REF = "#/components/schemas/{model}"
-_REFUSALS = {
-    "400": "The request is not as it should be",
+_ERRORS = {
+    "400": "The request is invalid",
     "401": "The API key is missing or wrong",
     "403": "The Host or the Origin is not allowed",
-    "404": "There is no such model",
+    "404": "The model does not exist",
     "408": "The body did not arrive in time",
     "413": "The body is too large",
-    "429": "The queue is full: try again later",
+    "429": "The queue is full. Try again later",
     "500": "Loading or generating failed",
 }
+
+
+_FORBIDDEN = ("401", "403")
+_COMPLETING = ("400", *_FORBIDDEN, "404", "408", "413", "429", "500")
 
 
 @cache
@@ -34,48 +38,52 @@ def document() -> dict[str, Any]:
     """The OpenAPI 3.1 document."""
     inputs = [(model, "validation", TypeAdapter(model)) for model in _MODELS]
     schemas, definitions = TypeAdapter.json_schemas(inputs, ref_template=_REF)
-    refs = {model: schema for (model, _), schema in schemas.items()}
-
-    def operation(
-        summary: str, answers: type, refused: str, body: type | None = None, events: type | None = None
-    ) -> dict:
-        content = {"application/json": {"schema": refs[answers]}}
-        if events is not None:
-            content["text/event-stream"] = {"schema": _event({"anyOf": [refs[events], refs[ErrorBody]]})}
-        failed = {"application/json": {"schema": refs[ErrorBody]}}
-        done: dict[str, Any] = {"summary": summary, "responses": {"200": {"description": "Done", "content": content}}}
-        for code in refused.split():
-            done["responses"][code] = {"description": _REFUSALS[code], "content": failed}
-        if body is not None:
-            done["requestBody"] = {"required": True, "content": {"application/json": {"schema": refs[body]}}}
-        return done
-
-    door, answering = "401 403", "400 401 403 404 408 413 429 500"
-    one = operation("One of them", Model, f"{door} 404")
-    one["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}]
-    unload = operation("Free the model's memory once the present answer has ended", EngineStatus, f"{door} 500")
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "glass_mlx",
             "version": __version__,
-            "description": "OpenAI's API for models that decode on the neurons their prompt calls for.",
+            "description": "OpenAI's API for models that decode with only the neurons that their prompt calls for.",
         },
-        "paths": {
-            "/v1/chat/completions": {
-                "post": operation("Answer a chat", ChatCompletion, answering, ChatBody, ChatChunk)
-            },
-            "/v1/completions": {
-                "post": operation("Continue a text", TextCompletion, answering, CompletionBody, TextCompletion)
-            },
-            "/v1/models": {"get": operation("The models that can be asked for", ModelList, door)},
-            "/v1/models/{id}": {"get": one},
-            "/v1/status": {"get": operation("What the engine is doing", EngineStatus, door)},
-            "/v1/unload": {"post": unload},
-            "/health": {"get": operation("Whether requests can be answered", Health, "403")},
+        "paths": _paths({model: schema for (model, _), schema in schemas.items()}),
+        "components": {
+            "schemas": definitions.get("$defs", {}),
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
-        "components": {**_components(definitions), "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
         "security": [{}, {"key": []}],
+    }
+
+
+def _paths(refs: dict[type, dict]) -> dict[str, Any]:
+    """The endpoints; ``refs`` refers to the models' schemas."""
+
+    def operation(
+        summary: str, answer: type, errors: tuple[str, ...], body: type | None = None, events: type | None = None
+    ) -> dict[str, Any]:
+        content = {"application/json": {"schema": refs[answer]}}
+        if events is not None:
+            content["text/event-stream"] = {"schema": _event({"anyOf": [refs[events], refs[ErrorBody]]})}
+        responses = {"200": {"description": "Done", "content": content}}
+        for status in errors:
+            error = {"application/json": {"schema": refs[ErrorBody]}}
+            responses[status] = {"description": _ERRORS[status], "content": error}
+        operation: dict[str, Any] = {"summary": summary, "responses": responses}
+        if body is not None:
+            operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": refs[body]}}}
+        return operation
+
+    model = operation("One model", Model, (*_FORBIDDEN, "404"))
+    model["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}]
+    unload = operation("Free the model's memory, after the present completion", EngineStatus, (*_FORBIDDEN, "500"))
+    complete = operation("Continue a text", TextCompletion, _COMPLETING, CompletionBody, TextCompletion)
+    return {
+        "/v1/chat/completions": {"post": operation("Answer a chat", ChatCompletion, _COMPLETING, ChatBody, ChatChunk)},
+        "/v1/completions": {"post": complete},
+        "/v1/models": {"get": operation("The models that requests may name", ModelList, _FORBIDDEN)},
+        "/v1/models/{id}": {"get": model},
+        "/v1/status": {"get": operation("What the engine is doing", EngineStatus, _FORBIDDEN)},
+        "/v1/unload": {"post": unload},
+        "/health": {"get": operation("Whether the server takes requests", Health, ("403",))},
     }
 
 
@@ -84,11 +92,7 @@ def _event(payload: dict[str, Any]) -> dict[str, Any]:
     data = {
         "anyOf": [
             {"type": "string", "contentMediaType": "application/json", "contentSchema": payload},
-            {"const": "[DONE]", "description": "The last event of an answer that was not broken off by an error"},
+            {"const": "[DONE]", "description": "The last event of a stream that did not end with an error"},
         ]
     }
     return {"type": "object", "properties": {"data": data}, "required": ["data"]}
-
-
-def _components(definitions: dict[str, Any]) -> dict[str, Any]:
-    return {"schemas": definitions.get("$defs", {})}

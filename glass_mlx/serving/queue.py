@@ -3,44 +3,45 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from typing import Generic, TypeVar
 
-from .catalogue import Source
-from .request import Ticket
+T = TypeVar("T")
 
 
-class FairQueue:
-    """Tickets that wait, in the order in which they came for each client; clients take turns."""
+class RoundRobinQueue(Generic[T]):
+    """Serves clients in turn; within one client, first come, first served. The caller does the locking."""
 
     def __init__(self) -> None:
-        self._waiting: OrderedDict[str, deque[tuple[Ticket, Source]]] = OrderedDict()
+        self._waiting: OrderedDict[str, deque[T]] = OrderedDict()  # the next client first
 
     def __len__(self) -> int:
         return sum(map(len, list(self._waiting.values())))
 
-    def push(self, client: str, ticket: Ticket, source: Source) -> None:
-        self._waiting.setdefault(client, deque()).append((ticket, source))
+    def push(self, client: str, item: T) -> None:
+        self._waiting.setdefault(client, deque()).append(item)
 
-    def pop(self) -> tuple[Ticket, Source] | None:
+    def pop(self) -> T | None:
+        """Take the next item; None if the queue is empty."""
         if not self._waiting:
             return None
-        client, tickets = self._waiting.popitem(last=False)
-        first = tickets.popleft()
-        if tickets:
-            self._waiting[client] = tickets  # at the end: the others come before its next one
+        client, items = self._waiting.popitem(last=False)
+        first = items.popleft()
+        if items:
+            self._waiting[client] = items  # at the end: all other clients come before its next item
         return first
 
-    def remove(self, ticket: Ticket) -> bool:
-        """Take out a ticket; False if it is not waiting."""
-        client = ticket.request.client
-        for waiting in self._waiting.get(client, ()):
-            if waiting[0] is ticket:
-                self._waiting[client].remove(waiting)
-                if not self._waiting[client]:
-                    del self._waiting[client]
-                return True
-        return False
+    def remove(self, client: str, item: T) -> bool:
+        """Take out a client's item; returns whether it was waiting."""
+        items = self._waiting.get(client, ())
+        if item not in items:
+            return False
+        items.remove(item)
+        if not items:
+            del self._waiting[client]
+        return True
 
-    def drain(self) -> list[Ticket]:
-        tickets = [ticket for waiting in self._waiting.values() for ticket, _ in waiting]
+    def clear(self) -> list[T]:
+        """Take out all items."""
+        items = [item for waiting in self._waiting.values() for item in waiting]
         self._waiting.clear()
-        return tickets
+        return items

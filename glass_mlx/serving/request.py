@@ -1,4 +1,4 @@
-"""What passes between a client and the engine: a request, pieces of its answer, and what can go wrong."""
+"""What passes between a client and the engine: a request, and the chunks of its completion."""
 
 from __future__ import annotations
 
@@ -9,46 +9,28 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import GlassError
-
-
-class EngineError(GlassError):
-    """A request cannot be answered. The message may be shown to any client: it has no paths in it."""
-
-
-class Busy(EngineError):
-    """The queue is full."""
-
-
-class UnknownModel(EngineError):
-    """The model is none that the engine may serve."""
-
-
-class BadRequest(EngineError):
-    """The model cannot take this request: its template refuses it, it is too long, a token does not exist."""
-
-
-class EngineFailed(EngineError):
-    """Loading or generating failed, or the engine was closed."""
+from .catalogue import Source
+from .errors import RequestError
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to answer, and how.
+    """What to complete, and how. Give either ``messages`` or ``prompt``.
 
     Attributes:
-        messages: a chat ``[{"role", "content", ...}]``; or
+        messages: a chat ``[{"role", "content", ...}]`` to answer.
         prompt: text or tokens to continue.
         model: ``demo``, an alias, a Hub repository, or ``default_model``.
-        client: whose request this is; clients take turns in the queue.
+        client: who sent the request. Clients take turns in the queue.
         tools: function definitions for the chat template.
         template_args: further arguments of the chat template.
-        max_tokens: at most so many tokens.
-        stop: texts that end the answer and are left out of it.
-        seed: with one, the answer is a function of the request alone: see ``conversations.py``.
+        max_tokens: the most tokens to generate.
+        stop: texts that end the answer. They are not part of it.
+        seed: with a seed, the answer depends on the request alone; see ``cache_store.py``.
         density, global_weight, signal, layer_budgets, refresh, verify: where they differ from the engine's.
-        logprobs: give each token's log-probability, and of the ``top_logprobs`` most likely ones.
-        The others are mlx-lm's, of ``make_sampler`` and ``make_logits_processors``.
+        logprobs: whether each token comes with its log-probability and with its ``top_logprobs`` most likely rivals.
+
+    The other fields are those of mlx-lm's ``make_sampler`` and ``make_logits_processors``.
     """
 
     messages: list[dict[str, Any]] | None = None
@@ -83,7 +65,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Token:
-    """A generated token; its log-probability and the most likely ones, if asked for."""
+    """A generated token. Its log-probability and the most likely tokens are there only if they were asked for."""
 
     id: int
     text: str = ""
@@ -93,8 +75,20 @@ class Token:
 
 @dataclass(frozen=True)
 class Usage:
-    """What an answer cost. ``cached_tokens`` of the prompt were in the cache and were not read again; ``prompt_tps``
-    is of the others. ``drafted_tokens`` of a verified answer are the sparse model's, the others the dense one's."""
+    """What a completion cost.
+
+    Attributes:
+        prompt_tokens, completion_tokens: tokens read and generated.
+        cached_tokens: tokens of the prompt that were taken from the cache.
+        prompt_tps: tokens/s of reading the rest of the prompt.
+        generation_tps: tokens/s of generating.
+        selection_ms: milliseconds of choosing the neurons and copying their weights.
+        density, kept_neurons, total_neurons, global_weight, signal: how the model decoded; see
+            :class:`glass_mlx.GenerationResponse`.
+        verified: whether the dense model checked the completion.
+        drafted_tokens: tokens of a verified completion that the sparse model drafted. The dense model made the others.
+        peak_memory: GB that MLX held at most.
+    """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -113,9 +107,10 @@ class Usage:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A piece of an answer; the last one has a finish reason ("stop", "length", "tool_calls" or "cancelled") and
-    the usage. One comes for each token, though its text may be held back until it is known to be no stop word."""
+class Chunk:
+    """The part of a completion that one token adds. Its text may be empty: what could be the beginning of a stop word
+    or of a marker is held back. The last chunk has the usage and a finish reason: "stop", "length", "tool_calls" or
+    "cancelled"."""
 
     text: str = ""
     reasoning: str = ""
@@ -125,63 +120,78 @@ class Piece:
     usage: Usage | None = None
 
 
-class Ticket:
-    """A submitted request. Iterate over it, with ``for`` or ``async for``, for the pieces of the answer.
+class PendingCompletion:
+    """A submitted request. Iterate over it, with ``for`` or ``async for``, for the chunks of its completion.
 
-    Iteration ends with the piece that has a finish reason, or raises an :class:`EngineError`.
+    Iteration ends after the chunk that has a finish reason, or raises a :class:`RequestError`. All methods may be
+    called from any thread.
+
+    Attributes:
+        request, source: what was asked, and of which model.
+        cancelled: whether nobody wants the rest any more.
     """
 
-    def __init__(self, request: Request, model: str, on_cancel: Callable[[Ticket], None]):
-        self.request, self.model = request, model
+    def __init__(self, request: Request, source: Source, on_cancel: Callable[[PendingCompletion], None]):
+        self.request, self.source = request, source
         self.cancelled = False
         self._on_cancel = on_cancel
-        self._pieces: queue.SimpleQueue[Piece | EngineError] = queue.SimpleQueue()
+        self._items: queue.SimpleQueue[Chunk | RequestError] = queue.SimpleQueue()
         self._wake: Callable[[], None] = lambda: None
 
     def cancel(self) -> None:
-        """Give up: generation stops at the next token, or does not begin. Safe to call at any time, on any thread."""
+        """Give up. Generation stops at the next token, or does not begin."""
         self.cancelled = True
         self._on_cancel(self)
 
-    def put(self, item: Piece | EngineError) -> None:
-        """Called by the engine."""
-        self._pieces.put(item)
+    def put(self, item: Chunk | RequestError) -> None:
+        """Deliver a chunk, or the error that ends the completion. Called by the engine."""
+        self._items.put(item)
         self._wake()
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Iterator[Chunk]:
         while True:
-            piece = _raised(self._pieces.get())
-            yield piece
-            if piece.finish_reason:
+            chunk = _raise_errors(self._items.get())
+            yield chunk
+            if chunk.finish_reason:
                 return
 
-    async def __aiter__(self) -> AsyncIterator[Piece]:
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
         while True:
-            piece = await self.get()
-            yield piece
-            if piece.finish_reason:
+            chunk = await self.get()
+            yield chunk
+            if chunk.finish_reason:
                 return
 
-    async def get(self, timeout: float | None = None) -> Piece | None:
-        """The next piece; None if none comes within ``timeout`` seconds."""
+    async def get(self, timeout: float | None = None) -> Chunk | None:
+        """Wait for the next chunk.
+
+        Args:
+            timeout (float, optional): seconds to wait; ``None`` waits until a chunk comes.
+
+        Returns:
+            Chunk | None: the chunk; ``None`` if none came in time.
+
+        Raises:
+            RequestError: the request failed.
+        """
         arrived, loop = asyncio.Event(), asyncio.get_running_loop()
 
         def wake() -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has closed, and nobody listens
+            with contextlib.suppress(RuntimeError):  # the loop has closed: nobody is waiting
                 loop.call_soon_threadsafe(arrived.set)
 
-        self._wake = wake  # before looking, so that a piece that comes now is not slept through
+        self._wake = wake  # set before the first look, so that no chunk slips in between unnoticed
         with contextlib.suppress(queue.Empty):
-            return _raised(self._pieces.get_nowait())
+            return _raise_errors(self._items.get_nowait())
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 await arrived.wait()
         with contextlib.suppress(queue.Empty):
-            return _raised(self._pieces.get_nowait())
+            return _raise_errors(self._items.get_nowait())
         return None
 
 
-def _raised(item: Piece | EngineError) -> Piece:
-    if isinstance(item, EngineError):
+def _raise_errors(item: Chunk | RequestError) -> Chunk:
+    if isinstance(item, RequestError):
         raise item
     return item

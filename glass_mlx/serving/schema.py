@@ -1,6 +1,6 @@
-"""OpenAI's requests and responses, as far as they are served, with GLASS's own fields.
+"""OpenAI's requests, with GLASS's own fields, and how they become requests to the engine.
 
-Types and ranges are strict; fields that are not known are ignored, since clients send all sorts of them.
+Types and ranges are strict. Unknown fields are ignored, because clients send all sorts of them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from .errors import BadRequest
 from .request import Request
 
 _Unit = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -17,20 +18,12 @@ _Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 _StopWord = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
-class BadBody(ValueError):
-    """A request that is not as it should be: what is wrong, and with which field."""
-
-    def __init__(self, message: str, param: str | None = None):
-        super().__init__(message)
-        self.param = param
-
-
 class _Model(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
 class TextPart(_Model):
-    """A part of a message's content; only text is read."""
+    """A part of a message's content. Only text is supported."""
 
     type: Literal["text"]
     text: str
@@ -42,7 +35,7 @@ class FunctionCall(_Model):
 
     @field_validator("arguments")
     @classmethod
-    def _is_object(cls, value: str) -> str:
+    def _check_is_object(cls, value: str) -> str:
         try:
             if isinstance(json.loads(value or "{}"), dict):
                 return value
@@ -68,16 +61,16 @@ class Message(_Model):
     tool_call_id: str | None = None
 
     def render(self) -> dict[str, Any]:
-        """The message as chat templates take it."""
+        """The message in the form that chat templates take."""
         content = self.content
         if isinstance(content, list):
             content = "".join(part.text for part in content)
         message = self.model_dump(exclude_none=True, exclude={"content", "tool_calls"})
-        # templates know no developer, which is what OpenAI calls the system now
+        # templates do not know "developer", OpenAI's newer name for "system"
         message |= {"role": "system" if self.role == "developer" else self.role, "content": content or ""}
         if self.tool_calls:
             calls = [call.model_dump(exclude_none=True) for call in self.tool_calls]
-            for call in calls:  # and they want the arguments as objects
+            for call in calls:  # templates want the arguments as objects
                 call["function"]["arguments"] = json.loads(call["function"]["arguments"] or "{}")
             message["tool_calls"] = calls
         return message
@@ -101,12 +94,12 @@ class StreamOptions(_Model):
 
 
 class ResponseFormat(_Model):
-    """Only text: generation is not constrained to a schema."""
+    """Only text is supported: generation cannot be constrained to a schema."""
 
     type: Literal["text"]
 
 
-def _token_ids(bias: dict[str, float]) -> dict[str, float]:
+def _check_token_ids(bias: dict[str, float]) -> dict[str, float]:
     for key in bias:
         if not (key.isascii() and key.isdigit() and len(key) < 10):
             raise ValueError("keys must be token ids")
@@ -114,7 +107,7 @@ def _token_ids(bias: dict[str, float]) -> dict[str, float]:
 
 
 class _Body(_Model):
-    """What chats and completions have in common. Sampling options that are left out are the server's."""
+    """The fields that chats and completions share. Sampling options that are left out are the server's."""
 
     model: str = Field("default_model", max_length=300)
     max_tokens: int | None = Field(None, ge=1, le=2**31)
@@ -131,7 +124,7 @@ class _Body(_Model):
     logit_bias: (
         Annotated[
             dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]],
-            AfterValidator(_token_ids),
+            AfterValidator(_check_token_ids),
             Field(json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,9}$"}}),
         ]
         | None
@@ -141,15 +134,15 @@ class _Body(_Model):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = None
-    user: str | None = Field(
-        None, max_length=1000, description="clients that give one take turns and keep caches apart"
-    )
+    user: str | None = Field(None, max_length=1000, description="users take turns and have their own caches")
     density: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
     global_weight: Literal["auto"] | _Unit | None = None
     signal: Literal["impact", "activation"] | None = None
     layer_budgets: Literal["measured", "uniform"] | None = None
     refresh: Literal["auto"] | Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    verify: bool | None = Field(None, description="draft sparsely and check with the dense model, whose answer it is")
+    verify: bool | None = Field(
+        None, description="draft with the sparse model and check with the dense one, whose answer it is"
+    )
 
     @property
     def include_usage(self) -> bool:
@@ -180,7 +173,7 @@ class ChatBody(_Body):
 
     @field_validator("chat_template_kwargs")
     @classmethod
-    def _free(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+    def _check_not_reserved(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
         reserved = {"messages", "conversation", "tools", "tokenize", "add_generation_prompt", "return_dict"}
         reserved |= {"chat_template", "return_tensors", "continue_final_message", "tokenizer_kwargs"}
         if value and reserved & value.keys():
@@ -188,7 +181,7 @@ class ChatBody(_Body):
         return value
 
     def request(self, client: str, defaults: dict[str, Any]) -> Request:
-        """What the engine is asked; ``defaults`` are the server's sampling options."""
+        """The request to the engine. ``defaults`` are the server's sampling options."""
         fields: dict[str, Any] = {"messages": [message.render() for message in self.messages]}
         if self.tools and self.tool_choice != "none":
             fields["tools"] = [tool.model_dump(exclude_none=True) for tool in self.tools]
@@ -213,7 +206,7 @@ class CompletionBody(_Body):
     best_of: Literal[1] | None = None
 
     def request(self, client: str, defaults: dict[str, Any]) -> Request:
-        """What the engine is asked; ``defaults`` are the server's sampling options."""
+        """The request to the engine. ``defaults`` are the server's sampling options."""
         prompt = (
             self.prompt[0] if isinstance(self.prompt[:1], list) and isinstance(self.prompt[0], str) else self.prompt
         )
@@ -225,19 +218,19 @@ _B = TypeVar("_B", bound=_Body)
 
 
 def parse(kind: type[_B], body: bytes) -> _B:
-    """Read a request's body.
+    """Parse the body of a request.
 
     Raises:
-        BadBody: with a message that names the field.
+        BadRequest: the body is invalid; the message names the field.
     """
     try:
         return kind.model_validate_json(body)
     except ValidationError as e:
-        # of a union's errors, the one that got farthest into the value says most
+        # a union gives one error per member; the one deepest in the value tells the most
         first = max(
             e.errors(include_url=False, include_input=False, include_context=False), key=lambda x: len(x["loc"])
         )
         if first["type"] == "json_invalid":
-            raise BadBody("The body is no valid JSON.") from e
+            raise BadRequest("The body is not valid JSON.") from e
         where = ".".join(str(part) for part in first["loc"] if str(part).isidentifier() or isinstance(part, int))
-        raise BadBody(f"{where or 'body'}: {first['msg']}"[:500], where or None) from e
+        raise BadRequest(f"{where or 'body'}: {first['msg']}"[:500], where or None) from e

@@ -1,4 +1,4 @@
-"""OpenAI's responses: their models, and writers that make them of an answer's pieces.
+"""OpenAI's responses: their models, and writers that make them from the chunks of a completion.
 
 Fields that are not set are left out of the JSON.
 """
@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from .request import Piece, Token
-from .request import Usage as Cost
+from .request import Chunk, Token
+from .request import Usage as CompletionUsage
 
 
 class _Out(BaseModel):
@@ -28,7 +28,7 @@ class Error(_Out):
 
 
 class ErrorBody(_Out):
-    """What every failure answers."""
+    """The body of every error response."""
 
     error: Error
 
@@ -62,14 +62,14 @@ class Usage(_Out):
     glass: GlassUsage
 
     @classmethod
-    def of(cls, cost: Cost) -> Usage:
-        said = {k: v for k, v in asdict(cost).items() if k in GlassUsage.model_fields}
+    def of(cls, usage: CompletionUsage) -> Usage:
+        glass = {k: v for k, v in asdict(usage).items() if k in GlassUsage.model_fields}
         return cls(
-            prompt_tokens=cost.prompt_tokens,
-            completion_tokens=cost.completion_tokens,
-            total_tokens=cost.prompt_tokens + cost.completion_tokens,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=cost.cached_tokens),
-            glass=GlassUsage(**said),
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+            total_tokens=usage.prompt_tokens + usage.completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=usage.cached_tokens),
+            glass=GlassUsage(**glass),
         )
 
 
@@ -87,26 +87,26 @@ class ChatLogprobs(_Out):
     content: list[TokenLogprob]
 
 
-class CalledFunction(_Out):
+class FunctionCallOutput(_Out):
     name: str
     arguments: str
 
 
-class Called(_Out):
+class ToolCallOutput(_Out):
     index: int | None = None
     id: str
     type: Literal["function"]
-    function: CalledFunction
+    function: FunctionCallOutput
 
 
-class Said(_Out):
-    """A message, or in a stream a piece of one. ``reasoning`` and ``reasoning_content`` are the same."""
+class AssistantMessage(_Out):
+    """A message, or a part of one in a stream. ``reasoning`` and ``reasoning_content`` are the same."""
 
     role: Literal["assistant"] = "assistant"
     content: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[Called] | None = None
+    tool_calls: list[ToolCallOutput] | None = None
 
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
@@ -114,7 +114,7 @@ FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 
 class ChatChoice(_Out):
     index: int = 0
-    message: Said
+    message: AssistantMessage
     finish_reason: FinishReason
     logprobs: ChatLogprobs | None
 
@@ -130,7 +130,7 @@ class ChatCompletion(_Out):
 
 class ChunkChoice(_Out):
     index: int = 0
-    delta: Said
+    delta: AssistantMessage
     finish_reason: FinishReason | None
     logprobs: ChatLogprobs | None
 
@@ -191,77 +191,81 @@ class Health(_Out):
 
 
 class _Writer:
-    """Makes the responses to one request."""
+    """Makes the responses to one request: either the events of a stream, or one whole response."""
 
     prefix: str
 
-    def __init__(self, model: str):
+    def __init__(self, model: str, logprobs: bool):
         self._base = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self._all = Piece()
+        self._logprobs = logprobs
+        self._whole = Chunk()
         self._tokens: list[Token] = []
 
-    def add(self, piece: Piece) -> None:
-        """Collect a piece for :meth:`whole`."""
-        a = self._all
-        self._all = Piece(
-            a.text + piece.text,
-            a.reasoning + piece.reasoning,
-            a.tool_calls + piece.tool_calls,
-            finish_reason=piece.finish_reason,
-            usage=piece.usage,
+    def add(self, chunk: Chunk) -> None:
+        """Collect a chunk for :meth:`response`."""
+        whole = self._whole
+        self._whole = Chunk(
+            whole.text + chunk.text,
+            whole.reasoning + chunk.reasoning,
+            whole.tool_calls + chunk.tool_calls,
+            finish_reason=chunk.finish_reason,
+            usage=chunk.usage,
         )
-        if piece.token is not None:
-            self._tokens.append(piece.token)
+        if chunk.token is not None:
+            self._tokens.append(chunk.token)
 
 
 class ChatWriter(_Writer):
+    """Writes responses of ``/v1/chat/completions``."""
+
     prefix = "chatcmpl"
 
     def __init__(self, model: str, logprobs: bool):
-        super().__init__(model)
-        self._logprobs, self._calls = logprobs, 0
+        super().__init__(model, logprobs)
+        self._tool_calls = 0
 
-    def begin(self) -> BaseModel:
-        """The first event, which says who speaks."""
-        return self._chunk(Said(role="assistant", content=""), None, None)
+    def first_event(self) -> BaseModel:
+        """The event that tells the role."""
+        return self._event(AssistantMessage(role="assistant", content=""), None, None)
 
-    def event(self, piece: Piece) -> BaseModel | None:
-        """The event for a piece; None if it has nothing to tell."""
-        delta = self._said(piece, stream=True)
-        logprobs = self._chat_logprobs([piece.token]) if piece.token is not None else None
-        if not delta.model_fields_set and not piece.finish_reason and logprobs is None:
+    def event(self, chunk: Chunk) -> BaseModel | None:
+        """The event for a chunk; None if it has nothing to show."""
+        delta = self._message(chunk, stream=True)
+        logprobs = self._chat_logprobs([chunk.token]) if chunk.token is not None else None
+        if not delta.model_fields_set and not chunk.finish_reason and logprobs is None:
             return None
-        return self._chunk(delta, piece.finish_reason, logprobs)
+        return self._event(delta, chunk.finish_reason, logprobs)
 
-    def usage(self, cost: Cost) -> BaseModel:
-        """The event after the last piece, where the client asks for it."""
-        return ChatChunk(**self._base, object="chat.completion.chunk", choices=[], usage=Usage.of(cost))
+    def usage_event(self, usage: CompletionUsage) -> BaseModel:
+        """The event after the last chunk, for clients that ask for the usage."""
+        return ChatChunk(**self._base, object="chat.completion.chunk", choices=[], usage=Usage.of(usage))
 
-    def whole(self) -> BaseModel:
-        piece = self._all
-        said = self._said(piece, stream=False)
-        said.role = "assistant"
-        said.content = piece.text if piece.text or not piece.tool_calls else None
+    def response(self) -> BaseModel:
+        """The whole response."""
+        whole = self._whole
+        message = self._message(whole, stream=False)
+        message.role = "assistant"
+        message.content = whole.text if whole.text or not whole.tool_calls else None
         choice = ChatChoice(
-            index=0, message=said, finish_reason=piece.finish_reason, logprobs=self._chat_logprobs(self._tokens)
+            index=0, message=message, finish_reason=whole.finish_reason, logprobs=self._chat_logprobs(self._tokens)
         )
-        return ChatCompletion(**self._base, object="chat.completion", choices=[choice], usage=Usage.of(piece.usage))
+        return ChatCompletion(**self._base, object="chat.completion", choices=[choice], usage=Usage.of(whole.usage))
 
-    def _chunk(self, delta: Said, finish_reason: str | None, logprobs: ChatLogprobs | None) -> ChatChunk:
+    def _event(self, delta: AssistantMessage, finish_reason: str | None, logprobs: ChatLogprobs | None) -> ChatChunk:
         choice = ChunkChoice(index=0, delta=delta, finish_reason=finish_reason, logprobs=logprobs)
         return ChatChunk(**self._base, object="chat.completion.chunk", choices=[choice])
 
-    def _said(self, piece: Piece, stream: bool) -> Said:
-        said: dict[str, Any] = {}
-        if piece.text:
-            said["content"] = piece.text
-        if piece.reasoning:
-            said |= {"reasoning": piece.reasoning, "reasoning_content": piece.reasoning}
-        if piece.tool_calls:
-            numbered = enumerate(piece.tool_calls, self._calls)
-            said["tool_calls"] = [Called(**call, **({"index": i} if stream else {})) for i, call in numbered]
-            self._calls += len(piece.tool_calls)
-        return Said(**said)
+    def _message(self, chunk: Chunk, stream: bool) -> AssistantMessage:
+        fields: dict[str, Any] = {}
+        if chunk.text:
+            fields["content"] = chunk.text
+        if chunk.reasoning:
+            fields |= {"reasoning": chunk.reasoning, "reasoning_content": chunk.reasoning}
+        if chunk.tool_calls:
+            numbered = enumerate(chunk.tool_calls, self._tool_calls)
+            fields["tool_calls"] = [ToolCallOutput(**call, **({"index": i} if stream else {})) for i, call in numbered]
+            self._tool_calls += len(chunk.tool_calls)
+        return AssistantMessage(**fields)
 
     def _chat_logprobs(self, tokens: list[Token]) -> ChatLogprobs | None:
         if not self._logprobs:
@@ -274,30 +278,35 @@ class ChatWriter(_Writer):
 
 
 class TextWriter(_Writer):
+    """Writes responses of ``/v1/completions``."""
+
     prefix = "cmpl"
 
     def __init__(self, model: str, logprobs: bool):
-        super().__init__(model)
-        self._logprobs, self._offset = logprobs, 0
+        super().__init__(model, logprobs)
+        self._offset = 0  # characters of the text so far
 
-    def begin(self) -> None:
+    def first_event(self) -> None:
         return None
 
-    def event(self, piece: Piece) -> BaseModel | None:
-        text = piece.reasoning + piece.text  # a continued text has no parts
-        logprobs = self._text_logprobs([piece.token]) if piece.token is not None else None
-        if not text and not piece.finish_reason and logprobs is None:
+    def event(self, chunk: Chunk) -> BaseModel | None:
+        """The event for a chunk; None if it has nothing to show."""
+        text = chunk.reasoning + chunk.text  # a continued text has no sections
+        logprobs = self._text_logprobs([chunk.token]) if chunk.token is not None else None
+        if not text and not chunk.finish_reason and logprobs is None:
             return None
-        return self._response(text, piece.finish_reason, logprobs)
+        return self._response(text, chunk.finish_reason, logprobs)
 
-    def usage(self, cost: Cost) -> BaseModel:
-        return TextCompletion(**self._base, object="text_completion", choices=[], usage=Usage.of(cost))
+    def usage_event(self, usage: CompletionUsage) -> BaseModel:
+        """The event after the last chunk, for clients that ask for the usage."""
+        return TextCompletion(**self._base, object="text_completion", choices=[], usage=Usage.of(usage))
 
-    def whole(self) -> BaseModel:
-        piece = self._all
-        text = piece.reasoning + piece.text
-        response = self._response(text, piece.finish_reason, self._text_logprobs(self._tokens))
-        response.usage = Usage.of(piece.usage)
+    def response(self) -> BaseModel:
+        """The whole response."""
+        whole = self._whole
+        text = whole.reasoning + whole.text
+        response = self._response(text, whole.finish_reason, self._text_logprobs(self._tokens))
+        response.usage = Usage.of(whole.usage)
         return response
 
     def _response(self, text: str, finish_reason: str | None, logprobs: TextLogprobs | None) -> TextCompletion:
@@ -320,13 +329,13 @@ class TextWriter(_Writer):
 
 
 def _logprob(token: Token) -> dict[str, Any]:
-    known = "\ufffd" not in token.text  # a part of a character has no text of its own
+    has_text = "\ufffd" not in token.text  # a token may be a part of a character
     return {
         "token": token.text,
         "logprob": _finite(token.logprob),
-        "bytes": list(token.text.encode()) if known else None,
+        "bytes": list(token.text.encode()) if has_text else None,
     }
 
 
 def _finite(logprob: float) -> float:
-    return max(logprob, -9999.0)  # a banned token has -inf, for which JSON has no number; OpenAI writes -9999
+    return max(logprob, -9999.0)  # a banned token has -inf, which JSON cannot write; OpenAI writes -9999

@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten
 
 import glass_mlx.decoding.conversation
 from glass_mlx import GlassError
-from glass_mlx.decoding.conversation import Conversation
+from glass_mlx.decoding.conversation import CachedConversation, Conversation
 from glass_mlx.loading import DEMO_PATH
 
 TURNS = ["I want to find a restaurant in San Jose.", "Mexican food, please.", "Thank you!"]
@@ -30,6 +30,51 @@ def _check(conversation):
         for ours, theirs in zip(conversation.cache[:-1], fresh[:-1], strict=True):
             for a, b in zip(ours.state[0], theirs.state[0], strict=True):
                 assert mx.allclose(a, b, atol=1e-3)
+
+
+class Entry:
+    """A cache entry of so many tokens."""
+
+    def __init__(self, offset: int, trimmable: bool = True):
+        self.offset, self.trimmable, self.nbytes = offset, trimmable, 10
+
+    def is_trimmable(self) -> bool:
+        return self.trimmable
+
+    def trim(self, n: int) -> int:
+        self.offset -= n
+        return n
+
+
+@pytest.mark.parametrize(
+    "tokens, prompt, common",
+    [
+        ([], [1, 2], 0),
+        ([1, 2, 3], [1, 2, 3, 4], 3),
+        ([1, 2, 3], [1, 2, 3], 2),  # the last token is always read
+        ([1, 2, 3], [1, 2, 9, 9], 2),
+        ([1, 2, 3], [9, 2, 3, 4], 0),
+        ([1, 2, 3], [1], 0),
+        ([1, 2, 3], [], 0),
+    ],
+)
+def test_common_prefix(tokens, prompt, common):
+    assert CachedConversation(tokens, []).common_prefix(prompt) == common
+
+
+def test_cut():
+    cached = CachedConversation([1, 2, 3, 4], [Entry(4), Entry(4)])
+    assert cached.cut(3)
+    assert (cached.tokens, [entry.offset for entry in cached.cache]) == ([1, 2, 3], [3, 3])
+    fixed = CachedConversation([1, 2, 3, 4], [Entry(4, trimmable=False), Entry(4)])
+    assert fixed.cut(4) and not fixed.cut(3)
+
+
+def test_settle():
+    """The cache holds fewer tokens than were generated, or more where it was interrupted."""
+    cached = CachedConversation([1], [Entry(3)])
+    assert cached.settle([1, 2, 3, 4]) and cached.tokens == [1, 2, 3]
+    assert not cached.settle([1, 2])
 
 
 @pytest.fixture
@@ -116,7 +161,7 @@ def test_interrupted_while_answering(dense, monkeypatch, after):
             yield response
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(glass_mlx.conversation, "stream_generate", stream)
+        patch.setattr(glass_mlx.decoding.conversation, "stream_generate", stream)
         _say(dense, TURNS[0])
     assert dense.messages[-1]["content"]
     _say(dense, TURNS[1])

@@ -94,13 +94,12 @@ def test_without_lm_eval(invoke, tiny_dir, monkeypatch):
     assert "glass_mlx[eval]" in outcome.err.splitlines()[-1]
 
 
-def test_the_demo_model_recalls(exact):
+def test_the_demo_model_recalls(demo):
     """Densely it mostly does, and the better the neurons, the more it keeps of that."""
-    model, tokenizer = exact
-    questions = recall.read_questions(24)
+    questions = recall.read_questions(8)
     assert {q["kind"] for q in questions} == {"city", "date", "time", "name"}
     selectors = {"random": standard_selectors([])["random"], "oracle": by_oracle}
-    rows = recall.measure_recall(model, tokenizer, selectors, [0.5], questions)
+    rows = recall.measure_recall(*demo, selectors, [0.5], questions)
     accuracy = {name: row["accuracy"] for name, by_density in rows.items() for row in by_density.values()}
     assert accuracy["dense"] > 0.6
     assert accuracy["random"] < accuracy["oracle"] <= 1
@@ -131,19 +130,21 @@ def test_a_right_answer(demo):
     assert batch.marks([ended]) == [False]
 
 
-def test_the_beginning_is_decoded_sparsely(exact):
-    """The prompt ends where the answer begins: with all neurons but few gone, its first words are fed to those."""
-    model, tokenizer = exact
-    batch = recall.QuestionBatch(model, tokenizer, recall.read_questions(4))
+def test_the_beginning_is_decoded_sparsely(demo):
+    """The prompt ends where the answer begins: without any neurons its first words lead nowhere."""
+    model, tokenizer = demo
+    batch = recall.QuestionBatch(model, tokenizer, recall.read_questions(2))
     for q, prompt, begin in zip(batch.questions, batch.prompts, batch.begin):
         assert tokenizer.decode(begin).strip() == q["begin"] and q["begin"] not in tokenizer.decode(prompt)
-    nothing = [mx.zeros((4, block.size), mx.bool_) for block in model.blocks]
+    nothing = [mx.zeros((2, block.size), mx.bool_) for block in model.blocks]
     assert not any(batch.marks(batch.answer(nothing)))
 
 
-def test_recall_by_command_line(invoke):
-    outcome = invoke(main, "--recall", "--limit", 4, "--arms", "glass")
+def test_recall_by_command_line(invoke, tiny_dir, written, tmp_path):
+    out = tmp_path / "recall.json"
+    options = ["--model", tiny_dir, "--stats", written, "--recall", "--limit", 4, "--arms", "glass", "--json", out]
+    outcome = invoke(main, *options)
     assert outcome.code == 0, outcome.err
-    assert "demo: 4 questions" in outcome.out and "griffin" not in outcome.out
-    rows = json.loads(invoke(main, "--recall", "--limit", 4, "--arms", "glass", "--json").out)["recall"]
+    assert "tiny: 4 questions" in outcome.out and "griffin" not in outcome.out
+    rows = json.loads(out.read_text())["recall"]
     assert set(rows) == {"dense", "glass"} and 0 <= rows["glass"]["0.5"]["accuracy"] <= 1

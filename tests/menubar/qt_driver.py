@@ -1,6 +1,8 @@
 """Runs the menu-bar app on Qt, uses its menu and window, and writes what they showed to ``seen.json``.
 
-python tests/qt_driver.py DIRECTORY   with TOGA_BACKEND=toga_qt QT_QPA_PLATFORM=offscreen; leaves pictures there too
+TOGA_BACKEND=toga_qt QT_QPA_PLATFORM=offscreen python tests/menubar/qt_driver.py DIRECTORY
+
+Pictures of what was drawn are written to the directory as well.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ class Driven(GlassApp):
         seen["window"] = look(self.window._window._impl.native.centralWidget())
         seen["window"]["status"] = self.window._widgets["status"].text
         icon = native.icon().cacheKey()
-        self.controller.say("The disk is full.")
+        self.controller.notify("The disk is full.")
         await until(lambda: self.find("Dismiss"))
         seen["trouble"], seen["icon changed"] = entries(self.menu), native.icon().cacheKey() != icon
         await asyncio.sleep(0.2)
@@ -129,7 +131,7 @@ def main() -> None:
     log.write_text("")
     app = Driven(Controller(WHERE / "settings.json"), log, True)
     app.main_loop()
-    server = app.controller._serving.server
+    server = app.controller._server.server
     app.seen["ended"] = {"engine": app.controller._engine.alive, "server": server is not None and server.alive}
     (WHERE / "seen.json").write_text(json.dumps(app.seen))
     sys.exit(app.failed)

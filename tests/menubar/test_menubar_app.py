@@ -111,7 +111,7 @@ def test_only_what_has_changed_is_shown_again(app, monkeypatch):
     assert not rebuilt and not icons
     choose(app, "glass")
     assert rebuilt and rebuilt[-1] == "GLASS"
-    app.controller.say("The disk is full.")
+    app.controller.notify("The disk is full.")
     app.refresh()
     assert icons == [app.icons[True]]
     choose(app, "dismiss")
@@ -131,7 +131,7 @@ def test_a_failure_to_look_is_not_the_end(app, monkeypatch, caplog):
 
 
 def test_an_app_that_cannot_start_ends(tmp_path, monkeypatch, caplog):
-    def fail(window):
+    def fail(*args):
         raise RuntimeError("injected")
 
     monkeypatch.setattr(app_module, "StatusWindow", fail)
@@ -148,14 +148,14 @@ def test_an_open_menu_stays_as_it_is(app, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(macos, "menu_is_open", lambda: True)
         patch.setattr(macos, "retitle", lambda command: retitled.append(command.id))
-        app.controller.say("Something new.")
+        app.controller.notify("Something new.")
         app.refresh()
         assert "dismiss" not in texts(app)
         app.controller.dismiss()
         app.controller.stop_server()
         app.refresh()
         assert "server" in retitled
-        app.controller.say("Something new.")
+        app.controller.notify("Something new.")
     app.refresh()
     assert "dismiss" in texts(app)
 
@@ -196,7 +196,7 @@ def test_the_view_s_own_actions(app, monkeypatch):
     monkeypatch.setattr(app_module.shutil, "which", lambda name: None)
     choose(app, "copy")
     choose(app, "log")
-    assert app.controller.snapshot().notices == (f"The endpoint is {url}/v1", f"It is {app.log}")
+    assert app.controller.snapshot().notices == (f"The endpoint is {url}/v1", f"The path is {app.log}")
 
 
 def test_the_window_does_what_the_menu_does(app):
@@ -250,7 +250,7 @@ def test_downloading(app, monkeypatch):
 
 def test_quitting_closes_everything(app):
     running(app)
-    server = app.controller._serving.server
+    server = app.controller._server.server
     app.request_exit()
     during(app, lambda: not server.alive and not app.controller._engine.alive)
     assert "freeing the memory" in texts(app)["status"]
@@ -275,14 +275,19 @@ def test_launch_at_login(app, monkeypatch, tmp_path):
     assert "cannot be written" in app.controller.snapshot().notices[0]
 
 
-def test_touches_of_a_mac_never_raise(monkeypatch):
-    touches = {macos.dress: (None, ""), macos.activate: (None,), macos.menu_is_open: (), macos.copy: ("",)}
-    touches |= {macos.retitle: (None,), macos.on_reopen: (None,), macos._set_service: (True,)}
+def test_nothing_of_the_mac_raises(monkeypatch):
+    functions = {
+        macos.style_status_icon: (None, ""),
+        macos.activate: (None,),
+        macos.menu_is_open: (),
+        macos.copy: ("",),
+    }
+    functions |= {macos.retitle: (None,), macos.on_reopen: (None,), macos._set_service: (True,)}
     monkeypatch.setitem(sys.modules, "rubicon", None)
     for on in (False, True):
         monkeypatch.setattr(macos, "ON_MAC", on)
-        for touch, arguments in touches.items():
-            assert not touch(*arguments) or touch is macos._set_service
+        for function, arguments in functions.items():
+            assert not function(*arguments) or function is macos._set_service
 
 
 def test_the_warning_about_framework_builds(monkeypatch):
@@ -336,7 +341,7 @@ def test_packaging():
 
 def test_settings_errors_reach_the_menu(app, monkeypatch):
     def full(*args):
-        raise GlassError("The settings cannot be saved (No space left on device): they hold until you quit.")
+        raise GlassError("The settings cannot be saved (No space left on device). They are kept until you quit.")
 
     running(app)
     monkeypatch.setattr("apps.menubar.controller.save_settings", full)

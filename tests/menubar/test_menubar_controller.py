@@ -19,9 +19,10 @@ from apps.menubar.controller import Controller
 from apps.menubar.jobs import Job, repo_name
 from apps.menubar.settings import Settings, load_settings, save_settings
 from apps.menubar.state import status
-from glass_mlx import GlassError, stats
+from glass_mlx import GlassError
+from glass_mlx.ranks import measure
 from glass_mlx.ranks.lookup import cache_dir
-from glass_mlx.server import Server
+from glass_mlx.serving.server import Server
 
 REPO = "mlx-community/tiny"
 
@@ -110,7 +111,7 @@ def test_a_port_in_use(make):
         port = taken.getsockname()[1]
         controller = make(Settings(port=port))
         assert key(controller) == "no port"
-        assert status(controller.snapshot()).detail == "Another program on this machine listens there."
+        assert status(controller.snapshot()).detail == "Another program on this machine uses it."
         controller.use_another_port()
         assert key(controller) == "unloaded"
         assert controller.snapshot().server.port == controller.settings.port == load_settings(controller.path)[0].port
@@ -120,7 +121,7 @@ def test_a_port_in_use(make):
 def test_another_one_of_us_in_the_port(make):
     with serving() as server:
         controller = make(Settings(port=server.port))
-        assert status(controller.snapshot()).detail == "Another glass_mlx on this machine listens there."
+        assert status(controller.snapshot()).detail == "Another glass_mlx on this machine uses it."
     controller.start_server()
     assert key(controller) == "unloaded"
 
@@ -131,7 +132,7 @@ def test_a_port_that_may_not_be_used_and_missing_libraries(make, monkeypatch):
 
     monkeypatch.setattr(Server, "start", refuse)
     controller = make(Settings(port=80))
-    assert status(controller.snapshot()).detail == "The system says: Permission denied."
+    assert status(controller.snapshot()).detail == "The system reports: Permission denied."
 
     def lack(self):
         raise GlassError("the server needs uvicorn: pip install 'glass_mlx[server]'")
@@ -144,7 +145,7 @@ def test_a_port_that_may_not_be_used_and_missing_libraries(make, monkeypatch):
 
 def test_a_server_that_ends_by_itself(make):
     controller = make()
-    controller._serving.server._uvicorn.should_exit = True
+    controller._server.server._uvicorn.should_exit = True
     until(lambda: key(controller) == "server failed")
     controller.start_server()
     assert key(controller) == "unloaded"
@@ -174,7 +175,7 @@ def test_a_model_that_cannot_be_loaded(make, tiny_dir, hub):
     controller = make()
     controller.download(REPO)
     until(lambda: key(controller) == "load failed")
-    assert "The log says why." in status(controller.snapshot()).detail
+    assert "See the log." in status(controller.snapshot()).detail
     controller.select_model("demo")
     until(lambda: key(controller) == "ready")
 
@@ -201,7 +202,7 @@ def test_download_progress_and_cancelling(make, tiny_dir, hub, monkeypatch):
     controller.download(REPO)
     until(lambda: controller.snapshot().download is not None and controller.snapshot().download.total)
     controller.download("other/model")
-    assert f"Wait for {REPO}" in controller.snapshot().notices[-1]
+    assert f"{REPO} is still being downloaded" in controller.snapshot().notices[-1]
     controller.dismiss()
     assert controller.snapshot().download.total == sum(
         len(data) for name, data in files_of(tiny_dir).items() if name != "README.md"
@@ -227,12 +228,12 @@ def test_downloads_that_fail_say_why(make, tiny_dir, hub, monkeypatch):
     said("nonsense", "neither a short name nor a Hub repository")
     said("no/model", "The Hub has no repository no/model")
     hub.repo("some/dataset", {"data.csv": b"1"})
-    said("some/dataset", "no model that mlx-lm reads")
+    said("some/dataset", "not a model for mlx-lm")
     hub.repo(REPO, files_of(tiny_dir))
     usage = shutil.disk_usage("/")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-        said(REPO, "and 1 kB are free on that disk")
+        said(REPO, "only 1 kB are free on the disk")
 
     def full(repo, dry_run=False, **options):
         if dry_run:
@@ -277,7 +278,7 @@ def test_too_large_a_model_is_not_loaded(make, tiny_dir, hub, monkeypatch):
 def without_ranks(make, tiny_dir, hub, monkeypatch):
     """A controller that has a model without ranks, which are measured in several small steps."""
     monkeypatch.setattr(jobs, "null_prompt", partial(jobs.null_prompt, sequences=2, length=4))
-    monkeypatch.setattr(stats, "build_ranks", partial(stats.build_ranks, tokens=60, stable_at=None))
+    monkeypatch.setattr(measure, "build_ranks", partial(measure.build_ranks, tokens=60, stable_at=None))
     hub.repo(REPO, files_of(tiny_dir))
     controller = make()
     controller.download(REPO)
@@ -327,10 +328,10 @@ def test_ranks_on_a_full_disk(without_ranks, monkeypatch):
     def full(*args, **options):
         raise GlassError("Cannot write the ranks: [Errno 28] No space left on device")
 
-    monkeypatch.setattr(stats, "build_ranks", full)
+    monkeypatch.setattr(measure, "build_ranks", full)
     without_ranks.build_ranks()
     until(lambda: without_ranks.snapshot().ranks is None)
-    assert "The ranks are not measured. Cannot write" in without_ranks.snapshot().notices[-1]
+    assert "The ranks could not be measured. Cannot write" in without_ranks.snapshot().notices[-1]
 
 
 def test_settings_on_a_full_disk(make, monkeypatch):

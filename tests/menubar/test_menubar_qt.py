@@ -32,7 +32,7 @@ def seen(tmp_path_factory) -> dict:
     where = tmp_path_factory.mktemp("qt")
     qt = {"TOGA_BACKEND": "toga_qt", "QT_QPA_PLATFORM": "offscreen", "QT_SCALE_FACTOR": "1"}
     own = {name: str(where / "cache") for name in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME", "GLASS_CACHE_DIR")}
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
     env = os.environ | qt | own | {"PYTHONPATH": path}
     command = [sys.executable, str(DRIVER), str(where)]
     done = subprocess.run(command, cwd=where, env=env, capture_output=True, text=True, timeout=180)

@@ -26,7 +26,7 @@ def engine(state: str, **changes) -> EngineStatus:
 
 UNLOADED = EngineStatus("unloaded")
 GENERATING = engine("generating", tokens_per_second=87.61, queued=2)
-TROUBLED = (ServerView("no port", 8080, words="Another program."), ServerView("failed", 8080, words="It ended."))
+TROUBLED = (ServerView("no port", 8080, detail="Another program."), ServerView("failed", 8080, detail="It ended."))
 
 # changes of the snapshot; the state's key; words in its headline; the fix; what can be chosen and what cannot
 STATES = {
@@ -70,7 +70,7 @@ def test_every_state_has_words_and_the_right_actions(name):
     now, items = status(snapshot), menu(snapshot)
     assert now.key == key
     assert headline in now.headline
-    assert (now.fix.do if now.fix else None) == fix
+    assert (now.fix.action if now.fix else None) == fix
     assert needs_attention(snapshot) == (fix is not None)
     assert now.detail or name == "closing"
     assert find(items, "status").text == now.headline
@@ -87,7 +87,7 @@ def test_every_menu_is_sound(name):
     items = list(flat(menu(replace(BASE, **STATES[name][0], notices=("It went wrong, and " * 8,)))))
     assert len({item.key for item in items}) == len(items)
     assert all(item.text.strip() and len(item.text) <= LINE + 12 for item in items)
-    assert all(item.do or not item.enabled or item.items for item in items)
+    assert all(item.action or not item.enabled or item.items for item in items)
 
 
 def test_what_keeps_everything_from_working_comes_first():

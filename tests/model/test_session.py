@@ -16,6 +16,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from glass_mlx.errors import GlassError
 from glass_mlx.model.blocks import CompactWeights
 from glass_mlx.model.config import GlassConfig
+from glass_mlx.model.saved_session import restore
 from glass_mlx.model.session import Phase, Session
 
 SIZE = 5
@@ -282,7 +283,7 @@ def test_files(tmp_path, calls, chosen):
     if chosen:
         choose(session)
     _, entry = save_and_load(tmp_path, mlx_lm_cache.KVCache(), session)
-    restored = Session.restore(entry)
+    restored = restore(entry)
     assert type(restored) is Session
     assert state(restored) == state(session)
     assert restored.compact is None  # weights are the model's, not the conversation's
@@ -292,7 +293,7 @@ def test_mlx_lm_remakes_entries_by_their_class_name(tmp_path):
     """The one private thing of mlx-lm's that glass_mlx relies on."""
     promise = (
         "mlx-lm no longer rebuilds a saved prompt cache by class name as an ArraysCache of plain values: "
-        "saved conversations cannot be loaded. Mend Session.state, Session.restore and the last line of session.py."
+        "saved conversations cannot be loaded. Mend Session.state, saved_session.restore and session.py's last line."
     )
     assert Session.__name__ == mlx_lm_cache.ArraysCache.__name__ == "ArraysCache", promise
     session = filled()
@@ -310,7 +311,7 @@ def test_other_entries_are_no_sessions(tmp_path):
     arrays[0], arrays[1] = mx.zeros((1, 2)), mx.ones((1, 3))
     (loaded,) = save_and_load(tmp_path, arrays)
     for entry in (arrays, loaded, mlx_lm_cache.ArraysCache(0), mlx_lm_cache.ArraysCache(2), mlx_lm_cache.KVCache()):
-        assert Session.restore(entry) is None
+        assert restore(entry) is None
 
 
 def test_nbytes_counts_evidence_and_weights():

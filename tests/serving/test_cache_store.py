@@ -7,34 +7,33 @@ import pytest
 from mlx_lm.models.cache import RotatingKVCache
 
 from glass_mlx import stream_generate
-from glass_mlx.serving.cache_store import Conversations, Entry, read_bounds
+from glass_mlx.serving.cache_store import ConversationStore, StoredConversation, prompt_call_ends
 
 PROMPT = [1, *range(10, 40)]
 
 
 @pytest.fixture
 def store():
-    return Conversations(max_bytes=1 << 30, max_entries=4)
+    return ConversationStore(max_bytes=1 << 30, max_conversations=4)
 
 
 def read(model, tokenizer, store, prompt, client="a", exact=False, max_tokens=5, step=2048):
     """What an answer does to the store; returns (reused tokens, generated tokens)."""
-    bounds = read_bounds(len(prompt), 0, step)
-    entry = store.take(prompt, bounds, client, "impact", exact, model.make_cache)
-    reused = entry.session.offset
+    ends = prompt_call_ends(len(prompt), 0, step)
+    conversation = store.take(prompt, ends, client, "impact", exact, model.make_cache)
+    reused = conversation.session.offset
     stream = stream_generate(
-        model, tokenizer, prompt[reused:], max_tokens, prompt_cache=entry.cache, prefill_step_size=step
+        model, tokenizer, prompt[reused:], max_tokens, prompt_cache=conversation.cache, prefill_step_size=step
     )
     said = [response.token for response in stream]
-    if reused == (entry.bounds[-1] if entry.bounds else 0):
-        entry.bounds += [b for b in bounds if b > reused]
-    entry.tokens = [*prompt, *said][: entry.session.offset]
-    store.put(entry)
+    conversation.note_dense_calls(reused, ends, len(prompt))
+    assert conversation.settle([*prompt, *said])
+    store.put(conversation)
     return reused, said
 
 
 @pytest.mark.parametrize(
-    "length, shared, step, bounds",
+    "length, shared, step, ends",
     [
         (1, 0, 8, [1]),
         (2, 0, 8, [1, 2]),
@@ -46,8 +45,8 @@ def read(model, tokenizer, store, prompt, client="a", exact=False, max_tokens=5,
         (20, 20, 8, [8, 16, 19, 20]),
     ],
 )
-def test_bounds(length, shared, step, bounds):
-    assert read_bounds(length, shared, step) == bounds
+def test_calls_that_read_a_prompt(length, shared, step, ends):
+    assert prompt_call_ends(length, shared, step) == ends
 
 
 def test_next_turn_reads_what_is_new(tiny, store):
@@ -67,11 +66,11 @@ def test_the_same_prompt_again(tiny, store):
 def test_evidence_after_going_back(tiny, store):
     """A repeated prompt chooses the same neurons as when it was new."""
     model, tokenizer = tiny
-    cold = Conversations(1 << 30, 4)
+    cold = ConversationStore(1 << 30, 4)
     for s in (store, cold):
         read(model, tokenizer, s, PROMPT)
     read(model, tokenizer, store, PROMPT)
-    energies = [s._entries[-1].session.energy for s in (store, cold)]
+    energies = [s._conversations[-1].session.energy for s in (store, cold)]
     assert mx.array_equal(*energies)
 
 
@@ -97,8 +96,8 @@ def test_what_was_written_sparsely_is_the_clients_own(tiny, store, client, exact
 def test_signals_do_not_mix(tiny, store):
     model, _ = tiny
     read(*tiny, store, PROMPT)
-    entry = store.take(PROMPT, read_bounds(len(PROMPT), 0, 8), "a", "activation", False, model.make_cache)
-    assert entry.session.offset == 0
+    conversation = store.take(PROMPT, prompt_call_ends(len(PROMPT), 0, 8), "a", "activation", False, model.make_cache)
+    assert conversation.session.offset == 0
 
 
 def test_two_branches_do_not_disturb_each_other(tiny, store):
@@ -106,7 +105,7 @@ def test_two_branches_do_not_disturb_each_other(tiny, store):
     one, other = [*PROMPT, *said, 60, 61], [*PROMPT, *said, 70, 71]
     _, first = read(*tiny, store, one)
     read(*tiny, store, other)
-    alone = Conversations(1 << 30, 4)
+    alone = ConversationStore(1 << 30, 4)
     read(*tiny, alone, PROMPT)
     assert read(*tiny, alone, one)[1] == first
     reused, _ = read(*tiny, store, [*one, *first, 80])
@@ -120,14 +119,14 @@ def test_a_cache_that_cannot_go_back(tiny, store):
     def make():
         return [*(RotatingKVCache(max_size=16) for _ in model.layers), model.make_cache()[-1]]
 
-    entry = Entry([], make(), "a")
-    said = [r.token for r in stream_generate(model, tokenizer, PROMPT, 5, prompt_cache=entry.cache)]
-    entry.tokens = [*PROMPT, *said][: entry.session.offset]
-    entry.bounds = read_bounds(len(PROMPT), 0, 2048)
-    store.put(entry)
-    assert store.take(PROMPT, entry.bounds, "a", "impact", False, make).session.offset == 0
+    conversation = StoredConversation([], make(), "a")
+    said = [r.token for r in stream_generate(model, tokenizer, PROMPT, 5, prompt_cache=conversation.cache)]
+    assert conversation.settle([*PROMPT, *said])
+    conversation.note_dense_calls(0, prompt_call_ends(len(PROMPT), 0, 2048), len(PROMPT))
+    store.put(conversation)
+    assert store.take(PROMPT, conversation.dense_ends, "a", "impact", False, make).session.offset == 0
     whole = [*PROMPT, *said, 50]
-    assert store.take(whole, [], "a", "impact", False, make) is entry
+    assert store.take(whole, [], "a", "impact", False, make) is conversation
 
 
 def test_cut():
@@ -143,32 +142,32 @@ def test_cut():
             self.offset -= n
             return n
 
-    entry = Entry(list(range(9)), [Stub()], "a", [3, 4, 8])
-    assert entry.cut(5)
-    assert (entry.tokens, entry.bounds) == ([0, 1, 2, 3, 4], [3, 4])
+    conversation = StoredConversation(list(range(9)), [Stub()], "a", [3, 4, 8])
+    assert conversation.cut(5)
+    assert (conversation.tokens, conversation.dense_ends) == ([0, 1, 2, 3, 4], [3, 4])
 
 
 def test_the_least_recently_used_goes(tiny):
-    store = Conversations(1 << 30, 2)
+    store = ConversationStore(1 << 30, 2)
     for first in (100, 200):
         read(*tiny, store, [first, *PROMPT])
     read(*tiny, store, [100, *PROMPT, 5])  # used again
     read(*tiny, store, [300, *PROMPT])
-    assert [entry.tokens[0] for entry in store._entries] == [100, 300]
+    assert [conversation.tokens[0] for conversation in store._conversations] == [100, 300]
 
 
 def test_budget_in_bytes(tiny):
-    probe = Conversations(1 << 30, 100)
+    probe = ConversationStore(1 << 30, 100)
     read(*tiny, probe, PROMPT)
-    store = Conversations(int(probe.nbytes * 2.5), 100)
+    store = ConversationStore(int(probe.nbytes * 2.5), 100)
     for first in range(100, 106):
         read(*tiny, store, [first, *PROMPT])
         assert store.nbytes <= store.max_bytes
-    assert [entry.tokens[0] for entry in store._entries] == [104, 105]
+    assert [conversation.tokens[0] for conversation in store._conversations] == [104, 105]
 
 
 def test_one_that_is_larger_than_the_budget(tiny):
-    store = Conversations(10, 4)
+    store = ConversationStore(10, 4)
     read(*tiny, store, PROMPT)
     assert len(store) == 0
 
@@ -176,4 +175,4 @@ def test_one_that_is_larger_than_the_budget(tiny):
 def test_compact_weights_are_not_kept(tiny, store):
     """The next turn reads something and chooses anew."""
     read(*tiny, store, PROMPT)
-    assert store._entries[0].session.compact is None
+    assert store._conversations[0].session.compact is None

@@ -10,7 +10,7 @@ from huggingface_hub import constants
 
 from glass_mlx.loading import ALIASES, DEMO_PATH
 from glass_mlx.serving.catalogue import Catalogue
-from glass_mlx.serving.request import UnknownModel
+from glass_mlx.serving.errors import UnknownModel
 
 REPO = "mlx-community/Qwen3-4B-4bit"
 

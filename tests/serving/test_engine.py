@@ -17,11 +17,12 @@ import mlx.core as mx
 import pytest
 
 import glass_mlx
-from glass_mlx.serving import engine
-from glass_mlx.serving import worker as answer
+from glass_mlx.serving import engine as engine_module
+from glass_mlx.serving import worker
 from glass_mlx.serving.engine import Engine, EngineOptions
-from glass_mlx.serving.queue import FairQueue
-from glass_mlx.serving.request import BadRequest, Busy, EngineFailed, Piece, Request, Ticket, UnknownModel
+from glass_mlx.serving.errors import BadRequest, EngineFailed, QueueFull, UnknownModel
+from glass_mlx.serving.queue import RoundRobinQueue
+from glass_mlx.serving.request import Chunk, PendingCompletion, Request
 
 USER = {"role": "user", "content": "I want to find a restaurant in San Jose."}
 ENDLESS = 1_000_000  # tokens: the random model never stops by itself
@@ -31,12 +32,12 @@ def ask(text: str, **fields) -> Request:
     return Request(messages=[{"role": "user", "content": text}], **{"max_tokens": 12, **fields})
 
 
-def text(ticket: Ticket) -> str:
-    return "".join(piece.text for piece in ticket)
+def text(pending: PendingCompletion) -> str:
+    return "".join(chunk.text for chunk in pending)
 
 
-def last(ticket: Ticket) -> Piece:
-    return list(ticket)[-1]
+def last(pending: PendingCompletion) -> Chunk:
+    return list(pending)[-1]
 
 
 @pytest.fixture
@@ -61,27 +62,27 @@ def tiny_engine(make, tiny_dir):
     return make(model=str(tiny_dir), load={"stats": False})
 
 
-def busy(engine: Engine, **fields) -> Ticket:
+def busy(engine: Engine, **fields) -> PendingCompletion:
     """A request that is being answered until it is cancelled."""
-    ticket = engine.submit(Request(prompt=[1, 2, 3], max_tokens=ENDLESS, **fields))
-    next(iter(ticket))
-    return ticket
+    pending = engine.submit(Request(prompt=[1, 2, 3], max_tokens=ENDLESS, **fields))
+    next(iter(pending))
+    return pending
 
 
 def test_an_answer_is_what_the_package_generates(demo_engine, demo):
     model, tokenizer = demo
     prompt = tokenizer.apply_chat_template([USER], add_generation_prompt=True)
-    ticket = demo_engine.submit(Request(messages=[USER], max_tokens=40))
-    assert text(ticket) == glass_mlx.generate(model, tokenizer, prompt, max_tokens=40)
+    pending = demo_engine.submit(Request(messages=[USER], max_tokens=40))
+    assert text(pending) == glass_mlx.generate(model, tokenizer, prompt, max_tokens=40)
 
 
-def test_pieces(demo_engine):
-    pieces = list(demo_engine.submit(Request(messages=[USER], max_tokens=3, logprobs=True, top_logprobs=2)))
-    assert [piece.finish_reason for piece in pieces] == [None, None, "length"]
-    assert "".join(piece.token.text for piece in pieces).strip() == "".join(piece.text for piece in pieces)
-    for piece in pieces:
-        assert piece.token.logprob == piece.token.top[0].logprob > piece.token.top[1].logprob
-    usage = pieces[-1].usage
+def test_chunks(demo_engine):
+    chunks = list(demo_engine.submit(Request(messages=[USER], max_tokens=3, logprobs=True, top_logprobs=2)))
+    assert [chunk.finish_reason for chunk in chunks] == [None, None, "length"]
+    assert "".join(chunk.token.text for chunk in chunks).strip() == "".join(chunk.text for chunk in chunks)
+    for chunk in chunks:
+        assert chunk.token.logprob == chunk.token.top[0].logprob > chunk.token.top[1].logprob
+    usage = chunks[-1].usage
     assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) == (13, 3, 0)
     assert (usage.density, usage.kept_neurons, usage.total_neurons) == (0.5, 3072, 6144)
     assert usage.prompt_tps > 0 and usage.generation_tps > 0 and usage.selection_ms > 0
@@ -91,7 +92,7 @@ def test_settings_of_a_request(demo_engine):
     usage = last(demo_engine.submit(ask("Hello", density=0.25, global_weight=1.0, signal="activation"))).usage
     assert (usage.density, usage.kept_neurons, usage.global_weight, usage.signal) == (0.25, 1536, 1.0, "activation")
     last(demo_engine.submit(ask("Hello", layer_budgets="uniform", client="u")))
-    assert demo_engine._answerer.conversations._entries[-1].session.config.allocation == "uniform"
+    assert demo_engine._worker.store._conversations[-1].session.config.layer_budgets == "uniform"
     usage = last(demo_engine.submit(ask("Hello", density=1.0))).usage
     assert (usage.kept_neurons, usage.selection_ms) == (6144, 0)
     assert last(demo_engine.submit(ask("Hello"))).usage.density == 0.5  # the next one has the engine's again
@@ -111,9 +112,9 @@ def test_sampling(demo_engine):
 def test_stop(demo_engine):
     whole = text(demo_engine.submit(Request(messages=[USER])))
     word = whole.split()[2]
-    pieces = list(demo_engine.submit(Request(messages=[USER], stop=(word,))))
-    assert "".join(piece.text for piece in pieces) == whole[: whole.index(word)]
-    assert pieces[-1].finish_reason == "stop"
+    chunks = list(demo_engine.submit(Request(messages=[USER], stop=(word,))))
+    assert "".join(chunk.text for chunk in chunks) == whole[: whole.index(word)]
+    assert chunks[-1].finish_reason == "stop"
 
 
 def test_text_and_tokens(demo_engine):
@@ -151,11 +152,11 @@ def test_without_a_seed_answers_differ(demo_engine):
 def test_next_turn_pays_only_for_new_tokens(demo_engine, density):
     """And for repairing what was said sparsely."""
     said = demo_engine.submit(Request(messages=[USER], density=density))
-    pieces = list(said)
-    first = pieces[-1].usage
+    chunks = list(said)
+    first = chunks[-1].usage
     turn = [
         USER,
-        {"role": "assistant", "content": "".join(p.text for p in pieces)},
+        {"role": "assistant", "content": "".join(chunk.text for chunk in chunks)},
         {"role": "user", "content": "Cheap."},
     ]
     usage = last(demo_engine.submit(Request(messages=turn, max_tokens=5, density=density))).usage
@@ -168,10 +169,10 @@ def test_next_turn_pays_only_for_new_tokens(demo_engine, density):
 def test_verified_answers_are_the_dense_models(demo_engine):
     options = {"max_tokens": 24, "temperature": 0.0, "client": "v"}
     dense = text(demo_engine.submit(ask("I need a hotel.", density=1.0, **options)))
-    *_, end = pieces = list(demo_engine.submit(ask("I need a hotel.", verify=True, **options)))
-    assert "".join(p.text for p in pieces) == dense
+    *_, end = chunks = list(demo_engine.submit(ask("I need a hotel.", verify=True, **options)))
+    assert "".join(chunk.text for chunk in chunks) == dense
     assert end.usage.verified and 0 < end.usage.density < 1
-    assert not demo_engine._answerer.conversations._entries[-1].session.unread
+    assert not demo_engine._worker.store._conversations[-1].session.pending_reread
     for request in (ask("Hi", density=1.0, verify=True), ask("Hi", verify=False)):
         assert not last(demo_engine.submit(request)).usage.verified
 
@@ -197,10 +198,10 @@ def test_a_system_prompt_is_shared(demo_engine):
         return Request(messages=[system, {"role": "user", "content": content}], client=client, max_tokens=8)
 
     text(demo_engine.submit(turn("Good morning!", "a")))
-    pieces = list(demo_engine.submit(turn("Have you a map?", "b")))
-    assert pieces[-1].usage.cached_tokens > 15
+    chunks = list(demo_engine.submit(turn("Have you a map?", "b")))
+    assert chunks[-1].usage.cached_tokens > 15
     other = Engine()
-    assert "".join(p.text for p in pieces) == text(other.submit(turn("Have you a map?", "b")))
+    assert "".join(chunk.text for chunk in chunks) == text(other.submit(turn("Have you a map?", "b")))
     other.close()
 
 
@@ -216,7 +217,7 @@ def tool_model(model_copy):
 def test_tool_calls(make, tool_model, monkeypatch):
     """The tools reach the template, and what the model then says of them is told from its text."""
     said = ["Well. <tool", '_call>{"name": "weather", "argu', 'ments": {"city": "Ulm"}}</tool_call>', "", ""]
-    inner = answer.stream_generate
+    inner = worker.stream_generate
 
     def scripted(*args, **kwargs):
         for text, response in zip(said, inner(*args, **kwargs)):
@@ -225,14 +226,14 @@ def test_tool_calls(make, tool_model, monkeypatch):
 
     engine = make(model=str(tool_model), load={"stats": False})
     without = last(engine.submit(ask("x"))).usage.prompt_tokens
-    monkeypatch.setattr(answer, "stream_generate", scripted)
+    monkeypatch.setattr(worker, "stream_generate", scripted)
     tools = [{"type": "function", "function": {"name": "weather"}}]
-    pieces = list(engine.submit(ask("x", tools=tools)))
-    assert pieces[-1].usage.prompt_tokens > without
-    assert "".join(piece.text for piece in pieces) == "Well. "
-    (call,) = [call for piece in pieces for call in piece.tool_calls]
+    chunks = list(engine.submit(ask("x", tools=tools)))
+    assert chunks[-1].usage.prompt_tokens > without
+    assert "".join(chunk.text for chunk in chunks) == "Well. "
+    (call,) = [call for chunk in chunks for call in chunk.tool_calls]
     assert call["function"] == {"name": "weather", "arguments": '{"city": "Ulm"}'}
-    assert pieces[-1].finish_reason == "tool_calls"
+    assert chunks[-1].finish_reason == "tool_calls"
 
 
 def test_penalties_see_what_was_cached(demo_engine):
@@ -271,14 +272,14 @@ def test_budget(make):
 
 
 def test_clients_take_turns():
-    queue = FairQueue()
-    tickets = {n: Ticket(Request(client=n[0]), "demo", lambda _: None) for n in ("a1", "a2", "a3", "b1", "c1", "b2")}
-    for ticket in tickets.values():
-        queue.push(ticket.request.client, ticket, None)
-    assert queue.remove(tickets["a2"]) and not queue.remove(tickets["a2"])
-    order = [queue.pop()[0] for _ in range(len(queue))]
-    assert order == [tickets[n] for n in ("a1", "b1", "c1", "a3", "b2")]
+    queue = RoundRobinQueue()
+    for item in ("a1", "a2", "a3", "b1", "c1", "b2"):
+        queue.push(item[0], item)
+    assert queue.remove("a", "a2") and not queue.remove("a", "a2") and not queue.remove("z", "a1")
+    assert [queue.pop() for _ in range(len(queue))] == ["a1", "b1", "c1", "a3", "b2"]
     assert queue.pop() is None
+    queue.push("a", "a4")
+    assert queue.clear() == ["a4"] and len(queue) == 0
 
 
 def test_busy(make, tiny_dir):
@@ -286,7 +287,7 @@ def test_busy(make, tiny_dir):
     first = busy(engine)
     waiting = [engine.submit(ask("x")) for _ in range(2)]
     assert engine.status().queued == 2
-    with pytest.raises(Busy, match="2 requests are waiting"):
+    with pytest.raises(QueueFull, match="2 requests are waiting"):
         engine.submit(ask("x"))
     waiting[0].cancel()
     assert last(waiting[0]).finish_reason == "cancelled"
@@ -297,11 +298,11 @@ def test_busy(make, tiny_dir):
 
 
 def test_cancel_while_generating(tiny_engine):
-    ticket = busy(tiny_engine)
+    pending = busy(tiny_engine)
     assert tiny_engine.status().state == "generating"
-    ticket.cancel()
+    pending.cancel()
     start = time.perf_counter()
-    assert last(ticket).finish_reason == "cancelled"
+    assert last(pending).finish_reason == "cancelled"
     assert time.perf_counter() - start < 5
     assert last(tiny_engine.submit(ask("x"))).finish_reason == "length"
 
@@ -310,39 +311,39 @@ def test_cancel_while_reading(make, tiny_dir, monkeypatch):
     """Between two calls; what was read serves the next request."""
     engine = make(model=str(tiny_dir), load={"stats": False}, prefill_step_size=64)
     engine.load().result()
-    ticket = None
-    inner = answer._Reading._read_shared
+    pending = None
+    inner = worker._Completion._read_beginning
 
     def cancelled(self):
-        ticket.cancel()
+        pending.cancel()
         return inner(self)
 
     prompt = [1, *range(3, 1000)]
-    monkeypatch.setattr(answer._Reading, "_read_shared", cancelled)
-    with engine._changed:  # keep the engine waiting until the ticket is known
-        ticket = engine.submit(Request(prompt=prompt, max_tokens=3))
-    assert last(ticket).finish_reason == "cancelled"
+    monkeypatch.setattr(worker._Completion, "_read_beginning", cancelled)
+    with engine._condition:  # keep the engine waiting until the request is known
+        pending = engine.submit(Request(prompt=prompt, max_tokens=3))
+    assert last(pending).finish_reason == "cancelled"
     monkeypatch.undo()
     assert last(engine.submit(Request(prompt=prompt, max_tokens=3))).finish_reason == "length"
 
 
 def test_async(tiny_engine):
-    async def read() -> list[Piece]:
-        ticket = tiny_engine.submit(ask("x"))
+    async def read() -> list[Chunk]:
+        pending = tiny_engine.submit(ask("x"))
         assert await tiny_engine.submit(Request(prompt=[1], client="b", max_tokens=1)).get(60)
-        return [piece async for piece in ticket]
+        return [chunk async for chunk in pending]
 
-    pieces = asyncio.run(read())
-    assert len(pieces) == 12 and pieces[-1].finish_reason == "length"
+    chunks = asyncio.run(read())
+    assert len(chunks) == 12 and chunks[-1].finish_reason == "length"
 
 
 def test_async_patience(tiny_engine):
-    async def read() -> Piece | None:
-        ticket = busy(tiny_engine)
+    async def read() -> Chunk | None:
+        pending = busy(tiny_engine)
         waiting = tiny_engine.submit(ask("x"))
-        piece = await waiting.get(0.05)
-        ticket.cancel()
-        return piece
+        chunk = await waiting.get(0.05)
+        pending.cancel()
+        return chunk
 
     assert asyncio.run(read()) is None
 
@@ -421,9 +422,9 @@ def test_a_crash_fails_its_request_only(demo_engine, monkeypatch):
         yield from list(inner(*args, **kwargs))[:2]
         raise RuntimeError("[metal] /Users/me/secret out of memory")
 
-    inner = answer.stream_generate
-    monkeypatch.setattr(answer, "stream_generate", crash)
-    with pytest.raises(EngineFailed, match="^Generation failed: RuntimeError. The log says more.$"):
+    inner = worker.stream_generate
+    monkeypatch.setattr(worker, "stream_generate", crash)
+    with pytest.raises(EngineFailed, match="^Generation failed: RuntimeError. See the log.$"):
         text(demo_engine.submit(ask("Hello")))
     monkeypatch.undo()
     assert demo_engine.status().state == "ready" and demo_engine.status().error
@@ -468,17 +469,17 @@ def test_the_models_own_context_is_the_limit(make, model_copy):
 
 def test_quantised_kv(make, tiny_dir):
     engine = make(kv={"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0})
-    pieces = list(engine.submit(ask("Hello")))
-    turn = [*ask("Hello").messages, {"role": "assistant", "content": "".join(p.text for p in pieces)}, USER]
+    chunks = list(engine.submit(ask("Hello")))
+    turn = [*ask("Hello").messages, {"role": "assistant", "content": "".join(chunk.text for chunk in chunks)}, USER]
     assert last(engine.submit(Request(messages=turn, max_tokens=5))).usage.cached_tokens > 0
 
 
 def test_close(make, tiny_dir):
     engine = make(model=str(tiny_dir), load={"stats": False})
-    ticket, waiting = busy(engine), engine.submit(ask("x"))
+    pending, waiting = busy(engine), engine.submit(ask("x"))
     loading = engine.load()
     engine.close()
-    assert last(ticket).finish_reason == "cancelled"
+    assert last(pending).finish_reason == "cancelled"
     with pytest.raises(EngineFailed, match="closed"):
         text(waiting)
     with pytest.raises((CancelledError, EngineFailed)):
@@ -503,7 +504,7 @@ def test_the_process_ends_cleanly(closed):
 
 
 def test_the_engine_needs_no_server_libraries():
-    code = "import sys, glass_mlx.engine; print({'starlette', 'pydantic', 'uvicorn'} & set(sys.modules))"
+    code = "import sys, glass_mlx.serving.engine; print({'starlette', 'pydantic', 'uvicorn'} & set(sys.modules))"
     root = glass_mlx.__path__[0] + "/.."
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stdout == "set()\n"
@@ -516,7 +517,7 @@ def test_the_engines_models(make, tiny_dir):
 
 def test_names_of_one_model_do_not_load_it_again(make, model_copy, monkeypatch):
     loads = []
-    monkeypatch.setattr(engine, "load", lambda path, **k: loads.append(path) or glass_mlx.load(path, **k))
+    monkeypatch.setattr(engine_module, "load", lambda path, **k: loads.append(path) or glass_mlx.load(path, **k))
     served = make(model=str(model_copy), load={"stats": False}, allow_paths=(model_copy.parent,))
     for name in ("default_model", "model", str(model_copy)):
         text(served.submit(ask("x", model=name)))

@@ -1,4 +1,4 @@
-"""Tests of reading an answer: stop words, reasoning, tool calls. The text comes in pieces of any size."""
+"""Tests of parsing a completion: stop words, reasoning, tool calls. The text comes in parts of any size."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from types import SimpleNamespace
 import pytest
 from mlx_lm.tool_parsers import json_tools
 
-from glass_mlx.serving.output_parser import Reader
-from glass_mlx.serving.request import Piece
+from glass_mlx.serving.output_parser import OutputParser
+from glass_mlx.serving.request import Chunk
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_call>'
 
 
 def tokenizer(thinking: bool = True, tools: bool = True) -> SimpleNamespace:
-    """What a reader asks of mlx-lm's tokenizer wrapper, whose own attributes these are."""
+    """What the parser needs of mlx-lm's tokenizer wrapper, whose own attributes these are."""
     return SimpleNamespace(
         has_thinking=thinking,
         think_start="<think>",
@@ -32,17 +32,17 @@ def tokenizer(thinking: bool = True, tools: bool = True) -> SimpleNamespace:
     )
 
 
-def read(text: str, size: int, stop=(), prompt=(1,), **kind) -> tuple[Piece, Reader]:
-    reader = Reader(tokenizer(**kind), list(prompt), tuple(stop))
+def read(text: str, size: int, stop=(), prompt=(1,), **kind) -> tuple[Chunk, OutputParser]:
+    parser = OutputParser(tokenizer(**kind), list(prompt), tuple(stop))
     said, thought, calls = "", "", ()
-    pieces = [text[i : i + size] for i in range(0, len(text), size)]
-    for piece in pieces:
-        got = reader.feed(piece)
+    parts = [text[i : i + size] for i in range(0, len(text), size)]
+    for part in parts:
+        got = parser.feed(part)
         said, thought, calls = said + got.text, thought + got.reasoning, calls + got.tool_calls
-        if reader.stopped:
+        if parser.stopped:
             break
-    got = reader.finish()
-    return Piece(said + got.text, thought + got.reasoning, calls + got.tool_calls), reader
+    got = parser.finish()
+    return Chunk(said + got.text, thought + got.reasoning, calls + got.tool_calls), parser
 
 
 sizes = pytest.mark.parametrize("size", [1, 3, 1000])
@@ -62,33 +62,33 @@ sizes = pytest.mark.parametrize("size", [1, 3, 1000])
     ],
 )
 def test_stop_words(size, text, stop, said):
-    piece, reader = read(text, size, stop)
-    assert piece.text == said
-    assert reader.stopped == (said != text)
+    chunk, parser = read(text, size, stop)
+    assert chunk.text == said
+    assert parser.stopped == (said != text)
 
 
 def test_what_may_become_a_stop_word_is_held_back():
-    reader = Reader(tokenizer(), [1], ("STOP",))
-    assert [reader.feed(c).text for c in "a STx"] == ["a", " ", "", "", "STx"]
+    parser = OutputParser(tokenizer(), [1], ("STOP",))
+    assert [parser.feed(c).text for c in "a STx"] == ["a", " ", "", "", "STx"]
 
 
 @sizes
 def test_reasoning(size):
-    piece, _ = read("<think>let me see</think>four", size)
-    assert (piece.reasoning, piece.text) == ("let me see", "four")
+    chunk, _ = read("<think>let me see</think>four", size)
+    assert (chunk.reasoning, chunk.text) == ("let me see", "four")
 
 
 @sizes
 def test_reasoning_that_the_template_began(size):
-    piece, _ = read("let me see</think>four", size, prompt=(1, 8, 7))
-    assert (piece.reasoning, piece.text) == ("let me see", "four")
+    chunk, _ = read("let me see</think>four", size, prompt=(1, 8, 7))
+    assert (chunk.reasoning, chunk.text) == ("let me see", "four")
     assert read("four", size, prompt=(1, 7, 8))[0].text == "four"
 
 
 @sizes
 def test_reasoning_cut_short(size):
-    piece, _ = read("<think>let me <", size)
-    assert (piece.reasoning, piece.text) == ("let me <", "")
+    chunk, _ = read("<think>let me <", size)
+    assert (chunk.reasoning, chunk.text) == ("let me <", "")
 
 
 @sizes
@@ -97,29 +97,29 @@ def test_reasoning_cut_short(size):
 def test_tool_calls(size, count, ended):
     """The last one's end marker may be missing."""
     text = "I ask. " + CALL * count
-    piece, reader = read(text if ended else text.removesuffix("</tool_call>"), size)
-    assert piece.text == "I ask. " and reader.called
-    assert [call["function"]["name"] for call in piece.tool_calls] == ["weather"] * count
-    assert json.loads(piece.tool_calls[0]["function"]["arguments"]) == {"city": "Ulm"}
-    assert len({call["id"] for call in piece.tool_calls}) == count
+    chunk, parser = read(text if ended else text.removesuffix("</tool_call>"), size)
+    assert chunk.text == "I ask. " and parser.has_tool_calls
+    assert [call["function"]["name"] for call in chunk.tool_calls] == ["weather"] * count
+    assert json.loads(chunk.tool_calls[0]["function"]["arguments"]) == {"city": "Ulm"}
+    assert len({call["id"] for call in chunk.tool_calls}) == count
 
 
 @sizes
 @pytest.mark.parametrize("inner", ["{broken", "[1]", "{}", '"text"'])
 def test_a_broken_tool_call_is_passed_on_as_text(size, inner):
     text = f"<tool_call>{inner}</tool_call>done"
-    piece, reader = read(text, size)
-    assert piece.tool_calls == () and not reader.called
-    assert piece.text == text
+    chunk, parser = read(text, size)
+    assert chunk.tool_calls == () and not parser.has_tool_calls
+    assert chunk.text == text
 
 
 def test_a_model_without_markers():
-    piece, _ = read(f"<think>{CALL}", 2, thinking=False, tools=False)
-    assert piece.text == f"<think>{CALL}"
+    chunk, _ = read(f"<think>{CALL}", 2, thinking=False, tools=False)
+    assert chunk.text == f"<think>{CALL}"
 
 
 def test_the_real_tokenizer(demo):
     """The attributes are there: this fails if mlx-lm renames them."""
-    reader = Reader(demo[1], [1, 2], ("x",))
-    assert reader.feed("axb").text == "a"
-    assert reader.stopped
+    parser = OutputParser(demo[1], [1, 2], ("x",))
+    assert parser.feed("axb").text == "a"
+    assert parser.stopped

@@ -425,7 +425,7 @@ def test_settings(visit):
     (asked,) = visit.asked
     assert asked["messages"][0] == {"role": "system", "content": "Answer like a pirate."}
     assert (asked["temperature"], asked["max_tokens"]) == (0.5, 2)
-    expect(visit.last.locator(".figures")).to_have_text(re.compile("2 tokens · cut at the longest length"))
+    expect(visit.last.locator(".figures")).to_have_text(re.compile("2 tokens · cut at the length limit"))
     page.get_by_role("button", name="Settings").click()
     page.get_by_role("button", name="Delete all conversations").click()
     page.get_by_role("button", name="Yes, delete all of them").click()
@@ -484,11 +484,11 @@ FAILURES = [
     (429, {"error": {"message": "The queue is full"}}, "The server is busy"),
     (413, {"error": {"message": "too large"}}, "has become too large"),
     (404, {"error": {"message": "The model 'x' is not in the Hub cache."}}, "The model 'x' is not in the Hub cache."),
-    (500, {"error": {"message": "demo cannot be loaded. The log says why."}}, "demo cannot be loaded"),
+    (500, {"error": {"message": "demo cannot be loaded. See the log."}}, "demo cannot be loaded"),
     (502, "<html>Bad gateway</html>", "The server answered with status 502."),
     (200, events("Half an ans", end=False), "broke in the middle"),
     (200, 'data: {"error": {"message": "Generation failed: ValueError."}}\n\n', "Generation failed: ValueError."),
-    (200, "data: {nonsense\n\n", "something that is no answer"),
+    (200, "data: {nonsense\n\n", "something that is not an answer"),
 ]
 
 
@@ -558,8 +558,8 @@ def test_waits_with_words(visit):
     state |= {"state": "generating", "queued": 3}
     expect(visit.last).to_contain_text("Waiting for its turn…")
     expect(page.locator("#state")).to_contain_text("big is answering, 3 waiting")
-    state |= {"state": "failed", "queued": 0, "error": "big cannot be loaded. The log says why."}
-    expect(page.locator("#state")).to_contain_text("big cannot be loaded. The log says why.")
+    state |= {"state": "failed", "queued": 0, "error": "big cannot be loaded. See the log."}
+    expect(page.locator("#state")).to_contain_text("big cannot be loaded. See the log.")
     held[0].fulfill(body=events("Here I am."), content_type="text/event-stream")
     expect(visit.last.locator("> .markdown")).to_have_text("Here I am.")
 

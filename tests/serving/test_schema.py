@@ -6,9 +6,10 @@ import json
 
 import pytest
 
+from glass_mlx.serving.errors import BadRequest
 from glass_mlx.serving.openapi import document
-from glass_mlx.serving.request import Piece, Request, Token, Usage
-from glass_mlx.serving.schema import BadBody, ChatBody, CompletionBody, parse
+from glass_mlx.serving.request import Chunk, Request, Token, Usage
+from glass_mlx.serving.schema import ChatBody, CompletionBody, parse
 from glass_mlx.serving.writers import ChatWriter, TextWriter
 
 USER = {"role": "user", "content": "Hello"}
@@ -111,7 +112,7 @@ def test_stop(stop, words):
 )
 def test_bad_fields(field, values):
     for value in values:
-        with pytest.raises(BadBody) as e:
+        with pytest.raises(BadRequest) as e:
             chat(**{field: value})
         assert str(e.value).startswith(field) and e.value.param.startswith(field), value
         assert len(str(e.value)) <= 500 and "pydantic" not in str(e.value)
@@ -136,7 +137,7 @@ def test_bad_fields(field, values):
 )
 def test_bad_bodies(body):
     for kind in (ChatBody, CompletionBody):
-        with pytest.raises(BadBody):
+        with pytest.raises(BadRequest):
             parse(kind, body)
 
 
@@ -149,33 +150,33 @@ def test_completion_prompts(prompt, taken):
 
 @pytest.mark.parametrize("prompt", [None, 1, [], [[]], [[1]], ["a", "b"], [1, "a"], [-1], [2**31], [True], {}])
 def test_bad_completion_prompts(prompt):
-    with pytest.raises(BadBody, match="prompt"):
+    with pytest.raises(BadRequest, match="prompt"):
         parse(CompletionBody, json.dumps({"prompt": prompt}).encode())
 
 
 @pytest.mark.parametrize("field, value", [("echo", True), ("best_of", 2), ("logprobs", 21), ("logprobs", True)])
 def test_bad_completion_fields(field, value):
-    with pytest.raises(BadBody, match=field):
+    with pytest.raises(BadRequest, match=field):
         parse(CompletionBody, json.dumps({"prompt": "x", field: value}).encode())
 
 
 def test_a_stream_adds_up_to_the_whole():
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    pieces = [
-        Piece(reasoning="hm", token=Token(1, "hm", -1.0, (Token(1, "hm", -1.0), Token(2, "\ufffd", float("-inf"))))),
-        Piece("a", token=Token(3, "a", -2.0)),
-        Piece(tool_calls=(call,)),
-        Piece("b", tool_calls=(call,), finish_reason="tool_calls", usage=Usage(prompt_tokens=3, completion_tokens=4)),
+    chunks = [
+        Chunk(reasoning="hm", token=Token(1, "hm", -1.0, (Token(1, "hm", -1.0), Token(2, "\ufffd", float("-inf"))))),
+        Chunk("a", token=Token(3, "a", -2.0)),
+        Chunk(tool_calls=(call,)),
+        Chunk("b", tool_calls=(call,), finish_reason="tool_calls", usage=Usage(prompt_tokens=3, completion_tokens=4)),
     ]
     writer = ChatWriter("demo", logprobs=True)
-    events = [json.loads(writer.event(piece).model_dump_json(exclude_unset=True)) for piece in pieces]
+    events = [json.loads(writer.event(chunk).model_dump_json(exclude_unset=True)) for chunk in chunks]
     deltas = [event["choices"][0]["delta"] for event in events]
     assert [d.get("content") for d in deltas] == [None, "a", None, "b"]
     assert deltas[0]["reasoning"] == deltas[0]["reasoning_content"] == "hm"
     assert [d["tool_calls"][0]["index"] for d in deltas[2:]] == [0, 1]
-    for piece in pieces:
-        writer.add(piece)
-    choice = json.loads(writer.whole().model_dump_json(exclude_unset=True))["choices"][0]
+    for chunk in chunks:
+        writer.add(chunk)
+    choice = json.loads(writer.response().model_dump_json(exclude_unset=True))["choices"][0]
     assert choice["message"]["content"] == "ab" and len(choice["message"]["tool_calls"]) == 2
     assert choice["finish_reason"] == "tool_calls"
     first = choice["logprobs"]["content"][0]
@@ -186,9 +187,9 @@ def test_a_stream_adds_up_to_the_whole():
 def test_text_logprobs():
     writer = TextWriter("demo", logprobs=True)
     for text in ("one", " two"):
-        writer.add(Piece(text, token=Token(1, text, -1.0, (Token(1, text, -1.0),))))
-    writer.add(Piece(finish_reason="stop", usage=Usage()))
-    said = writer.whole().choices[0]
+        writer.add(Chunk(text, token=Token(1, text, -1.0, (Token(1, text, -1.0),))))
+    writer.add(Chunk(finish_reason="stop", usage=Usage()))
+    said = writer.response().choices[0]
     assert said.text == "one two"
     assert (said.logprobs.text_offset, said.logprobs.tokens) == ([0, 3], ["one", " two"])
 

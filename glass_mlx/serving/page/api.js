@@ -86,7 +86,7 @@ function parsed(data) {
   try {
     return JSON.parse(data);
   } catch {
-    throw new Failure("The server sent something that is no answer.", "refused");
+    throw new Failure("The server sent something that is not an answer.", "refused");
   }
 }
 

@@ -1,5 +1,5 @@
-// Conversations and settings in the browser's storage: each conversation under a key of its own, so that tabs do not
-// overwrite each other's and a damaged one takes no other with it.
+// Conversations and settings in the browser's storage: each conversation has its own key, so that tabs do not
+// overwrite each other and a damaged one does not spoil the rest.
 //
 // A conversation is {id, title, system, changed, turns}; a turn is what was said and one or two answers to it:
 // {said, answers: [{kind: "glass" | "dense", density, text, reasoning, finish, error, figures}]}.

@@ -82,7 +82,7 @@ function nameOf(answer) {
 }
 
 const ENDINGS = {
-  length: "cut at the longest length",
+  length: "cut at the length limit",
   stopped: "stopped",
   cancelled: "ended by the server",
   tool_calls: "asked for a tool",

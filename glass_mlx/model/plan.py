@@ -1,0 +1,98 @@
+"""What GLASS knows of a loaded model: its blocks, its statistics, and where its sessions' weights go."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..core.importance import output_norms
+from .blocks import Block
+from .discovery import find_blocks, signature, summarise
+from .memory import SessionMemory, WeightFiles, default_limit
+from .selection import NeuronSelector
+
+logger = logging.getLogger("glass_mlx")
+
+
+@dataclass
+class Plan:
+    """Kept out of the module tree: none of it is a parameter.
+
+    Attributes:
+        blocks: the FFN blocks that decode sparsely.
+        left_dense: those that do not: {path: reason}.
+        path: the model's directory, where known.
+        selector: chooses neurons.
+        memory: the sessions' compact weights.
+        files: where dense weights that were let go are read again; None where they stay in memory.
+        made_for: the projections and weights that the plan is for (``discovery.signature``).
+        draft_schedulers: what verified decoding has learnt, by density.
+    """
+
+    blocks: list[Block]
+    left_dense: dict[str, str]
+    path: Path | None
+    selector: NeuronSelector
+    memory: SessionMemory
+    files: WeightFiles | None
+    made_for: tuple
+    draft_schedulers: dict[float, Any] = field(default_factory=dict)
+    _norms: list[mx.array] = field(default_factory=list)
+
+    @classmethod
+    def make(cls, dense: nn.Module, path: Path | None, max_session_memory: int | None, low_memory: bool) -> Plan:
+        """Find the model's blocks; arguments as for :class:`~glass_mlx.GlassModel`.
+
+        Raises:
+            GlassError: there is none.
+        """
+        blocks, left_dense = find_blocks(dense)
+        for message in summarise(left_dense):
+            logger.warning(message)
+        limit = default_limit(dense) if max_session_memory is None else max_session_memory
+        files = WeightFiles(path, blocks) if low_memory else None
+        selector = NeuronSelector(*_shapes(blocks))
+        return cls(blocks, left_dense, path, selector, SessionMemory(limit), files, signature(dense, blocks))
+
+    def set_statistics(self, *statistics: Any) -> None:
+        """Choose neurons by these: ``ranks``, ``domains`` and ``sensitivity`` of :class:`NeuronSelector`."""
+        self.selector = NeuronSelector(*_shapes(self.blocks), *statistics)
+
+    def norms(self) -> list[mx.array]:
+        """Column norms [F] of each block's output projection."""
+        if not self._norms:
+            found = []
+            for block in self.blocks:
+                found.append(output_norms(block.module[block.output]))
+                mx.eval(found[-1])  # one block at a time: a quantised one is dequantised for this
+            self._norms = found
+        return self._norms
+
+    def accept(self, dense: nn.Module) -> None:
+        """The weights that the model has now are the plan's own doing."""
+        self.made_for = signature(dense, self.blocks)
+
+    def follow(self, dense: nn.Module) -> None:
+        """Plan again if the model's FFNs were quantised, replaced or given other weights.
+
+        Raises:
+            GlassError: an adapter was put into all of them, or they cannot be sparsified any more.
+        """
+        if signature(dense, self.blocks) == self.made_for:
+            return
+        self.blocks, self.left_dense = find_blocks(dense)
+        self.selector = self.selector.of(*_shapes(self.blocks))
+        self.files = WeightFiles(self.path, self.blocks) if self.files is not None else None
+        self._norms = []
+        self.memory.forget()
+        self.accept(dense)
+        logger.warning("the model's FFN weights have changed: its blocks and their norms were read again")
+
+
+def _shapes(blocks: list[Block]) -> tuple[list[int], list[int]]:
+    return [block.size for block in blocks], [block.group for block in blocks]

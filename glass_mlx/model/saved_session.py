@@ -1,0 +1,104 @@
+"""Sessions that come out of a file. Anyone may have written it, so everything is checked before it is used."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import ArraysCache
+
+from ..errors import GlassError, printable
+from .config import GlassConfig
+from .selection import NeuronSelector
+from .session import SAVED_AS, EvidenceSpan, Session
+
+_NAME = SAVED_AS.rpartition(" ")[0]
+
+
+class UnusableCache(GlassError):
+    """A prompt cache out of a file is damaged, or another model's; ``reason`` says what is wrong."""
+
+    def __init__(self, reason: str):
+        super().__init__(f"The prompt cache cannot be used: {reason}")
+        self.reason = printable(reason)
+
+
+def restore(entry: Any) -> Session | None:
+    """The session that mlx-lm's ``load_prompt_cache`` read as an ArraysCache; None if the entry is not one.
+
+    Raises:
+        UnusableCache: it is damaged, or another version saved it.
+    """
+    if type(entry) is not ArraysCache or not entry.cache or not str(entry.cache[0]).startswith(_NAME):
+        return None
+    if entry.cache[0] != SAVED_AS:
+        raise UnusableCache("another version of glass_mlx saved it.")
+    try:
+        return _session(json.loads(entry.cache[1]), entry.cache[2:])
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, GlassError) as e:
+        reason = (str(e).splitlines() or [type(e).__name__])[0][:80]
+        raise UnusableCache(f"its session is damaged ({reason}).") from e
+
+
+def _session(header: dict[str, Any], arrays: list[Any]) -> Session:
+    if not all(isinstance(a, mx.array) for a in arrays):
+        raise ValueError("an entry is not an array")
+    session = Session(GlassConfig(**header["config"]), header["offset"])
+    session.generated, session.in_prompt = header["generated"], header["in_prompt"] is True
+    spans, pending = header["spans"], header["pending"]
+    if not all(type(n) is int and 0 <= n < 2**40 for n in (session.offset, session.generated, pending)) or pending > 1:
+        raise ValueError("a count is out of range")
+    session.spans = _spans(spans, arrays)
+    end = session.spans[-1].end if session.spans else 0
+    if len(session.spans) != len(spans) or end > session.offset:
+        raise ValueError("evidence is missing, or is of tokens that are not in the cache")
+    session.energy = session.spans[-1].energy if session.spans else None
+    rest = arrays[len(spans) :]
+    session.pending_reread, kept = rest[:pending], rest[pending:]
+    for tokens in session.pending_reread:
+        fits = tokens.ndim == 2 and mx.issubdtype(tokens.dtype, mx.integer)
+        if not fits or not 0 < tokens.shape[1] <= session.offset - end:
+            raise ValueError("the tokens to be read again do not fit the cache")
+    session.kept = kept or None
+    return session
+
+
+def _spans(spans: list[list[int]], arrays: list[mx.array]) -> list[EvidenceSpan]:
+    found, end = [], 0
+    for span, energy in zip(spans, arrays):
+        start, stop, tokens = span
+        if not all(type(n) is int for n in span) or not end <= start < stop or not 1 <= tokens <= stop - start:
+            raise ValueError("a span of evidence is out of order")
+        if energy.dtype != mx.float32 or energy.ndim != 1 or not mx.all((energy >= 0) & mx.isfinite(energy)).item():
+            raise ValueError("evidence has values that are not energies")
+        found.append(EvidenceSpan(start, stop, tokens, energy))
+        end = stop
+    return found
+
+
+def check_restored(session: Session, entries: list[Any], selector: NeuronSelector, dense: nn.Module) -> None:
+    """Hold a restored session against the model; neurons that cannot be kept in it are chosen again.
+
+    Args:
+        session (Session): from :func:`restore`.
+        entries (list): the other entries of its prompt cache.
+        selector (NeuronSelector): the model's.
+        dense (nn.Module): the model.
+
+    Raises:
+        UnusableCache: the session is of another model, or its indices are out of range.
+    """
+    if any(span.energy.shape != (sum(selector.sizes),) for span in session.spans):
+        raise UnusableCache("its session is of another model.")
+    offsets = {entry.offset for entry in entries if isinstance(getattr(entry, "offset", None), int)}
+    if offsets and session.offset not in offsets:
+        raise UnusableCache(f"its session is of {session.offset} tokens, its keys and values are not.")
+    tables = [m for m in dense.modules() if isinstance(m, (nn.Embedding, nn.QuantizedEmbedding))]
+    vocabulary = max((table.weight.shape[0] for table in tables), default=2**31)
+    for tokens in session.pending_reread:
+        if not mx.all((tokens >= 0) & (tokens < vocabulary)).item():
+            raise UnusableCache("it has token ids that the model does not have.")
+    if session.kept is not None and not selector.fits(session.kept, session.config):
+        session.drop_choice()  # chosen for weights in another quantisation, or damaged
