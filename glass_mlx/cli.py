@@ -91,7 +91,7 @@ def add_glass_options(parser: argparse.ArgumentParser, build: bool) -> None:
         type=global_weight,
         default=GlassConfig.global_weight,
         metavar="WEIGHT",
-        help="fuse ranks with this weight of the model's global ranks, 0 to 1; auto: rank by expected energy (default: auto)",
+        help="fuse ranks with this weight of the global ranks, 0 to 1; auto: rank by expected energy (default: auto)",
     )
     group.add_argument(
         "--layer-budgets",

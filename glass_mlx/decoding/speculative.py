@@ -86,8 +86,8 @@ class _Decoder:
         return tokens
 
     def check(self, tokens: mx.array) -> tuple[list[tuple[int, mx.array, bool]], int]:
-        """Read drafted tokens densely. Returns the tokens to emit (id, log-probabilities, drafted), and how many drafted
-        tokens were kept."""
+        """Read drafted tokens densely. Returns the tokens to emit (id, log-probabilities, drafted), and how many of the
+        drafted ones were kept."""
         k = tokens.size - 1
         logits = self.model.verify(tokens[None], self.cache, drafted=k)
         self._quantise()
@@ -123,7 +123,7 @@ class _Decoder:
         return y, logprobs
 
     def _sample(self, logits: mx.array, place: int, seen: mx.array, read: mx.array) -> tuple:
-        """A token [1] for a place, its log-probabilities [1, vocabulary], and what processors have been shown by then."""
+        """A token [1] for a place, its log-probabilities [1, vocabulary], and what processors have seen by then."""
         if self.processors:
             seen = mx.concatenate([seen, read])
             for processor in self.processors:
@@ -190,8 +190,8 @@ def verified_generate_step(
         k = min(scheduler.choose() if draft_tokens is None else draft_tokens, left - 1)
         if k == 0 or not scheduler.measured or not _can_take_back(prompt_cache[:-1], k + 1):
             steps = min(left, scheduler.stretch if scheduler.measured else 1)
-            for token, logprobs in decoder.densely(token, steps):
-                emitted += 1
+            for generated, logprobs in decoder.densely(token, steps):
+                token, emitted = generated, emitted + 1
                 yield token, logprobs, False
             scheduler.observe(0, 0, 0.0, decoder.step_seconds)
             continue
