@@ -189,11 +189,11 @@ def test_partial_of_other_arguments(tiny, tmp_path, other):
     )
 
 
-def _state(path, change):
+def _state(path, change, sums=None):
     data = path.read_bytes()
     n = 8 + int.from_bytes(data[:8], "little")
     text = json.dumps(change(json.loads(json.loads(data[8:n])["__metadata__"]["state"])))
-    save_file({"sums": np.zeros((2, 2, 1, 192))}, path, metadata={"state": text})
+    save_file({"sums": np.zeros((2, 2, 1, 192)) if sums is None else sums}, path, metadata={"state": text})
 
 
 DAMAGE = {
@@ -209,6 +209,13 @@ DAMAGE = {
     "text for tokens": lambda path: _state(path, lambda state: state | {"tokens": "12"}),
     "other sizes": lambda path: _state(path, lambda state: state | {"sizes": [96, 95]}),
     "more": lambda path: _state(path, lambda state: state | {"more": 1}),
+    "ids out of range": lambda path: _state(path, lambda state: state | {"samples": [[[2**31 - 1, 5]]]}),
+    "negative ids": lambda path: _state(path, lambda state: state | {"samples": [[[-7, 5]]]}),
+    "numbers for rows": lambda path: _state(path, lambda state: state | {"samples": [[7]]}),
+    "a count that is text": lambda path: _state(path, lambda state: state | {"batches": "1"}),
+    "deep": lambda path: save_file({"sums": np.zeros(3)}, path, metadata={"state": "[" * 99_999}),
+    "not a number": lambda path: _state(path, lambda state: state, np.full((2, 2, 1, 192), np.nan)),
+    "negative energies": lambda path: _state(path, lambda state: state, np.full((2, 2, 1, 192), -1.0)),
     "directory": lambda path: (path.unlink(), path.mkdir()),
 }
 
