@@ -72,7 +72,7 @@ def memory_size(text: str) -> int:
     """Parse a size in bytes, such as 500MB or 2GB; argparse reports the error."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
     if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 500MB or 2GB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB or 2GB")
     thousand = 1024 if match[3] else 1000
     return int(float(match[1]) * thousand ** " kmgt".index(match[2].lower() or " "))
 
@@ -91,7 +91,7 @@ def add_glass_options(parser: argparse.ArgumentParser, build: bool) -> None:
         type=global_weight,
         default=GlassConfig.global_weight,
         metavar="WEIGHT",
-        help="rank fusion with this weight of the model's global ranks, 0 to 1 (default: auto, by what is expected)",
+        help="fuse ranks with this weight of the global ranks, 0 to 1; auto: rank by expected energy (default: auto)",
     )
     group.add_argument(
         "--layer-budgets",
@@ -105,8 +105,8 @@ def add_glass_options(parser: argparse.ArgumentParser, build: bool) -> None:
         type=refresh,
         default=GlassConfig.refresh,
         metavar="TOKENS",
-        help="read what was said again densely every so many tokens, and choose the neurons again; auto: every 16, "
-        "the neurons at some of them; 0: only with the next prompt (default: %(default)s)",
+        help="read the answer again densely every so many tokens and choose the neurons again; auto: read every 16, "
+        "choose at some of them; 0: only with the next prompt (default: %(default)s)",
     )
     group.add_argument("--stats", metavar="FILE", help="global ranks (default: looked up)")
     group.add_argument("--stats-repo", metavar="REPO", help="Hub repository of global ranks, owner/name[@revision]")
@@ -120,7 +120,7 @@ def add_glass_options(parser: argparse.ArgumentParser, build: bool) -> None:
         "--max-session-memory",
         type=memory_size,
         metavar="SIZE",
-        help="memory for the compact weights of all conversations, 2GB say; idle ones give theirs up "
+        help="memory for the compact weights of all conversations, such as 2GB; idle ones give theirs up "
         "(default: half of what the model leaves)",
     )
     group.add_argument(

@@ -1,9 +1,8 @@
-"""Tests of the evaluation's command line, its prompts, tables and pictures."""
+"""Tests of the evaluation's command line, its tables and pictures."""
 
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,12 +10,7 @@ from matplotlib.figure import Figure
 
 from glass_mlx.errors import GlassError
 from glass_mlx.evaluate import main
-from glass_mlx.evaluation.fidelity import summarise
-from glass_mlx.evaluation.free_running import fit_length, sample_continuations
-from glass_mlx.evaluation.intervals import interval, windows
-from glass_mlx.evaluation.prompts import PROMPTS, read_prompts
 from glass_mlx.evaluation.selectors import SELECTORS, choose_selectors
-from glass_mlx.evaluation.teacher_forcing import Scores
 
 
 @pytest.fixture
@@ -106,74 +100,8 @@ def test_without_global_ranks(invoke, prompts, tiny_dir):
         choose_selectors(["griffin", "static"], [0.5], False)
 
 
-def test_selectors_by_name():
-    assert set(choose_selectors(["griffin"], ["auto"], True)) == {"griffin"}
-    assert set(choose_selectors(["glass-i"], [0.1, "auto", 1.0], True)) == {"glass-i 0.1", "glass-i 1"}
-
-
 def test_own_precision(evaluated):
     assert "own precision" in evaluated("--no-float32", "--arms", "griffin")
-
-
-def test_prompts_are_cut_and_continued(exact):
-    model, tokenizer = exact
-    prompts = read_prompts(str(PROMPTS), tokenizer, 3)
-    assert fit_length(model, prompts, None, 0, 0) == prompts
-    length = len(prompts[0])
-    short = fit_length(model, prompts, length + 3, 0, 0)[0]
-    assert short[:length] == prompts[0] and short[length:] == sample_continuations(model, prompts[:1], 3, 0)[0]
-    assert fit_length(model, prompts, 5, 0, 0) == [p[:5] for p in prompts]
-
-
-def test_the_bundled_prompts_are_read_without_a_second_bos(demo):
-    _, tokenizer = demo
-    prompts = read_prompts(str(PROMPTS), tokenizer, None)
-    assert len(prompts) == 32 and all(p.count(tokenizer.bos_token_id) == 1 for p in prompts)
-
-
-@pytest.mark.parametrize(
-    "line", ["{", "3", "[]", "{}", '{"text": 3}', '{"messages": [3]}', '{"messages": [{"role": "user"}]}']
-)
-def test_bad_prompts(tmp_path, demo, line):
-    file = tmp_path / "bad.jsonl"
-    file.write_text('{"text": "fine"}\n' + line)
-    with pytest.raises(GlassError, match='bad.jsonl:2 has no "text" and no "messages"'):
-        read_prompts(str(file), demo[1], None)
-
-
-def test_prompts_by_template(tmp_path, demo, tiny_dir):
-    messages = [{"role": "user", "content": "Hello"}]
-    file = tmp_path / "p.jsonl"
-    file.write_text(json.dumps({"messages": messages}) + "\n\n" + json.dumps({"text": "Once"}))
-    tokenizer = demo[1]
-    [chat, text] = read_prompts(str(file), tokenizer, None)
-    assert chat == tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    assert text == tokenizer.encode("Once")
-    without = SimpleNamespace(has_chat_template=False, encode=list)
-    assert read_prompts(str(file), without, 1) == [list("Hello\n\n")]
-
-
-def test_windows():
-    assert windows(256) == [32, 64, 96, 128, 160, 192, 224, 256]
-    assert windows(2) == [1, 2] and windows(17)[-1] == 17 and len(windows(17)) <= 8
-
-
-def test_intervals():
-    rng = np.random.default_rng(1)
-    values = rng.normal(3, 1, 400)
-    low, high = interval(values)
-    assert low < values.mean() < high and high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
-    assert interval(np.array([2.0])) == [2.0, 2.0]
-
-
-def test_the_comparison_is_paired():
-    """A small difference that is the same for every prompt is seen through what prompts differ by."""
-    kl = np.linspace(0, 5, 20)[:, None] * np.ones((1, 3))
-    scores = [Scores(kl, kl + shift, kl > 1, kl, []) for shift in (0.0, -0.01)]
-    row = summarise(scores[1], scores[0])
-    assert row["against_griffin"]["kl"] == pytest.approx(-0.01)
-    assert row["against_griffin"]["ci"] == pytest.approx([-0.01, -0.01])
-    assert row["ci"]["kl"][1] - row["ci"]["kl"][0] > 1
 
 
 @pytest.mark.parametrize(

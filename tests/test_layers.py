@@ -18,8 +18,7 @@ from glass_mlx.__main__ import COMMANDS
 # parts on one level do not know each other.
 LEVELS = (
     ("_version", "errors"),
-    ("files",),
-    ("hub",),
+    ("files", "hub"),
     ("core",),  # pure functions on arrays; see CORE_IMPORTS
     ("model",),
     ("decoding", "ranks"),

@@ -106,8 +106,8 @@ def build_ranks(job: Job) -> Callable[[Any, Any], None]:
             job.done = max(job.done, min(job.total, (number + 1) * sum(map(len, rows))))
             return rows
 
-        ranks = GlobalStatistics.read(measure.build_ranks(model, tokenizer, source=replace(source, batch=batch)))
-        ranks.use_in(model)
+        file = measure.build_ranks(model, tokenizer, source=replace(source, batch=batch))
+        GlobalStatistics.read(file).use_in(model)
 
     job.total = measure.DEFAULT_TOKENS
     return work

@@ -68,7 +68,3 @@ def cost(energy: np.ndarray, sensitivity: float) -> np.ndarray:
     lost = np.append(np.cumsum(best[::-1])[::-1], 0.0)
     half = max(lost[len(best) // 2], np.finfo(np.float64).tiny)
     return sensitivity * lost * (lost / half) ** (POWER - 1)
-
-
-# The names that model/selection.py still uses.
-uniform, allocate = uniform_budgets, measured_budgets

@@ -63,7 +63,7 @@ class Prior:
         trust = mx.clip((mx.sum(self.weights(energy) * self.fit(energy)) - FIT[0]) / (FIT[1] - FIT[0]), 0, 1)
         return low + (high - low) * mx.square(trust)
 
-    def expected(self, energy: mx.array | None) -> mx.array:
+    def posterior_energy(self, energy: mx.array | None) -> mx.array:
         """The expected energy [sum of F] (float32) after a prompt with this energy [sum of F].
 
         Without a prompt's energy it is the mean over the domains.

@@ -1,14 +1,14 @@
-"""Verified decoding: the compact model drafts, the dense model checks, and what comes out is the dense model's.
+"""Verified decoding: the compact model drafts, the dense model checks, and the answer is the dense model's.
 
 One model and one prompt cache serve both. A pass drafts k tokens sparsely, takes them off the cache and reads them in
-one dense call, which says what the dense model would have said after each; the longest prefix on which both agree is
-kept, and one dense token after it. So greedy output is the dense model's, and sampled output follows its distribution:
-every token that is emitted was sampled from it. That call also writes exact keys and values and records the evidence
-by which the neurons are chosen again.
+one dense call, which gives the dense model's token after each. The longest prefix on which both agree is kept, and one
+dense token after it. So greedy output is the dense model's, and sampled output follows its distribution, because every
+emitted token was sampled from it. That call also writes exact keys and values, and records the evidence by which the
+neurons are chosen again.
 
-*The dense model's* is up to rounding: a call over several tokens adds up in another order than one over a single token,
-as it does in a prefill of another step size. Where two tokens are equally likely to the last bits, 16-bit models above
-all, either may be taken; what follows is then the dense model's after that token.
+*The dense model's* means up to rounding: a call over several tokens sums in another order than one over a single token,
+as in a prefill of another step size. Where two tokens are equally likely to the last bits, most often in 16-bit models,
+either may be taken, and the answer goes on from that token.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from .sampling import CommonRandomNumbers
 
 
 class _Decoder:
-    """One answer in the making.
+    """One answer while it is generated.
 
     Attributes:
-        place (int): that of the next token in the answer.
-        step_seconds (float): of a dense step, over the last stretch of them.
+        place (int): the next token's place in the answer.
+        step_seconds (float): the time of a dense step, over the last stretch of them.
     """
 
     def __init__(self, model: GlassModel, cache: list[Any], sampler: Callable, processors: list[Callable], kv: tuple):
@@ -44,7 +44,7 @@ class _Decoder:
         self.session = model.session(cache)
         self.randomness, self.place = CommonRandomNumbers(), 0
         self.step_seconds = 0.0
-        self.seen = mx.zeros((0,), mx.int32)  # the tokens that logits processors see, if there are any
+        self.seen = mx.zeros((0,), mx.int32)  # the tokens that logits processors are shown
 
     def read_prompt(self, prompt: mx.array, step_size: int, progress: Callable[[int, int], None]) -> tuple:
         """Prefill as mlx-lm does: in steps, and the last token by itself. Returns the first token [1] and its
@@ -61,21 +61,21 @@ class _Decoder:
         return self._next(logits[:, -1], prompt)
 
     def densely(self, token: int, steps: int) -> Iterator[tuple[int, mx.array]]:
-        """Dense steps, the next one under way while the last is handed over."""
+        """Dense steps; each is under way while the one before is handed over."""
         start, seconds = time.perf_counter(), 0.0
         ahead = self._dense_step(mx.array([token], mx.int32))
         for i in range(steps):
             y, logprobs = ahead
             if i + 1 < steps:
                 ahead = self._dense_step(y)
-            said = y.item()
+            generated = y.item()
             seconds += time.perf_counter() - start
             self.step_seconds = seconds / (i + 1)
-            yield said, logprobs[0]
+            yield generated, logprobs[0]
             start = time.perf_counter()
 
     def draft(self, token: int, k: int) -> mx.array:
-        """The token and k sparsely decoded ones after it, [k + 1]."""
+        """The token and k tokens decoded sparsely after it, [k + 1]."""
         read, seen = [mx.array([token], mx.int32)], self.seen
         for i in range(k):
             logits = self.model.draft(read[-1][None], self.cache)
@@ -86,8 +86,8 @@ class _Decoder:
         return tokens
 
     def check(self, tokens: mx.array) -> tuple[list[tuple[int, mx.array, bool]], int]:
-        """Read drafted tokens densely. Returns the tokens to emit (id, log-probabilities, drafted) and how many of
-        the drafted ones were kept."""
+        """Read drafted tokens densely. Returns the tokens to emit (id, log-probabilities, drafted), and how many of the
+        drafted ones were kept."""
         k = tokens.size - 1
         logits = self.model.verify(tokens[None], self.cache, drafted=k)
         self._quantise()
@@ -104,8 +104,8 @@ class _Decoder:
         if self.processors:
             self.seen = mx.concatenate([self.seen, tokens[: kept + 1]])
         self.place += kept + 1
-        said = [*tokens[1 : kept + 1].tolist(), chosen[kept].item()]
-        return [(t, given[i], i < kept) for i, t in enumerate(said)], kept
+        emitted = [*tokens[1 : kept + 1].tolist(), chosen[kept].item()]
+        return [(t, given[i], i < kept) for i, t in enumerate(emitted)], kept
 
     def _dense_step(self, y: mx.array) -> tuple[mx.array, mx.array]:
         with mx.stream(generation_stream):
@@ -117,7 +117,7 @@ class _Decoder:
             return step
 
     def _next(self, logits: mx.array, read: mx.array) -> tuple[mx.array, mx.array]:
-        """The answer's next token [1], after reading ``read``, and its log-probabilities [1, vocabulary]."""
+        """The answer's next token [1] after ``read``, and its log-probabilities [1, vocabulary]."""
         y, logprobs, self.seen = self._sample(logits, self.place, self.seen, read)
         self.place += 1
         return y, logprobs
@@ -158,11 +158,12 @@ def verified_generate_step(
         prompt (mx.array): tokens [n].
         model (GlassModel): the model.
         prompt_cache (list): from ``model.make_cache()``.
-        max_tokens (int): at most so many; -1 for no limit.
+        max_tokens (int): the longest answer; -1 for no limit.
         sampler, logits_processors, prefill_step_size, prompt_progress_callback, kv_bits, kv_group_size,
-            quantized_kv_start: as in mlx-lm. MLX's global random state, from which a sampler draws, is seeded for each
-            place of the answer. Samplers of ``sampling.make_sampler`` accept more of the drafts than mlx-lm's.
-        draft_tokens (int, optional): draft always so many. Default: as many as pay, by ``DraftScheduler``.
+            quantized_kv_start: as in mlx-lm. MLX's global random state, which samplers draw from, is seeded for each
+            place of the answer. Samplers of ``sampling.make_sampler`` accept more drafts than mlx-lm's.
+        draft_tokens (int, optional): how many to draft before each check. Default: as many as pay
+            (``DraftScheduler``).
         scheduler (DraftScheduler, optional): the cost model. Default: the one that this model's
             answers at this density share.
 
@@ -189,8 +190,8 @@ def verified_generate_step(
         k = min(scheduler.choose() if draft_tokens is None else draft_tokens, left - 1)
         if k == 0 or not scheduler.measured or not _can_take_back(prompt_cache[:-1], k + 1):
             steps = min(left, scheduler.stretch if scheduler.measured else 1)
-            for said, logprobs in decoder.densely(token, steps):
-                token, emitted = said, emitted + 1
+            for generated, logprobs in decoder.densely(token, steps):
+                token, emitted = generated, emitted + 1
                 yield token, logprobs, False
             scheduler.observe(0, 0, 0.0, decoder.step_seconds)
             continue
@@ -199,14 +200,14 @@ def verified_generate_step(
             start = time.perf_counter()
             tokens = decoder.draft(token, k)
             drafted = time.perf_counter()
-            said, kept = decoder.check(tokens)
+            accepted, kept = decoder.check(tokens)
         scheduler.observe(k, kept, drafted - start, time.perf_counter() - drafted)
         session.accept(kept + 1)
         if session.generated >= due:
             session.drop_choice()
             due = next_choice(session.config.refresh or "auto", session.generated + 1)
-        token = said[-1][0]
-        for i, one in enumerate(said):
+        token = accepted[-1][0]
+        for i, one in enumerate(accepted):
             emitted += 1
             try:
                 yield one
@@ -216,8 +217,8 @@ def verified_generate_step(
 
 
 def _can_take_back(entries: list[Any], tokens: int) -> bool:
-    """Whether a cache that grows by so many tokens can give them back: a sliding window that is full by then, or a
-    recurrent state, cannot, and from there on the dense model decodes."""
+    """Whether a cache that grows by this many tokens can give them back. A sliding window that is full by then cannot,
+    nor can a recurrent state; from there on the dense model decodes."""
     room = all(entry.offset + tokens < entry.max_size for entry in entries if hasattr(entry, "max_size"))
     return room and can_trim_prompt_cache(entries)
 
@@ -229,7 +230,7 @@ def stream_verified(
     max_tokens: int,
     **kwargs: Any,
 ) -> Iterator[DenseResponse]:
-    """``mlx_lm.stream_generate`` by ``verified_generate_step``, whose arguments ``kwargs`` are."""
+    """``mlx_lm.stream_generate`` with ``verified_generate_step``, which takes ``kwargs``."""
     detokenizer, start, prompt_tps = tokenizer.detokenizer, time.perf_counter(), 0.0
     steps = verified_generate_step(prompt, model, max_tokens=max_tokens, **kwargs)
     with wired_limit(model, [generation_stream]), closing(steps):

@@ -98,6 +98,12 @@ def signature(model: nn.Module, blocks: list[Block]) -> tuple:
     return tuple(found)
 
 
+def vocabulary_size(model: nn.Module) -> int:
+    """Token ids are below this: the rows of the largest embedding."""
+    tables = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.QuantizedEmbedding))]
+    return max((table.weight.shape[0] for table in tables), default=2**31)
+
+
 def _at(model: nn.Module, path: str) -> Any:
     """The module at a path; None if there is none any more."""
     found: Any = model

@@ -76,7 +76,8 @@ class GlassModel(nn.Module):
 
     @property
     def blocks(self) -> list[Block]:
-        """The FFN blocks that decode sparsely, in the model's order."""
+        """The FFN blocks that decode sparsely, in the model's order; found again where the model has changed."""
+        self._plan.follow(self.dense)
         return self._plan.blocks
 
     @property

@@ -11,6 +11,7 @@ from mlx_lm.models.cache import ArraysCache
 
 from ..errors import GlassError, printable
 from .config import GlassConfig
+from .discovery import vocabulary_size
 from .selection import NeuronSelector
 from .session import SAVED_AS, EvidenceSpan, Session
 
@@ -95,8 +96,7 @@ def check_restored(session: Session, entries: list[Any], selector: NeuronSelecto
     offsets = {entry.offset for entry in entries if isinstance(getattr(entry, "offset", None), int)}
     if offsets and session.offset not in offsets:
         raise UnusableCache(f"its session is of {session.offset} tokens, its keys and values are not.")
-    tables = [m for m in dense.modules() if isinstance(m, (nn.Embedding, nn.QuantizedEmbedding))]
-    vocabulary = max((table.weight.shape[0] for table in tables), default=2**31)
+    vocabulary = vocabulary_size(dense)
     for tokens in session.pending_reread:
         if not mx.all((tokens >= 0) & (tokens < vocabulary)).item():
             raise UnusableCache("it has token ids that the model does not have.")

@@ -13,7 +13,7 @@ from itertools import accumulate
 import mlx.core as mx
 import numpy as np
 
-from ..core.layer_budgets import allocate, uniform
+from ..core.layer_budgets import measured_budgets, uniform_budgets
 from ..core.prior import Prior
 from ..core.ranking import fuse, keep_order, rank
 from ..core.slicing import UNIT
@@ -65,10 +65,10 @@ class NeuronSelector:
         key = (density, layer_budgets)
         if key not in self._counts:
             if self._sensitivity is None or layer_budgets == "uniform":
-                self._counts[key] = uniform(density, self.sizes, self.groups)
+                self._counts[key] = uniform_budgets(density, self.sizes, self.groups)
             else:
-                energies = [np.array(e) for e in self.by_block(self._priors["impact"].expected(None))]
-                self._counts[key] = allocate(density, energies, self._sensitivity, self.groups)
+                energies = [np.array(e) for e in self.by_block(self._priors["impact"].posterior_energy(None))]
+                self._counts[key] = measured_budgets(density, energies, self._sensitivity, self.groups)
         return self._counts[key]
 
     def choose(self, config: GlassConfig, energy: mx.array | None, prompt_tokens: int) -> list[mx.array]:
@@ -133,7 +133,7 @@ class NeuronSelector:
             raise GlassError("No neurons can be chosen yet: prefill a prompt first, or load global ranks.")
         weight = self._weight(config, energy, prompt_tokens)
         if weight == "auto":
-            expected = self.by_block(prior.expected(energy))
+            expected = self.by_block(prior.posterior_energy(energy))
             return lambda members: rank(mx.stack([expected[i] for i in members]))
         ranks = self.ranks and self.ranks[config.signal]
         if weight == 1:

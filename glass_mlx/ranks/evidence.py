@@ -14,6 +14,7 @@ from ..core.importance import SIGNALS
 from ..files import write_atomically
 from ..model.glass_model import GlassModel
 from .agreement import compare
+from .sensitivity import SAMPLE_LENGTH, SAMPLE_ROWS
 
 
 @dataclass
@@ -81,16 +82,45 @@ class SplitEvidence:
         write_atomically(path, lambda temporary: temporary.write_bytes(data))
 
     @classmethod
-    def load(cls, path: Path | None, identity: str) -> SplitEvidence | None:
-        """Read what an interrupted run of the same identity saved; None if there is nothing usable."""
+    def load(cls, path: Path | None, identity: str, empty: SplitEvidence, vocabulary: int) -> SplitEvidence:
+        """Read what an interrupted run of the same identity saved.
+
+        Args:
+            path (Path, optional): the file; anyone may have written it.
+            identity (str): what is being measured, and how.
+            empty (SplitEvidence): what to begin with where there is nothing usable.
+            vocabulary (int): token ids are below this.
+
+        Returns:
+            SplitEvidence: what was saved, or ``empty``.
+        """
         if path is None or not path.exists():
-            return None
+            return empty
         try:
             with safe_open(str(path), framework="numpy") as f:
                 state = json.loads(f.metadata()["state"])
-                sums = f.get_tensor("sums")
-            kept = cls(sums=sums, **state) if state.pop("identity") == identity else None
-            fits = kept and sums.shape == (len(SIGNALS), 2, len(kept.tokens[0]), sum(kept.sizes))
-            return kept if fits and kept.total > 0 else None
-        except (SafetensorError, OSError, ValueError, TypeError, KeyError, IndexError, AttributeError):
-            return None
+                if state.pop("identity") != identity:
+                    return empty
+                saved = cls(sums=f.get_tensor("sums"), **state)
+            return saved if saved._is_sound(empty, vocabulary) else empty
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+            return empty
+
+    def _is_sound(self, empty: SplitEvidence, vocabulary: int) -> bool:
+        """Whether all values are ones that measuring leaves."""
+        domains = len(empty.samples)
+        counts = [*self.tokens[0], *self.tokens[1], self.sequences, self.batches]
+        ids = [token for rows in self.samples for row in rows for token in row]
+        return (
+            self.sizes == empty.sizes
+            and (self.sums.shape, self.sums.dtype) == (empty.sums.shape, empty.sums.dtype)
+            and bool(np.isfinite(self.sums).all() and (self.sums >= 0).all())
+            and len(self.tokens) == 2
+            and len(self.tokens[0]) == len(self.tokens[1]) == len(self.samples) == domains
+            and all(type(n) is int and 0 <= n < 2**40 for n in counts)
+            and all(type(n) is int and 0 <= n < vocabulary for n in ids)
+            and all(len(row) <= SAMPLE_LENGTH for rows in self.samples for row in rows)
+            and all(len(rows) <= SAMPLE_ROWS for rows in self.samples)
+            and all(len(row) == 3 and all(type(x) in (int, float) for x in row) for row in self.history)
+            and self.total > 0
+        )

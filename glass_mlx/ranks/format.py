@@ -206,6 +206,8 @@ def _read_energies(f: Any, name: str) -> mx.array:
     values = f.get_tensor(name)
     if not (np.isfinite(values).all() and (values >= 0).all()):
         raise ValueError(f"{name} has values that are not energies")
+    if not (np.abs(values.sum(axis=-1, dtype=np.float64) - 1) < 1e-2).all():
+        raise ValueError(f"{name} does not sum to 1")
     return mx.array(values)
 
 

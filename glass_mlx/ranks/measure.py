@@ -25,6 +25,7 @@ from ..core.importance import SIGNALS, energy, output_norms
 from ..core.ranking import rank
 from ..errors import GlassError
 from ..model.blocks import hooked, run_with
+from ..model.discovery import vocabulary_size
 from ..model.glass_model import GlassModel
 from .evidence import SplitEvidence
 from .format import FORMAT_VERSION, GlobalStatistics
@@ -115,7 +116,8 @@ def measure_statistics(
         GlassError: the source gave no tokens, or ``partial`` cannot be written.
     """
     identity = json.dumps([fingerprint(model), source.method, source.settings])
-    evidence = SplitEvidence.load(partial, identity) or SplitEvidence.empty(model, len(source.domains))
+    empty = SplitEvidence.empty(model, len(source.domains))
+    evidence = SplitEvidence.load(partial, identity, empty, vocabulary_size(model.dense))
 
     def after_batch() -> None:
         progress(evidence.total, evidence.stability())
@@ -194,9 +196,9 @@ def _record(
 
 
 def _shares(energies: list[np.ndarray]) -> list[mx.array]:
-    """The energies [F] of each block, scaled to a sum of 1."""
-    tiny = np.finfo(np.float32).tiny
-    return [mx.array((e / np.maximum(e.sum(), tiny)).astype(np.float32)) for e in energies]
+    """The energies [F] of each block, scaled to a sum of 1; all alike in a block that never fired."""
+    fired = [e if e.sum() > 0 else np.ones_like(e) for e in energies]
+    return [mx.array((e / e.sum()).astype(np.float32)) for e in fired]
 
 
 def _mean_sensitivity(

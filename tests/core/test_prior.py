@@ -43,13 +43,13 @@ def test_expected(domains):
     trust = np.clip((weights @ fit - FIT[0]) / (FIT[1] - FIT[0]), 0, 1) ** 2
     tokens = PSEUDO_TOKENS[0] + (PSEUDO_TOKENS[1] - PSEUDO_TOKENS[0]) * trust
     expected = energy + tokens * (weights @ joined)
-    np.testing.assert_allclose(prior.expected(mx.array(energy)), expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(prior.posterior_energy(mx.array(energy)), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_without_evidence_all_domains_are_alike(domains):
     prior = Prior([mx.array(d) for d in domains])
     mean = np.concatenate(domains, axis=1).mean(axis=0)
-    np.testing.assert_allclose(prior.expected(None), mean, rtol=1e-5)
+    np.testing.assert_allclose(prior.posterior_energy(None), mean, rtol=1e-5)
 
 
 def test_what_fits_no_domain_decides_alone_nearly(domains):
@@ -68,5 +68,5 @@ def test_a_prompt_is_taken_for_its_own_domain(domains, k):
 
 def test_much_evidence_outweighs_what_was_known(domains):
     prior, energy = Prior([mx.array(d[:1]) for d in domains]), prompt_of(domains, 2, 10**6)
-    expected = np.array(prior.expected(mx.array(energy, mx.float32)))
+    expected = np.array(prior.posterior_energy(mx.array(energy, mx.float32)))
     np.testing.assert_allclose(expected / 10**6, energy / 10**6, atol=3e-4)

@@ -1,4 +1,4 @@
-"""Tests of the measuring: it equals decoding token by token, and its figures are what they say."""
+"""Tests of teacher forcing: it equals decoding token by token, and its figures are what they say."""
 
 from __future__ import annotations
 
@@ -6,21 +6,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx_lm.models.cache import KVCache
 
 import glass_mlx
-from glass_mlx import GlassConfig, stream_generate
+from glass_mlx import GlassConfig
 from glass_mlx.core.importance import SIGNALS
-from glass_mlx.core.metrics import kl_divergence
 from glass_mlx.evaluation import teacher_forcing
-from glass_mlx.evaluation.free_running import readability, sample_continuations, self_nll
 from glass_mlx.evaluation.selectors import (
-    Evidence,
     by_chance,
-    by_magnitude,
     by_oracle,
     by_session,
-    magnitude,
     standard_selectors,
 )
 from glass_mlx.evaluation.teacher_forcing import TextBatch, as_masks, collect_evidence, score_selectors, teacher_forced
@@ -30,7 +24,10 @@ from glass_mlx.ranks.format import GlobalStatistics
 from glass_mlx.ranks.lookup import STATS_DIR
 
 PROMPTS = [[1, 300, 400, 500, 600], [1, 7], [1, 900, 31, 31, 2000, 77, 8, 9]]
+
+
 CONTINUATIONS = [[12, 700, 41, 5, 99, 3000], [8, 8, 1500, 23, 610, 4], [444, 10, 32, 2, 1, 650]]
+
 
 # What decoding can do by itself.
 CONFIGS = {
@@ -147,107 +144,3 @@ def test_batches_make_no_difference(exact, monkeypatch):
     assert done == [2, 1]
     np.testing.assert_allclose(apart["glass"][0.5].kl, together["glass"][0.5].kl, atol=1e-4)
     assert all((a == t).all() for a, t in zip(apart["glass"][0.5].kept, together["glass"][0.5].kept))
-
-
-def test_divergence_of_the_same_is_zero():
-    logits = 30 * mx.random.normal((5, 1000))
-    assert not mx.any(kl_divergence(logits, logits)).item()
-    assert mx.all(kl_divergence(logits, logits[::-1])[:2] > 0).item()
-
-
-def evidence_of(model, density: float) -> Evidence:
-    energies = {s: [mx.random.uniform(shape=(2, block.size)) for block in model.blocks] for s in SIGNALS}
-    return Evidence(model, density, PROMPTS[:2], energies, energies)
-
-
-def test_selectors_keep_what_the_density_says(exact):
-    model, _ = exact
-    for density in (0.3, 1.0):
-        evidence = evidence_of(model, density)
-        for name, selector in standard_selectors([0.2, 0.8]).items():
-            budgets = "measured" if name == "glass" else "uniform"
-            assert [k.shape for k in selector(evidence)] == [(2, k) for k in model.kept_counts(density, budgets)]
-
-
-def test_chance_differs_from_prompt_to_prompt(tiny):
-    evidence = evidence_of(tiny[0], 0.5)
-    kept, again = by_chance(evidence), by_chance(evidence)
-    assert mx.array_equal(kept[0], again[0]) and not mx.array_equal(kept[0][0], kept[0][1])
-    evidence.first = 2
-    assert not mx.array_equal(by_chance(evidence)[0], kept[0])
-
-
-def test_magnitude(tiny):
-    block = tiny[0].blocks[1]
-    norms = [np.linalg.norm(np.array(block.module[name].weight), axis=1) for name in block.inputs]
-    expected = norms[0] * norms[1] * np.linalg.norm(np.array(block.module[block.output].weight), axis=0)
-    np.testing.assert_allclose(magnitude(block), expected, rtol=1e-5)
-    kept = by_magnitude(evidence_of(tiny[0], 0.5))[1]
-    assert set(kept[0].tolist()) == set(np.argsort(-expected)[:48].tolist())
-
-
-def test_magnitude_of_a_fused_projection():
-    block = glass_mlx.wrap(tiny_model("phi3")).blocks[0]
-    assert block.fused == "halves"
-    weight = np.array(block.module[block.inputs[0]].weight)
-    norms = np.linalg.norm(weight, axis=1).reshape(2, -1).prod(axis=0)
-    expected = norms * np.linalg.norm(np.array(block.module[block.output].weight), axis=0)
-    np.testing.assert_allclose(magnitude(block), expected, rtol=1e-5)
-
-
-def test_speaking_equals_generating(exact):
-    """A batch of prompts, masked, says what each of them says by itself on compact weights."""
-    model, tokenizer = exact
-    evidence, _ = collect_evidence(model, TextBatch(PROMPTS, CONTINUATIONS))
-    evidence.density = 0.5
-    masks = as_masks(model, standard_selectors([])["glass"](evidence))
-    for given, config in ((None, GlassConfig(1.0)), (masks, GlassConfig(0.5))):
-        said = sample_continuations(model, PROMPTS, 12, 0, given)
-        for prompt, row in zip(PROMPTS, said):
-            cache = model.make_cache(**vars(config))
-            alone = [r.token for r in stream_generate(model, tokenizer, prompt, 12, prompt_cache=cache)]
-            assert row[: len(alone)] == alone
-
-
-def test_speaking_from_a_beginning(exact):
-    model, _ = exact
-    said = sample_continuations(model, PROMPTS, 6, 0)
-    begin = [said[0][:3], [], [9, 9]]
-    again = sample_continuations(model, PROMPTS, 6, 0, begin=begin)
-    assert again[:2] == said[:2] and again[2][:2] == [9, 9]
-    assert again[2][2:] == sample_continuations(model, [[*PROMPTS[2], 9, 9]], 4, 0)[0]
-
-
-def test_sampling_follows_the_seed(tiny):
-    model, _ = tiny
-    runs = []
-    for seed in (1, 1, 2):
-        mx.random.seed(seed)
-        runs.append(sample_continuations(model, PROMPTS, 5))
-    assert runs[0] == runs[1] != runs[2]
-
-
-def test_caches_that_stay_apart(tiny, monkeypatch):
-    model, _ = tiny
-
-    class Alone:  # a cache without a merge
-        def __init__(self):
-            self.cache = KVCache()
-
-        def __getattr__(self, name):
-            if name == "merge":
-                raise AttributeError(name)
-            return getattr(self.cache, name)
-
-    together = sample_continuations(model, PROMPTS, 5, 0)
-    monkeypatch.setattr("glass_mlx.evaluation.free_running.make_prompt_cache", lambda m: [Alone() for _ in m.layers])
-    assert sample_continuations(model, PROMPTS, 5, 0) == together
-
-
-def test_how_texts_read(exact):
-    model, _ = exact
-    scores = readability([[1, 2, 3, 4, 5, 6, 7], [5] * 7])
-    assert scores["repetition"].tolist() == [0, 0.75]
-    assert scores["distinct-1"].tolist() == [1, 1 / 7] and scores["distinct-2"].tolist() == [1, 1 / 6]
-    expected = score_selectors(model, PROMPTS, CONTINUATIONS, {}, [0.5])["dense"][1.0].nll.mean(axis=1)
-    np.testing.assert_allclose(self_nll(model, PROMPTS, CONTINUATIONS), expected, atol=1e-4)

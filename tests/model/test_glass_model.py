@@ -15,9 +15,10 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache, trim_prompt_cache
+from mlx_lm.tuner.lora import LoRALinear
 
 import glass_mlx
 from glass_mlx import GlassError, GlassModel
@@ -575,14 +576,75 @@ def test_auto_expects_what_the_model_says_after_prompts_like_it(demo):
         assert prior.weights(model.session(cache).energy).tolist()[domain] > 0.95
 
 
-def test_measured_allocation(llama):
+def test_measured_layer_budgets(llama):
     """Blocks the model is more sensitive to keep more neurons, of the same number in all."""
     model = GlassModel(llama.dense)
     model.set_global_ranks(made_up_ranks(model), sensitivity=[1.0, 3.0])
     counts = model.kept_counts(0.5)
     assert counts[1] > counts[0] and sum(counts) == sum(model.kept_counts(0.5, "uniform"))
     assert len(set(model.kept_counts(0.5, "uniform"))) == 1
-    for allocation in ("measured", "uniform"):
-        cache = model.make_cache(layer_budgets=allocation)
+    for budgets in ("measured", "uniform"):
+        cache = model.make_cache(layer_budgets=budgets)
         say(model, PROMPT, cache, 4)
-        assert [len(k) for k in model.kept_neurons(cache).values()] == model.kept_counts(0.5, allocation)
+        assert [len(k) for k in model.kept_neurons(cache).values()] == model.kept_counts(0.5, budgets)
+
+
+# Models that change after they were wrapped
+
+
+def changed(change) -> tuple[GlassModel, GlassModel]:
+    """A model that changed after an answer, and one wrapped after the same change."""
+    model = GlassModel(tiny_model("llama"))
+    say(model, PROMPT, model.make_cache())
+    change(model.dense)
+    other = tiny_model("llama")
+    change(other)
+    return model, GlassModel(other)
+
+
+def scale_down_projections(dense: nn.Module) -> None:
+    for i, layer in enumerate(dense.layers):
+        down = layer.mlp.down_proj
+        down.weight = down.weight * mx.exp(mx.random.normal((down.weight.shape[1],), key=mx.random.key(i)))
+
+
+def replace_blocks(dense: nn.Module) -> None:
+    for layer in dense.layers:
+        layer.mlp = copy.deepcopy(layer.mlp)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda dense: nn.quantize(dense, 64, 4),
+        lambda dense: dense.set_dtype(mx.bfloat16),
+        lambda dense: dense.update(tree_map(lambda a: a * 1.5, dense.parameters())),
+        scale_down_projections,
+        replace_blocks,
+    ],
+)
+def test_a_model_that_changed_is_planned_again(change):
+    model, fresh = changed(change)
+    caches = model.make_cache(), fresh.make_cache()
+    assert say(model, PROMPT, caches[0]) == say(fresh, PROMPT, caches[1])
+    assert kept_lists(model, caches[0]) == kept_lists(fresh, caches[1])
+
+
+def test_an_adapter_after_wrapping_is_an_error():
+    model = GlassModel(tiny_model("llama"))
+    for layer in model.dense.layers:
+        layer.mlp.down_proj = LoRALinear.from_base(layer.mlp.down_proj)
+    with pytest.raises(GlassError, match="adapter: fuse it"):
+        say(model, PROMPT, model.make_cache())
+
+
+def test_saving_writes_the_dense_models_names(tmp_path):
+    model = GlassModel(tiny_model("llama"))
+    model.save_weights(str(tmp_path / "weights.safetensors"))
+    other = tiny_model("llama", seed=1)
+    other.load_weights(str(tmp_path / "weights.safetensors"))
+    assert mx.array_equal(other(mx.array([PROMPT])), model.dense(mx.array([PROMPT])))
+    model.load_weights(str(tmp_path / "weights.safetensors"))
+    again = GlassModel(tiny_model("llama", seed=2))
+    again.update(model.parameters())
+    assert mx.array_equal(again.dense(mx.array([PROMPT])), other(mx.array([PROMPT])))
