@@ -76,8 +76,7 @@ class GlassModel(nn.Module):
 
     @property
     def blocks(self) -> list[Block]:
-        """The FFN blocks that decode sparsely, in the model's order; found again where the model has changed."""
-        self._plan.follow(self.dense)
+        """The FFN blocks that decode sparsely, in the model's order, as the last prefill found them."""
         return self._plan.blocks
 
     @property
