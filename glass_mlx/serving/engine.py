@@ -247,7 +247,7 @@ class Engine:
         """Take a cancelled request out of the queue, if it is still waiting."""
         with self._condition:
             if self._queue.remove(pending.request.client, pending):
-                pending.put(Chunk(finish_reason="cancelled"))
+                pending.put(Chunk(finish_reason="cancelled", usage=Usage()))
 
     # What follows runs on the engine's thread.
 
@@ -286,7 +286,7 @@ class Engine:
 
     def _complete(self, pending: PendingCompletion) -> None:
         if pending.cancelled:  # since it left the queue: no reason to load a model
-            pending.put(Chunk(finish_reason="cancelled"))
+            pending.put(Chunk(finish_reason="cancelled", usage=Usage()))
             return
         try:
             worker = self._ensure_loaded(pending.source)

@@ -74,7 +74,10 @@ class SecurityMiddleware:
         if self.api_key is None:
             return True
         scheme, _, key = authorization.partition(" ")
-        return scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), self.api_key.encode())
+        # Header bytes come decoded as Latin-1; clients send characters beyond ASCII as UTF-8 or as Latin-1.
+        expected = [self.api_key.encode().decode("latin-1"), self.api_key]
+        sent = key.strip().encode()
+        return scheme.lower() == "bearer" and any(hmac.compare_digest(sent, known.encode()) for known in expected)
 
     def _is_allowed_host(self, host: str) -> bool:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from logging.handlers import RotatingFileHandler
 
 import pytest
 
@@ -43,6 +44,31 @@ def test_rotation(tmp_path):
         logging.getLogger("glass_mlx").info("x" * 100_000)
     assert sorted(p.name for p in tmp_path.glob("server*")) == ["server.log", *(f"server.log.{i}" for i in (1, 2, 3))]
     assert path.stat().st_size <= 1_000_000
+    assert all(file.stat().st_mode & 0o077 == 0 for file in tmp_path.iterdir())  # the files that rotation opens too
+
+
+def test_control_characters_stay_out(tmp_path):
+    path = log_to_file(directory=tmp_path)
+    logging.getLogger("glass_mlx").info("model %s", "a\n2026-01-01 INFO glass_mlx: forged\x1b[2J")
+    try:
+        raise ValueError("b\x1b[31m")
+    except ValueError:
+        logging.getLogger("glass_mlx").exception("failed")
+    text = path.read_text()
+    assert "\x1b" not in text and "ValueError: b" in text
+    assert [line for line in text.splitlines() if line.startswith("2026-01-01 INFO")] == []
+
+
+def test_a_full_disk_is_quiet(tmp_path, monkeypatch, capsys):
+    log_to_file(directory=tmp_path)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    [handler] = [h for h in logging.getLogger("glass_mlx").handlers if isinstance(h, RotatingFileHandler)]
+    monkeypatch.setattr(handler, "shouldRollover", full)
+    logging.getLogger("glass_mlx").info("hello")
+    assert capsys.readouterr().err == ""
 
 
 def test_a_directory_that_cannot_be_written(tmp_path, caplog):

@@ -119,6 +119,14 @@ def test_key(client, given, allowed):
         assert served.get(path).status_code == 200
 
 
+@pytest.mark.parametrize(("key", "coding"), [("schlüssel", "utf-8"), ("schlüssel", "latin-1"), ("鍵", "utf-8")])
+def test_a_key_beyond_ascii(client, key, coding):
+    served = client(api_key=key)
+    assert served.get("/v1/models", headers={"Authorization": b"Bearer " + key.encode(coding)}).status_code == 200
+    wrong = {"Authorization": b"Bearer " + key.encode(coding)[:-1]}
+    assert is_error(served.get("/v1/models", headers=wrong), 401)
+
+
 def test_headers(client):
     for path in ("/", "/v1/models", "/nope"):
         headers = client().get(path).headers
