@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -31,6 +32,11 @@ ROOT = Path(glass_mlx.__file__).parents[1]
 
 # MLX's compiler: on a CPU a first run waits for C++'s, and the rules of Metal cannot be read off compiled graphs.
 mx.disable_compile()
+
+
+def pytest_collection_finish():
+    """What was imported stays, and collecting garbage, which some tests do often, need not look at it."""
+    gc.freeze()
 
 
 def pytest_addoption(parser):

@@ -13,10 +13,10 @@ from glass_mlx.evaluation.tiny_models import tiny_model
 from glass_mlx.tradeoff import main
 
 
-def test_the_command_line(invoke, tmp_path):
+def test_the_command_line(invoke, tiny_dir, written, tmp_path):
     pytest.importorskip("matplotlib")
     out, picture = tmp_path / "t.json", tmp_path / "t.png"
-    options = ["--model", "demo", "--density", "0.5", "--prompt-tokens", 8, "--count", 2]
+    options = ["--model", tiny_dir, "--stats", written, "--density", "0.5", "--prompt-tokens", 8, "--count", 2]
     ran = invoke(main, *options, "--tokens", 12, "--json", str(out), "--plot", str(picture))
     assert ran.code == 0, ran.err
     result = json.loads(out.read_text())

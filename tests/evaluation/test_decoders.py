@@ -29,7 +29,7 @@ def model() -> GlassModel:
 @pytest.fixture(scope="module", params=[0.0, 1.0])
 def found(request, model):
     return measure_decoders(
-        model, PROMPTS, standard_decoders([0.25, 1.0], draft_tokens=2), tokens=40, temperature=request.param
+        model, PROMPTS, standard_decoders([0.25, 1.0], draft_tokens=2), tokens=26, temperature=request.param
     )
 
 
@@ -90,7 +90,7 @@ def test_simulated_acceptance(model):
     for by_density in decoders.values():
         for decoder in by_density.values():
             decoder.draft_tokens = 3
-    found = measure_decoders(model, PROMPTS, decoders, tokens=150, fidelity=False)
+    found = measure_decoders(model, PROMPTS, decoders, tokens=80, fidelity=False)
     high, low = (found[f"verified, acceptance {a}"]["0.5"] for a in ("0.95", "0.3"))
     assert high["acceptance"] == pytest.approx(0.95, abs=0.05) and low["acceptance"] == pytest.approx(0.3, abs=0.15)
     assert high["tokens_per_pass"] > low["tokens_per_pass"] and "strays" not in high
