@@ -117,7 +117,7 @@ def test_vendored_files_are_as_released_and_licensed():
 def test_files_are_in_the_wheel():
     installed = {str(file) for file in distribution("glass_mlx").files or ()}
     if "glass_mlx/__init__.py" in installed:  # from a wheel
-        assert {f"glass_mlx/page/{path.relative_to(PAGE)}" for path in ASSETS} <= installed
+        assert {f"glass_mlx/serving/page/{path.relative_to(PAGE)}" for path in ASSETS} <= installed
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert "glass_mlx" in wheel["packages"] and not wheel.keys() & {"exclude", "only-include"}
     ignored = [line.strip("/\n*") for line in (ROOT / ".gitignore").read_text().splitlines()]
