@@ -16,7 +16,7 @@ from mlx_lm import sample_utils
 
 from .core.importance import SIGNALS
 from .decoding import sampling
-from .errors import GlassError
+from .errors import GlassError, printable
 from .files import write_atomically
 from .model.config import LAYER_BUDGETS, GlassConfig
 
@@ -191,7 +191,7 @@ def add_verbose(parser: argparse.ArgumentParser) -> None:
 
 
 def run(command: Callable[[], None], verbose: bool = False) -> None:
-    """Run a command line's work: a GlassError ends it with one line and exit code 1."""
+    """Run a command line's work: a GlassError, or an error of MLX's backend, ends it with one line and exit code 1."""
     logging.basicConfig(format="[%(levelname)s] %(message)s")
     try:
         command()
@@ -199,6 +199,11 @@ def run(command: Callable[[], None], verbose: bool = False) -> None:
         if verbose:
             raise
         sys.exit(f"error: {e}")
+    except RuntimeError as e:  # what MLX's backend cannot do
+        if verbose:
+            raise
+        reason = printable((str(e).splitlines() or [type(e).__name__])[0])
+        sys.exit(f"error: MLX: {reason}. See what works here with: python -m glass_mlx doctor")
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader, `head` say, has gone

@@ -67,6 +67,15 @@ def test_run_error(invoke):
     assert (done.code, done.out, done.err) == (1, "", "error: what to do\n")
 
 
+def test_an_error_of_the_backend_is_one_line(invoke):
+    error = RuntimeError("[ScatterAxis::eval_gpu] Does not support int64\nat::once")
+    done = invoke(lambda: cli.run(lambda: _raise(error)))
+    assert done.code == 1 and len(done.err.splitlines()) == 1
+    assert "Does not support int64" in done.err and "glass_mlx doctor" in done.err
+    with pytest.raises(RuntimeError):
+        cli.run(lambda: _raise(error), verbose=True)
+
+
 def test_run_verbose():
     with pytest.raises(GlassError, match="what to do"):
         cli.run(lambda: _raise(GlassError("what to do")), verbose=True)
