@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -197,3 +198,12 @@ def python(tmp_path):
 def python_m(python):
     """Run ``python -m`` in a process of its own."""
     return lambda *args, stdin="": python("-m", *args, stdin=stdin)
+
+
+@pytest.fixture
+def log_level():
+    """A command may silence the package's warnings; the next test finds them on again."""
+    logger = logging.getLogger("glass_mlx")
+    level = logger.level
+    yield
+    logger.setLevel(level)

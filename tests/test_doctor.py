@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,13 +18,7 @@ from glass_mlx.model.session import Session
 FEW = ("bfloat16", "4-bit/64")
 
 
-@pytest.fixture(autouse=True)
-def _as_before():
-    """The command silences the package's warnings; the next test finds them on again."""
-    logger = logging.getLogger("glass_mlx")
-    level = logger.level
-    yield
-    logger.setLevel(level)
+pytestmark = pytest.mark.usefixtures("log_level")
 
 
 @pytest.fixture(scope="module")

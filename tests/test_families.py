@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 
 import pytest
 
 from glass_mlx import families
 
-
-@pytest.fixture(autouse=True)
-def _as_before():
-    """The command turns off warnings; the next test finds them on again."""
-    logger = logging.getLogger("glass_mlx")
-    level = logger.level
-    yield
-    logger.setLevel(level)
+pytestmark = pytest.mark.usefixtures("log_level")
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from safetensors.numpy import save
 
 from ..core.importance import SIGNALS
 from ..core.ranking import rank
-from ..errors import StatsError
+from ..errors import StatsError, printable
 from ..files import write_atomically
 from .identity import describe, fingerprint
 
@@ -90,7 +90,7 @@ class GlobalStatistics:
 
     @classmethod
     def _read(cls, f: Any) -> GlobalStatistics:
-        metadata = {_printable(key): _printable(value) for key, value in (f.metadata() or {}).items()}
+        metadata = {printable(key): printable(value) for key, value in (f.metadata() or {}).items()}
         version = metadata.get("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(f"format version {version}, expected {FORMAT_VERSION}")
@@ -246,11 +246,6 @@ def merge(parts: list[GlobalStatistics]) -> GlobalStatistics:
     known = [part.sensitivity for part in parts if part.sensitivity is not None]
     ranks = {signal: [rank(e) for e in energies[signal]] for signal in SIGNALS}
     return GlobalStatistics(ranks, energies, metadata, domains, known[0] if known else None)
-
-
-def _printable(text: str) -> str:
-    """Text without control characters: a file may come from anyone, and a terminal obeys them."""
-    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def write_index(directory: Path) -> int:
