@@ -66,7 +66,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 
 
 def _add_cache_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prefill-step-size", type=int, default=2048, help="prompt tokens to read in one call")
+    parser.add_argument("--prefill-step-size", type=int, default=512, help="prompt tokens to read in one call")
     parser.add_argument(
         "--prompt-cache-size", type=int, default=10, help="conversations to keep (default: %(default)s)"
     )

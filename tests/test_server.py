@@ -170,16 +170,14 @@ def test_another_model(client, http):
 
 @pytest.mark.parametrize("density", [0.5, 1.0])
 def test_next_turn_pays_only_for_new_tokens(client, density):
-    """And for repairing the answer before it, where it was decoded sparsely."""
-    messages = [{"role": "user", "content": "I am looking for a cheap hotel in Cambridge."}]
-    known = 1
+    """And for the answer before it."""
+    messages = [{"role": "user", "content": "I am looking for a cheap hotel in Cambridge. " * 6}]
+    known = 0
     for _ in range(3):
-        answer = client.chat.completions.create(
-            model="demo", messages=messages, user=f"pays {density}", extra_body={"density": density}
-        )
+        answer = client.chat.completions.create(model="demo", messages=messages, extra_body={"density": density})
         usage = answer.usage
-        assert usage.prompt_tokens_details.cached_tokens >= known - 1
-        known = usage.total_tokens if density == 1 else usage.prompt_tokens
+        assert usage.prompt_tokens_details.cached_tokens >= known
+        known = usage.prompt_tokens - 32  # calls end at messages, but are not shorter than that
         messages += [
             {"role": "assistant", "content": answer.choices[0].message.content},
             {"role": "user", "content": "Is it near?"},

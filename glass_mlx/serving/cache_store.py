@@ -1,62 +1,45 @@
 """Keeps the prompt caches of past conversations, and finds the one that a new prompt can go on from.
 
-The prompt of a next turn begins with the tokens of the turn before, so it takes over that turn's cache and pays only
-for what is new. How much of a cache may be reused depends on who asks:
+The rule: an answer is a function of its request, whatever was asked before. So a cache is reused only where it holds,
+bit by bit, what reading the prompt with an empty cache would write. Two things make that hold and keep it cheap:
 
-- A client's own conversation goes on from everything that its turns left, including what the sparse model wrote. It can
-  go back only to a point where its evidence is known exactly, which is not in the middle of a stretch that was read in
-  one call.
-- A request with a seed, or one that finds another client's cache, reuses only what it would have computed itself, bit
-  by bit: what was read densely, in the same calls from the first token on.
-
-So an answer with a seed depends on its request alone. An answer without one also depends on its own client's earlier
-turns, as long as they are in the store; after that, everything is read densely.
+- Where the calls end that read a prompt (``prompt_call_ends``) follows from its tokens from the first on, so two
+  prompts with a common beginning are read in the same calls up to there. Calls end where messages end, because that is
+  where conversations branch.
+- A conversation is kept as it was at the last of these ends. Its answer, which the sparse model wrote, is not kept: the
+  next turn reads it like any other message, densely and recorded.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import takewhile
+from collections.abc import Callable, Container
+from contextlib import suppress
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from ..decoding.conversation import CachedConversation
+from ..decoding.prompt import render
+from ..model.session import Session
 
-
-@dataclass(eq=False)
-class StoredConversation(CachedConversation):
-    """A cached conversation with its owner and the calls that filled it.
-
-    Attributes:
-        client (str): whose conversation it is.
-        dense_ends (list[int]): where the calls ended that filled the cache as those of a new prompt would: densely,
-            from the first token on.
-    """
-
-    client: str
-    dense_ends: list[int] = field(default_factory=list)
-
-    def cut(self, length: int) -> bool:
-        self.dense_ends = [end for end in self.dense_ends if end <= length]
-        return super().cut(length)
-
-    def note_dense_calls(self, start: int, ends: list[int], length: int) -> None:
-        """Note that a prompt was read from ``start`` to ``length`` in the calls of a new prompt, which end at ``ends``.
-        If the cache held anything else before ``start``, it has nothing that a new prompt would compute."""
-        if start == (self.dense_ends[-1] if self.dense_ends else 0):
-            self.dense_ends += [end for end in ends if start < end <= length]
+_SHORTEST_CALL = 32  # tokens; a message below that is read together with the next one
 
 
 class ConversationStore:
     """Holds the most recently used conversations within limits of memory and number. Not safe to share between threads:
     only the engine's thread uses it."""
 
-    def __init__(self, max_bytes: int, max_conversations: int):
+    def __init__(self, max_bytes: int, max_conversations: int, quantized_kv_start: int = 0):
+        """
+        Args:
+            max_bytes, max_conversations (int): the limits.
+            quantized_kv_start (int): keys and values are quantised from this length on, where they are.
+        """
         self.max_bytes, self.max_conversations = max_bytes, max_conversations
-        self._conversations: list[StoredConversation] = []  # the least recently used first
+        self.quantized_kv_start = quantized_kv_start
+        self._conversations: list[CachedConversation] = []  # the least recently used first
 
     def __len__(self) -> int:
         return len(self._conversations)
@@ -66,46 +49,39 @@ class ConversationStore:
         return sum(conversation.nbytes for conversation in self._conversations)
 
     def take(
-        self,
-        prompt: list[int],
-        call_ends: list[int],
-        client: str,
-        signal: str,
-        exact: bool,
-        make_cache: Callable[[], list[Any]],
-    ) -> StoredConversation:
-        """Find the conversation that holds the most of a prompt that may be reused, and cut it to that.
+        self, prompt: list[int], call_ends: list[int], signal: str, make_cache: Callable[[], list[Any]]
+    ) -> CachedConversation:
+        """Find the conversation that holds the most of a prompt, and cut it to that.
 
         Args:
             prompt (list[int]): the tokens to read.
-            call_ends (list[int]): where the calls end that would read the prompt with an empty cache.
-            client (str): who asks.
+            call_ends (list[int]): its ``prompt_call_ends``.
             signal (str): the signal that the evidence must be of.
-            exact (bool): reuse only what the request would compute itself.
             make_cache (callable): makes an empty prompt cache.
 
         Returns:
-            StoredConversation: the caller's own. It was taken out of the store; or copied, where the stored one has
+            CachedConversation: the caller's own. It was taken out of the store; or copied, where the stored one has
             more that another request may want; or it is new.
         """
         same_signal = [c for c in self._conversations if c.session.config.signal == signal]
-        lengths = [_reusable_length(c, prompt, call_ends, exact or c.client != client) for c in same_signal]
+        lengths = [_reusable_length(c, prompt, call_ends) for c in same_signal]
         for length, conversation in sorted(zip(lengths, same_signal), key=lambda pair: -pair[0]):
             if length == 0:
                 break
             self._conversations.remove(conversation)
-            if length == conversation.session.offset and conversation.client == client:
+            if length == conversation.session.offset:
                 return conversation
             self._conversations.append(conversation)  # it was used just now
+            if length < self.quantized_kv_start and _is_quantized(conversation.cache):
+                continue
             branch = copy.deepcopy(conversation)
-            branch.client = client
             if branch.cut(length):
                 return branch
-        return StoredConversation([], make_cache(), client)
+        return CachedConversation([], make_cache())
 
-    def put(self, conversation: StoredConversation) -> None:
-        """Keep a conversation for its next turn. That turn reads at least one token and then chooses its neurons anew,
-        so the compact weights are freed. The oldest conversations go until the rest is within the limits."""
+    def put(self, conversation: CachedConversation) -> None:
+        """Keep a conversation that ends where a call ends. The next turn chooses its neurons anew, so the compact
+        weights are freed. The oldest conversations go until the rest is within the limits."""
         conversation.session.drop_choice()
         mx.eval([c.state for c in conversation.cache])
         self._conversations.append(conversation)
@@ -116,22 +92,51 @@ class ConversationStore:
         return len(self) > self.max_conversations or self.nbytes > self.max_bytes
 
 
-def prompt_call_ends(length: int, shared: int, step: int) -> list[int]:
-    """Where the calls end that read a prompt with an empty cache: its first ``shared`` tokens (the system prompt) in
-    steps, the others in steps, and the last token by itself, as in mlx-lm."""
-    ends = [*range(step, shared, step), shared] if 0 < shared < length - 1 else [0]
-    ends += [*range(ends[-1] + step, length - 1, step), length - 1, length]
-    return sorted({end for end in ends if end > 0})
+def message_marks(tokenizer: Any) -> frozenset[int]:
+    """The control tokens by which the chat template tells messages apart, and EOS."""
+    marks = set(tokenizer.eos_token_ids)
+    if tokenizer.has_chat_template:
+        chat = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+        with suppress(Exception):  # templates raise all sorts of errors; then EOS is left
+            control = tokenizer.added_tokens_decoder
+            marks |= {t for t in render(tokenizer, chat, add_generation_prompt=True) if str(control.get(t, "")).strip()}
+    return frozenset(marks)
 
 
-def _reusable_length(conversation: StoredConversation, prompt: list[int], call_ends: list[int], exact: bool) -> int:
-    """How many tokens of a conversation a prompt can go on from."""
+def prompt_call_ends(prompt: list[int], marks: Container[int], step: int) -> list[int]:
+    """Where the calls end that read a prompt before its last tokens: before a mark, and after a step.
+
+    Args:
+        prompt (list[int]): its tokens.
+        marks (container): tokens between messages, as of ``message_marks``.
+        step (int): the most tokens in one call.
+
+    Returns:
+        list[int]: ascending, all below the prompt's length. Whether one is at a place depends on the tokens up to there
+        alone, so prompts with a common beginning have the same ones within it.
+    """
+    ends, start = [], 0
+    for end in range(1, len(prompt)):
+        length = end - start
+        if length == step or (length >= _SHORTEST_CALL and prompt[end] in marks):
+            ends.append(end)
+            start = end
+    return ends
+
+
+def stays_cuttable(cache: list[Any], kv_bits: int | None) -> bool:
+    """Whether a prompt cache can be cut to its present length later, whatever is decoded until then, and is then the
+    same as now. Windows and recurrent states forget, and keys that are not quantised yet may be."""
+    kinds = (QuantizedKVCache,) if kv_bits else (KVCache, QuantizedKVCache)
+    return all(type(entry) in kinds for entry in cache if not isinstance(entry, Session))
+
+
+def _is_quantized(cache: list[Any]) -> bool:
+    return any(isinstance(entry, QuantizedKVCache) for entry in cache)
+
+
+def _reusable_length(conversation: CachedConversation, prompt: list[int], call_ends: list[int]) -> int:
+    """How many tokens of a conversation a prompt can go on from: up to the end of a call whose evidence is known."""
     common = conversation.common_prefix(prompt)
-    if exact:
-        same = takewhile(lambda pair: pair[0] == pair[1], zip(conversation.dense_ends, call_ends))
-        common = max((end for end, _ in same if end <= common), default=0)
-    # the evidence is not known at a point within a stretch that was read in one call
-    for mark in reversed(conversation.session.spans):
-        if mark.start < common < mark.end:
-            return 0 if exact else mark.start
-    return common
+    known = {span.end for span in conversation.session.spans}
+    return max((end for end in call_ends if end <= common and end in known), default=0)

@@ -56,7 +56,7 @@ class EngineOptions:
         max_cache_bytes, max_conversations: limits of what is kept of past conversations. The least recently used goes
             first.
         idle_timeout: seconds without a request until the model is unloaded; None for never.
-        prefill_step_size: prompt tokens that are read in one call.
+        prefill_step_size: prompt tokens that are read in one call, at most. The next turn may read one call again.
         kv: mlx-lm's ``kv_bits``, ``kv_group_size`` and ``quantized_kv_start``, to quantise the KV cache.
     """
 
@@ -72,7 +72,7 @@ class EngineOptions:
     max_cache_bytes: int = 2 << 30
     max_conversations: int = 10
     idle_timeout: float | None = 600.0
-    prefill_step_size: int = 2048
+    prefill_step_size: int = 512
     kv: dict[str, int] = field(default_factory=dict)
 
 
@@ -329,7 +329,9 @@ class Engine:
         self._worker = Worker(
             model,
             tokenizer,
-            ConversationStore(options.max_cache_bytes, options.max_conversations),
+            ConversationStore(
+                options.max_cache_bytes, options.max_conversations, options.kv.get("quantized_kv_start", 0)
+            ),
             options.template_args,
             min(options.max_prompt_tokens, context or options.max_prompt_tokens),
             options.prefill_step_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -11,16 +12,17 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm import sample_utils
-from mlx_lm.models.cache import can_trim_prompt_cache
+from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.sample_utils import make_logits_processors
 
 from ..decoding import sampling
+from ..decoding.conversation import CachedConversation
 from ..decoding.prompt import encode, render
 from ..decoding.stream import GenerationResponse, stream_generate
 from ..errors import GlassError
 from ..model.config import GlassConfig
 from ..model.glass_model import GlassModel
-from .cache_store import ConversationStore, StoredConversation, prompt_call_ends
+from .cache_store import ConversationStore, message_marks, prompt_call_ends, stays_cuttable
 from .errors import BadRequest
 from .output_parser import OutputParser
 from .request import Chunk, PendingCompletion, Request, Token, Usage
@@ -53,6 +55,9 @@ class Worker:
     kv: dict[str, int]
     verify: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        self.marks = message_marks(self.tokenizer)
+
     def complete(self, pending: PendingCompletion, on_speed: Callable[[float], None]) -> Chunk:
         """Generate a completion.
 
@@ -68,23 +73,15 @@ class Worker:
         """
         request = pending.request
         config = self._config(request)
-        prompt, shared = self._encode(request)
-        call_ends = prompt_call_ends(len(prompt), shared, self.prefill_step_size)
-        conversation = self.store.take(
-            prompt,
-            call_ends,
-            request.client,
-            config.signal,
-            exact=request.seed is not None,
-            make_cache=lambda: self.model.make_cache(**vars(config)),
-        )
+        prompt = self._encode(request)
+        call_ends = prompt_call_ends(prompt, self.marks, self.prefill_step_size)
+        conversation = self.store.take(prompt, call_ends, config.signal, lambda: self.model.make_cache(**vars(config)))
         conversation.session.configure(**vars(config))
         completion = _Completion(self, pending, conversation, prompt, call_ends)
-        try:
-            return completion.run(on_speed)
-        finally:
-            if completion.settled:
-                self.store.put(conversation)
+        last = completion.run(on_speed)
+        if (kept := completion.reusable()) is not None:
+            self.store.put(kept)
+        return last
 
     def _config(self, request: Request) -> GlassConfig:
         try:
@@ -102,15 +99,14 @@ class Worker:
         """The options of verified decoding for a request: arguments of ``stream_generate``."""
         return self.verify if request.verify is None else {**self.verify, "verify": request.verify}
 
-    def _encode(self, request: Request) -> tuple[list[int], int]:
-        """The tokens of the prompt, and how many of them are a system prompt that other chats may share."""
-        tokenizer, shared = self.tokenizer, 0
+    def _encode(self, request: Request) -> list[int]:
+        """The tokens of the prompt."""
+        tokenizer = self.tokenizer
         if request.messages is not None:
             if not tokenizer.has_chat_template:
                 raise BadRequest("This model has no chat template, so it cannot chat; use /v1/completions.")
             options = {**self.template_args, **request.template_args, "tools": request.tools}
             prompt = _render(tokenizer, request.messages, add_generation_prompt=True, **options)
-            shared = self._system_prompt_length(request.messages, prompt, options)
         elif isinstance(request.prompt, str):
             prompt = encode(tokenizer, request.prompt)
         else:
@@ -122,17 +118,7 @@ class Worker:
             raise BadRequest(f"The prompt has {len(prompt):,} tokens; at most {self.max_prompt_tokens:,} are allowed.")
         if any(not 0 <= t < size for t in (*prompt, *(request.logit_bias or ()))):
             raise BadRequest(f"A token id is out of range: this model has the ids 0 to {size - 1}.")
-        return prompt, shared
-
-    def _system_prompt_length(self, messages: list[dict[str, Any]], prompt: list[int], options: dict[str, Any]) -> int:
-        count = next((i for i, m in enumerate(messages) if m["role"] != "system"), 0)
-        if count == 0:
-            return 0
-        try:
-            other = render(self.tokenizer, [*messages[:count], {"role": "user", "content": ""}], **options)
-        except Exception:  # templates raise all sorts of errors; then the system prompt is not shared
-            return 0
-        return next((i for i, (a, b) in enumerate(zip(prompt, other)) if a != b), 0)
+        return prompt
 
     def token(self, id: int, logprob: float = 0.0, top: tuple[Token, ...] = ()) -> Token:
         """A token with its text. It is decoded after another token, because alone it may lose its leading space."""
@@ -143,30 +129,25 @@ class Worker:
 
 
 class _Completion:
-    """One completion while it is generated.
-
-    Attributes:
-        settled (bool): whether the conversation's tokens and cache agree, so that it can be kept.
-    """
+    """One completion while it is generated."""
 
     def __init__(
         self,
         worker: Worker,
         pending: PendingCompletion,
-        conversation: StoredConversation,
+        conversation: CachedConversation,
         prompt: list[int],
         call_ends: list[int],
     ):
         self.worker, self.pending, self.request = worker, pending, pending.request
         self.conversation, self.prompt, self.call_ends = conversation, prompt, call_ends
         self.in_cache = len(conversation.tokens)
-        self.reread = _pending_reread(conversation)  # in the cache, but read again before the prompt
         self.verify = worker.verify_options(self.request)
         self.verified = bool(self.verify.get("verify")) and conversation.session.config.density < 1
         self.generated: list[int] = []
         self.drafted = 0
         self.started = self.first_token_at = time.perf_counter()
-        self.settled = False
+        self.kept: CachedConversation | None = None  # as it was where the last call ended
 
     def run(self, on_speed: Callable[[float], None]) -> Chunk:
         """Generate; returns the last chunk."""
@@ -180,7 +161,6 @@ class _Completion:
             response, chunk, finish = self._generate(parser, on_speed)
         except _Cancelled:
             pass
-        self._settle()
         usage = self._usage(response) if response is not None else Usage(len(self.prompt))
         if finish != "cancelled":
             rest = parser.finish()
@@ -216,18 +196,28 @@ class _Completion:
         raise RuntimeError("the stream ended without a finish reason")
 
     def _read_beginning(self) -> None:
-        """Read the prompt up to its last step. One call ends where the system prompt ends, so that other chats with the
-        same system prompt can go on from there."""
-        session = self.conversation.session
-        for end in self.call_ends[:-2]:
-            if end <= session.offset:
+        """Read the prompt up to the last of its calls, from where another one can go on."""
+        conversation, kv = self.conversation, self.worker.kv
+        for end in self.call_ends:
+            start = conversation.session.offset
+            if end <= start:
                 continue
             if self.pending.cancelled:
                 raise _Cancelled
-            start = session.offset
-            tokens = mx.array(self.prompt[start:end], dtype=mx.int32)[None]
-            self.worker.model.prefill(tokens, self.conversation.cache)
-            mx.eval([c.state for c in self.conversation.cache])
+            self.worker.model.prefill(mx.array(self.prompt[start:end], dtype=mx.int32)[None], conversation.cache)
+            if kv:
+                maybe_quantize_kv_cache(conversation.cache, **kv)
+            mx.eval([c.state for c in conversation.cache])
+            conversation.tokens = self.prompt[:end]
+        if stays_cuttable(conversation.cache, kv.get("kv_bits")):
+            self.kept = conversation
+        else:
+            self.kept = copy.deepcopy(conversation)
+
+    def reusable(self) -> CachedConversation | None:
+        """The conversation for the store: as it was before the prompt's last tokens. None if nothing can be reused."""
+        kept = self.kept or self.conversation  # if it was cancelled within the prompt
+        return kept if kept.tokens and kept.cut(len(kept.tokens)) else None
 
     def _stream(self) -> Iterator[GenerationResponse]:
         worker, request, conversation = self.worker, self.request, self.conversation
@@ -272,12 +262,6 @@ class _Completion:
             **worker.kv,
         )
 
-    def _settle(self) -> None:
-        """Note what the cache holds now."""
-        read = min(self.conversation.session.offset, len(self.prompt))
-        self.conversation.note_dense_calls(self.in_cache, self.call_ends, read)
-        self.settled = self.conversation.settle([*self.prompt, *self.generated])
-
     def _token(self, response: GenerationResponse) -> Token:
         if not self.request.logprobs:
             return Token(response.token)
@@ -289,12 +273,11 @@ class _Completion:
         return self.worker.token(response.token, values[0], top)
 
     def _usage(self, response: GenerationResponse) -> Usage:
-        cached = self.in_cache - self.reread
         return Usage(
             prompt_tokens=len(self.prompt),
             completion_tokens=len(self.generated),
-            cached_tokens=cached,
-            prompt_tps=(len(self.prompt) - cached) / (self.first_token_at - self.started),
+            cached_tokens=self.in_cache,
+            prompt_tps=(len(self.prompt) - self.in_cache) / (self.first_token_at - self.started),
             generation_tps=response.generation_tps,
             selection_ms=self.conversation.session.selection_time * 1e3 if response.density < 1 else 0.0,
             density=response.density,
@@ -306,12 +289,6 @@ class _Completion:
             drafted_tokens=self.drafted,
             peak_memory=response.peak_memory,
         )
-
-
-def _pending_reread(conversation: StoredConversation) -> int:
-    """How many of the last tokens in the cache wait to be read again densely."""
-    can_go_back = can_trim_prompt_cache(conversation.cache[:-1])
-    return sum(tokens.shape[1] for tokens in conversation.session.pending_reread) if can_go_back else 0
 
 
 def _render(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> list[int]:

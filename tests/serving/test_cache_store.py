@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+from types import SimpleNamespace
+
 import mlx.core as mx
 import pytest
-from mlx_lm.models.cache import RotatingKVCache
+from hypothesis import given
+from hypothesis import strategies as st
+from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache
 
 from glass_mlx import stream_generate
-from glass_mlx.serving.cache_store import ConversationStore, StoredConversation, prompt_call_ends
+from glass_mlx.decoding.conversation import CachedConversation
+from glass_mlx.serving.cache_store import ConversationStore, message_marks, prompt_call_ends, stays_cuttable
 
-PROMPT = [1, *range(10, 40)]
+EOS, ASSISTANT, STEP = 2, 4, 40
+MARKS = frozenset({EOS, ASSISTANT})
+QUESTION = [1, *range(10, 44), ASSISTANT]
+PREFIX = 35  # where its first call ends
 
 
 @pytest.fixture
@@ -17,123 +26,169 @@ def store():
     return ConversationStore(max_bytes=1 << 30, max_conversations=4)
 
 
-def read(model, tokenizer, store, prompt, client="a", exact=False, max_tokens=5, step=2048):
+def read(model, tokenizer, store, prompt, max_tokens=5, signal="impact"):
     """What an answer does to the store; returns (reused tokens, generated tokens)."""
-    ends = prompt_call_ends(len(prompt), 0, step)
-    conversation = store.take(prompt, ends, client, "impact", exact, model.make_cache)
+    ends = prompt_call_ends(prompt, MARKS, STEP)
+    conversation = store.take(prompt, ends, signal, lambda: model.make_cache(signal=signal))
     reused = conversation.session.offset
-    stream = stream_generate(
-        model, tokenizer, prompt[reused:], max_tokens, prompt_cache=conversation.cache, prefill_step_size=step
-    )
-    said = [response.token for response in stream]
-    conversation.note_dense_calls(reused, ends, len(prompt))
-    assert conversation.settle([*prompt, *said])
-    store.put(conversation)
+    for end in ends:
+        if end > conversation.session.offset:
+            model.prefill(mx.array([prompt[conversation.session.offset : end]]), conversation.cache)
+            conversation.tokens = prompt[:end]
+    rest = prompt[len(conversation.tokens) :]
+    said = [r.token for r in stream_generate(model, tokenizer, rest, max_tokens, prompt_cache=conversation.cache)]
+    if conversation.tokens:
+        assert conversation.cut(len(conversation.tokens))
+        store.put(conversation)
     return reused, said
 
 
+def answered(said):
+    return [*QUESTION, *said, EOS, *range(50, 90), ASSISTANT]
+
+
 @pytest.mark.parametrize(
-    "length, shared, step, ends",
+    "prompt, ends",
     [
-        (1, 0, 8, [1]),
-        (2, 0, 8, [1, 2]),
-        (20, 0, 8, [8, 16, 19, 20]),
-        (17, 0, 8, [8, 16, 17]),
-        (20, 5, 8, [5, 13, 19, 20]),
-        (20, 10, 8, [8, 10, 18, 19, 20]),
-        (20, 19, 8, [8, 16, 19, 20]),
-        (20, 20, 8, [8, 16, 19, 20]),
+        ([1], []),
+        ([1, 5], []),
+        ([5] * 90, [40, 80]),
+        ([5] * 81, [40, 80]),
+        ([5] * 80, [40]),
+        (QUESTION, [PREFIX]),
+        ([5] * 35 + [EOS], [35]),
+        ([5] * 36, []),
+        ([5] * 20 + [EOS] + [5] * 30, [40]),
+        ([5] * 20 + [EOS] + [5] * 14 + [ASSISTANT, 5, 5], [35]),
+        ([5] * 35 + [EOS] + [5] * 35 + [ASSISTANT] + [5] * 35, [35, 71]),
     ],
 )
-def test_calls_that_read_a_prompt(length, shared, step, ends):
-    assert prompt_call_ends(length, shared, step) == ends
+def test_calls_that_read_a_prompt(prompt, ends):
+    """They end before a mark and after a step; not before 32 tokens, nor at the prompt's end."""
+    assert prompt_call_ends(prompt, MARKS, STEP) == ends
 
 
-def test_next_turn_reads_what_is_new(tiny, store):
-    _, said = read(*tiny, store, PROMPT)
-    reused, _ = read(*tiny, store, [*PROMPT, *said, 50, 51])
-    assert reused == len(PROMPT) + len(said)
+TOKENS = st.lists(st.sampled_from([EOS, ASSISTANT, *[5] * 20]), max_size=200)
+
+
+@given(TOKENS, TOKENS, TOKENS, st.integers(1, 64))
+def test_prompts_with_a_common_beginning_are_read_in_the_same_calls(common, one, other, step):
+    ends = [[e for e in prompt_call_ends(common + rest, MARKS, step) if e < len(common)] for rest in (one, other)]
+    assert ends[0] == ends[1]
+
+
+@given(TOKENS, st.integers(1, 64))
+def test_no_call_is_longer_than_a_step(prompt, step):
+    ends = [0, *prompt_call_ends(prompt, MARKS, step), len(prompt)]
+    assert all(0 <= b - a <= step for a, b in zip(ends, ends[1:]))
+
+
+def test_marks_of_a_chat_template(demo):
+    _, tokenizer = demo
+    assert {tokenizer.decode([mark]) for mark in message_marks(tokenizer)} == {
+        "<s>",
+        "</s>",
+        "<|user|>",
+        "<|assistant|>",
+    }
+
+
+def test_marks_without_a_usable_chat_template():
+    def fail(*args, **options):
+        raise ValueError("no such role")
+
+    one = SimpleNamespace(has_chat_template=False, eos_token_ids={2})
+    other = SimpleNamespace(
+        has_chat_template=True, eos_token_ids={2}, apply_chat_template=fail, added_tokens_decoder={}
+    )
+    assert message_marks(one) == message_marks(other) == {2}
+
+
+def test_next_turn_reads_what_is_new_and_the_answer(tiny, store):
+    _, said = read(*tiny, store, QUESTION)
+    assert read(*tiny, store, answered(said))[0] == PREFIX
     assert len(store) == 1
 
 
 def test_the_same_prompt_again(tiny, store):
-    """All but the last token, whose call ends the prompt; the first answer's cache stays for its own next turn."""
-    _, said = read(*tiny, store, PROMPT)
-    assert read(*tiny, store, PROMPT) == (len(PROMPT) - 1, said)
-    assert len(store) == 2
+    _, said = read(*tiny, store, QUESTION)
+    assert read(*tiny, store, QUESTION) == (PREFIX, said)
+    assert len(store) == 1
 
 
-def test_evidence_after_going_back(tiny, store):
-    """A repeated prompt chooses the same neurons as when it was new."""
-    model, tokenizer = tiny
+def test_evidence_is_that_of_a_new_prompt(tiny, store):
+    _, said = read(*tiny, store, QUESTION)
+    read(*tiny, store, answered(said))
     cold = ConversationStore(1 << 30, 4)
-    for s in (store, cold):
-        read(model, tokenizer, s, PROMPT)
-    read(model, tokenizer, store, PROMPT)
+    read(*tiny, cold, answered(said))
     energies = [s._conversations[-1].session.energy for s in (store, cold)]
     assert mx.array_equal(*energies)
 
 
-def test_no_evidence_from_within_a_call(tiny, store):
-    """Half of a stretch that was read in one call has left evidence of its own, but nobody knows which."""
-    read(*tiny, store, PROMPT)
-    assert read(*tiny, store, [*PROMPT[:20], 99, 98])[0] == 0
+def test_nothing_from_within_a_call(tiny, store):
+    read(*tiny, store, QUESTION)
+    assert read(*tiny, store, [*QUESTION[:20], 99, *range(100, 140)])[0] == 0
 
 
 def test_a_long_prompt_is_shared_up_to_a_whole_call(tiny, store):
-    read(*tiny, store, PROMPT, step=8)
-    assert read(*tiny, store, [*PROMPT[:20], 99, 98], client="b", exact=True, step=8)[0] == 16
-
-
-@pytest.mark.parametrize("client, exact", [("b", False), ("a", True), ("b", True)])
-def test_what_was_written_sparsely_is_the_clients_own(tiny, store, client, exact):
-    """Nor is it for an answer with a seed, which depends on its request alone."""
-    _, said = read(*tiny, store, PROMPT)
-    assert read(*tiny, store, [*PROMPT, *said, 50], client=client, exact=exact)[0] == 0
-    assert read(*tiny, store, PROMPT, client=client, exact=exact) == (len(PROMPT) - 1, said)
+    prompt = list(range(10, 110))
+    read(*tiny, store, prompt)
+    assert read(*tiny, store, [*prompt[:60], 99, 98])[0] == 40
+    assert len(store) == 2
 
 
 def test_signals_do_not_mix(tiny, store):
-    model, _ = tiny
-    read(*tiny, store, PROMPT)
-    conversation = store.take(PROMPT, prompt_call_ends(len(PROMPT), 0, 8), "a", "activation", False, model.make_cache)
-    assert conversation.session.offset == 0
+    read(*tiny, store, QUESTION)
+    assert read(*tiny, store, QUESTION, signal="activation")[0] == 0
 
 
 def test_two_branches_do_not_disturb_each_other(tiny, store):
-    _, said = read(*tiny, store, PROMPT)
-    one, other = [*PROMPT, *said, 60, 61], [*PROMPT, *said, 70, 71]
+    _, said = read(*tiny, store, QUESTION)
+    one, other = answered(said), answered([60, 61, 62])
     _, first = read(*tiny, store, one)
-    read(*tiny, store, other)
-    alone = ConversationStore(1 << 30, 4)
-    read(*tiny, alone, PROMPT)
-    assert read(*tiny, alone, one)[1] == first
-    reused, _ = read(*tiny, store, [*one, *first, 80])
-    assert reused == len(one) + len(first)
+    assert read(*tiny, store, other)[0] == PREFIX
+    assert read(*tiny, store, one)[1] == first
+
+
+def test_stays_cuttable(tiny):
+    session = tiny[0].make_cache()[-1]
+    assert stays_cuttable([KVCache(), QuantizedKVCache(), session], None)
+    assert not stays_cuttable([KVCache(), RotatingKVCache(8), session], None)
+    assert stays_cuttable([QuantizedKVCache(), session], 4)
+    assert not stays_cuttable([KVCache(), session], 4)  # it may be quantised while an answer is decoded
 
 
 def test_a_cache_that_cannot_go_back(tiny, store):
     """It serves what goes on from its end, and nothing else."""
-    model, tokenizer = tiny
+    model, _ = tiny
 
     def make():
         return [*(RotatingKVCache(max_size=16) for _ in model.layers), model.make_cache()[-1]]
 
-    conversation = StoredConversation([], make(), "a")
-    said = [r.token for r in stream_generate(model, tokenizer, PROMPT, 5, prompt_cache=conversation.cache)]
-    assert conversation.settle([*PROMPT, *said])
-    conversation.note_dense_calls(0, prompt_call_ends(len(PROMPT), 0, 2048), len(PROMPT))
+    conversation = CachedConversation(list(range(80)), make())
+    for start in (0, 40):
+        model.prefill(mx.array([[*range(start, start + 40)]]), conversation.cache)
     store.put(conversation)
-    assert store.take(PROMPT, conversation.dense_ends, "a", "impact", False, make).session.offset == 0
-    whole = [*PROMPT, *said, 50]
-    assert store.take(whole, [], "a", "impact", False, make) is conversation
+    assert store.take(list(range(60)), [40], "impact", make).session.offset == 0
+    assert store.take(list(range(90)), [40, 80], "impact", make) is conversation
+
+
+def test_quantised_keys_serve_what_a_new_prompt_would_quantise(demo):
+    model, _ = demo
+    store = ConversationStore(1 << 30, 4, quantized_kv_start=60)
+    cache = model.make_cache()
+    for start in (0, 40):
+        model.prefill(mx.array([[*range(start, start + 40)]]), cache)
+    cache[:-1] = [entry.to_quantized(group_size=32, bits=8) for entry in cache[:-1]]
+    store.put(CachedConversation(list(range(80)), cache))
+    assert store.take(list(range(50)), [40], "impact", model.make_cache).session.offset == 0
+    assert store.take(list(range(90)), [40, 80], "impact", model.make_cache).session.offset == 80
 
 
 def test_cut():
     class Stub:
         def __init__(self):
             self.offset = 9
-            self.nbytes = 0
 
         def is_trimmable(self):
             return True
@@ -142,37 +197,46 @@ def test_cut():
             self.offset -= n
             return n
 
-    conversation = StoredConversation(list(range(9)), [Stub()], "a", [3, 4, 8])
+    conversation = CachedConversation(list(range(9)), [Stub()])
     assert conversation.cut(5)
-    assert (conversation.tokens, conversation.dense_ends) == ([0, 1, 2, 3, 4], [3, 4])
+    assert conversation.tokens == [0, 1, 2, 3, 4]
 
 
 def test_the_least_recently_used_goes(tiny):
     store = ConversationStore(1 << 30, 2)
     for first in (100, 200):
-        read(*tiny, store, [first, *PROMPT])
-    read(*tiny, store, [100, *PROMPT, 5])  # used again
-    read(*tiny, store, [300, *PROMPT])
+        read(*tiny, store, [first, *QUESTION])
+    read(*tiny, store, [100, *QUESTION, 5])  # used again
+    read(*tiny, store, [300, *QUESTION])
     assert [conversation.tokens[0] for conversation in store._conversations] == [100, 300]
 
 
 def test_budget_in_bytes(tiny):
     probe = ConversationStore(1 << 30, 100)
-    read(*tiny, probe, PROMPT)
+    read(*tiny, probe, QUESTION)
     store = ConversationStore(int(probe.nbytes * 2.5), 100)
     for first in range(100, 106):
-        read(*tiny, store, [first, *PROMPT])
+        read(*tiny, store, [first, *QUESTION])
         assert store.nbytes <= store.max_bytes
     assert [conversation.tokens[0] for conversation in store._conversations] == [104, 105]
 
 
 def test_one_that_is_larger_than_the_budget(tiny):
     store = ConversationStore(10, 4)
-    read(*tiny, store, PROMPT)
+    read(*tiny, store, QUESTION)
     assert len(store) == 0
 
 
 def test_compact_weights_are_not_kept(tiny, store):
     """The next turn reads something and chooses anew."""
-    read(*tiny, store, PROMPT)
+    read(*tiny, store, QUESTION)
     assert store._conversations[0].session.compact is None
+
+
+def test_a_copy_goes_its_own_way(tiny, store):
+    read(*tiny, store, QUESTION)
+    (stored,) = store._conversations
+    branch = copy.deepcopy(stored)
+    tiny[0].prefill(mx.array([[7, 8, 9]]), branch.cache)
+    assert stored.session.offset == PREFIX
+    assert {entry.offset for entry in stored.cache} == {PREFIX}

@@ -46,7 +46,7 @@ def test_llm(llm, demo, way):
 
 
 def test_llm_goes_on_with_a_conversation(llm, served):
-    llm("-m", "glass", "-s", "You are kind.", "-o", "max_tokens", "8", QUESTION[0]["content"])
+    llm("-m", "glass", "-s", "You are kind. " * 12, "-o", "max_tokens", "8", QUESTION[0]["content"])
     assert llm("-c", "-o", "max_tokens", "8", "Italian, please.")
     usage = json.loads(json.loads(llm("logs", "-n", "1", "--json"))[0]["token_details"])
     assert usage["prompt_tokens_details"]["cached_tokens"] > 10  # the server has recognised it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import random
 import shutil
 import subprocess
 import sys
@@ -91,7 +92,7 @@ def test_chunks(demo_engine):
 def test_settings_of_a_request(demo_engine):
     usage = last(demo_engine.submit(ask("Hello", density=0.25, global_weight=1.0, signal="activation"))).usage
     assert (usage.density, usage.kept_neurons, usage.global_weight, usage.signal) == (0.25, 1536, 1.0, "activation")
-    last(demo_engine.submit(ask("Hello", layer_budgets="uniform", client="u")))
+    last(demo_engine.submit(ask("Hello " * 40, layer_budgets="uniform")))
     assert demo_engine._worker.store._conversations[-1].session.config.layer_budgets == "uniform"
     usage = last(demo_engine.submit(ask("Hello", density=1.0))).usage
     assert (usage.kept_neurons, usage.selection_ms) == (6144, 0)
@@ -148,22 +149,57 @@ def test_without_a_seed_answers_differ(demo_engine):
     assert len(said) > 1
 
 
-@pytest.mark.parametrize("density", [0.5, 1.0])
-def test_next_turn_pays_only_for_new_tokens(demo_engine, density):
-    """And for repairing what was said sparsely."""
-    said = demo_engine.submit(Request(messages=[USER], density=density))
-    chunks = list(said)
-    first = chunks[-1].usage
-    turn = [
-        USER,
-        {"role": "assistant", "content": "".join(chunk.text for chunk in chunks)},
-        {"role": "user", "content": "Cheap."},
+def turns(*said: str) -> list[dict[str, str]]:
+    """Messages of the user and the assistant in turn."""
+    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(said)]
+
+
+def test_next_turn_pays_only_for_new_tokens(tiny_engine):
+    """The answer is among them: the sparse model wrote it."""
+    question = " ".join(["a ship on the sea"] * 12)
+    chunks = list(tiny_engine.submit(Request(messages=turns(question), max_tokens=8)))
+    answer = "".join(chunk.text for chunk in chunks)
+    usage = last(tiny_engine.submit(Request(messages=turns(question, answer, "Where?"), max_tokens=5))).usage
+    assert usage.cached_tokens == chunks[-1].usage.prompt_tokens - 1  # all but the token that opens the answer
+    assert tiny_engine.status().conversations == 1
+
+
+def test_an_answer_depends_on_its_request_alone(make, tiny_dir):
+    """Whatever was asked before, evicted or verified: conversations of three turns with settings of all kinds, one
+    after the other and all mixed up, with room for 2, 10 and 64 of them."""
+    settings = [
+        {"density": 0.5},
+        {"density": 1.0},
+        {"density": 0.3, "layer_budgets": "uniform"},
+        {"density": 0.5, "verify": True},
+        {"density": 0.5, "refresh": "auto", "signal": "activation"},
+        {"density": 0.5, "seed": 3, "temperature": 1.0},
     ]
-    usage = last(demo_engine.submit(Request(messages=turn, max_tokens=5, density=density))).usage
-    known = first.prompt_tokens + (first.completion_tokens if density == 1 else 0)
-    assert known - 1 <= usage.cached_tokens <= known
-    assert usage.prompt_tokens - usage.cached_tokens < 10 + (first.completion_tokens if density < 1 else 0)
-    assert demo_engine.status().conversations == 1
+    openings = [f"{'Read this first. ' * 9} What of the {thing}?" for thing in ("sea", "hill")]
+    openings += ["Hello", "one two three four " * 30, f"{'It was late. ' * 40} Why?"]
+    conversations = [(opening, options) for opening in openings for options in settings]
+    kinds = {"model": str(tiny_dir), "load": {"stats": False}, "prefill_step_size": 64}
+
+    def answer(engine: Engine, i: int, said: list[str]) -> tuple:
+        opening, options = conversations[i]
+        follow_ups = [opening, "And then?", "Go on, tell me more of it."]
+        messages = turns(*[text for pair in zip(follow_ups, said) for text in pair], follow_ups[len(said)])
+        chunks = list(engine.submit(Request(messages=messages, max_tokens=5, logprobs=True, **options)))
+        return "".join(c.text for c in chunks), [c.token.logprob for c in chunks if c.token is not None]
+
+    engine = make(**kinds, max_conversations=0)
+    alone = [[] for _ in conversations]
+    for i, answers in enumerate(alone):
+        for _ in range(3):
+            answers.append(answer(engine, i, [text for text, _ in answers]))
+    for room in (2, 10, 64):
+        engine = make(**kinds, max_conversations=room)
+        mixed = [[] for _ in conversations]
+        order = [i for i in range(len(conversations)) for _ in range(3)]
+        random.Random(room).shuffle(order)
+        for i in order:
+            mixed[i].append(answer(engine, i, [text for text, _ in mixed[i]]))
+        assert mixed == alone, f"with room for {room}"
 
 
 def test_verified_answers_are_the_dense_models(demo_engine):
@@ -172,7 +208,6 @@ def test_verified_answers_are_the_dense_models(demo_engine):
     *_, end = chunks = list(demo_engine.submit(ask("I need a hotel.", verify=True, **options)))
     assert "".join(chunk.text for chunk in chunks) == dense
     assert end.usage.verified and 0 < end.usage.density < 1
-    assert not demo_engine._worker.store._conversations[-1].session.pending_reread
     for request in (ask("Hi", density=1.0, verify=True), ask("Hi", verify=False)):
         assert not last(demo_engine.submit(request)).usage.verified
 
@@ -191,18 +226,14 @@ def test_a_verified_answer_with_a_seed(demo_engine):
     assert len({text(demo_engine.submit(ask("Tell me of the sea.", **options))) for _ in range(3)}) == 1
 
 
-def test_a_system_prompt_is_shared(demo_engine):
-    system = {"role": "system", "content": "You are a clerk in a book shop. Be kind, be brief, and never mention fish."}
+def test_a_system_prompt_is_shared(tiny_engine):
+    system = {"role": "system", "content": "You are a clerk in a book shop. Be kind, be brief. " * 12}
 
     def turn(content: str, client: str) -> Request:
         return Request(messages=[system, {"role": "user", "content": content}], client=client, max_tokens=8)
 
-    text(demo_engine.submit(turn("Good morning!", "a")))
-    chunks = list(demo_engine.submit(turn("Have you a map?", "b")))
-    assert chunks[-1].usage.cached_tokens > 15
-    other = Engine()
-    assert "".join(chunk.text for chunk in chunks) == text(other.submit(turn("Have you a map?", "b")))
-    other.close()
+    text(tiny_engine.submit(turn("Good morning!" * 8, "a")))
+    assert last(tiny_engine.submit(turn("Have you a map?", "b"))).usage.cached_tokens > 0
 
 
 @pytest.fixture
@@ -266,7 +297,7 @@ def test_concurrent_clients_get_what_they_would_get_alone(demo_engine):
 def test_budget(make):
     engine = make(max_cache_bytes=2_000_000)
     for i in range(6):
-        text(engine.submit(ask(f"Number {i}", client=str(i))))
+        text(engine.submit(ask(f"{i} " * 40, client=str(i))))
         assert engine.status().cache_bytes <= 2_000_000
     assert 0 < engine.status().conversations < 6
 
@@ -467,11 +498,17 @@ def test_the_models_own_context_is_the_limit(make, model_copy):
         text(engine.submit(Request(prompt=[1] * 17)))
 
 
-def test_quantised_kv(make, tiny_dir):
-    engine = make(kv={"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0})
-    chunks = list(engine.submit(ask("Hello")))
-    turn = [*ask("Hello").messages, {"role": "assistant", "content": "".join(chunk.text for chunk in chunks)}, USER]
-    assert last(engine.submit(Request(messages=turn, max_tokens=5))).usage.cached_tokens > 0
+@pytest.mark.parametrize("start", [0, 60, 90])
+def test_quantised_kv(make, start):
+    """The next turn is the same with a cache of the last one, wherever quantising began."""
+    kinds = {"kv": {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": start}}
+    engine, fresh = make(**kinds), make(**kinds, max_conversations=0)
+    question = "Hello, I need a train. " * 10
+    answer = text(engine.submit(ask(question)))
+    following = Request(messages=turns(question, answer, "To London."), max_tokens=5, logprobs=True)
+    chunks, expected = list(engine.submit(following)), list(fresh.submit(following))
+    assert chunks[-1].usage.cached_tokens > 0
+    assert [c.token.logprob for c in chunks] == [c.token.logprob for c in expected]
 
 
 def test_close(make, tiny_dir):
