@@ -14,7 +14,16 @@ import mlx.core as mx
 from mlx_lm.chat import setup_arg_parser as setup_mlx_lm_parser
 from rich.console import Console
 
-from .cli import add_glass_options, add_verbose, add_verify_options, density, run, sampler_maker, verify_options
+from .cli import (
+    add_glass_options,
+    add_verbose,
+    add_verify_options,
+    density,
+    glass_choice,
+    run,
+    sampler_maker,
+    verify_options,
+)
 from .decoding.conversation import Conversation
 from .decoding.stream import GenerationResponse
 from .errors import GlassError
@@ -65,11 +74,7 @@ class Chat:
             args.model,
             adapter_path=args.adapter_path,
             trust_remote_code=args.trust_remote_code,
-            density=1.0 if args.dense else args.density,
-            global_weight=args.global_weight,
-            signal=args.signal,
-            layer_budgets=args.layer_budgets,
-            refresh=args.refresh,
+            **glass_choice(args),
             stats=args.stats,
             stats_repo=args.stats_repo,
             max_session_memory=args.max_session_memory,

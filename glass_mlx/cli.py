@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Collection
+from dataclasses import fields
 from typing import Any
 
 import mlx.core as mx
@@ -77,6 +78,12 @@ def memory_size(text: str) -> int:
     return int(float(match[1]) * thousand ** " kmgt".index(match[2].lower() or " "))
 
 
+def glass_choice(args: argparse.Namespace) -> dict[str, Any]:
+    """What the options of :func:`add_glass_options` say of how neurons are chosen: the fields of ``GlassConfig``."""
+    chosen = {field.name: getattr(args, field.name) for field in fields(GlassConfig)}
+    return chosen | ({"density": 1.0} if args.dense else {})
+
+
 def add_glass_options(parser: argparse.ArgumentParser, build: bool) -> None:
     """Add GLASS's options; ``build`` is whether ranks are measured at first use unless told otherwise."""
     group = parser.add_argument_group("GLASS")
@@ -98,6 +105,12 @@ def add_glass_options(parser: argparse.ArgumentParser, build: bool) -> None:
         choices=LAYER_BUDGETS,
         default=GlassConfig.layer_budgets,
         help="give layers their neurons by how sensitive the model is to each, or all the same share",
+    )
+    group.add_argument(
+        "--compensation",
+        action=argparse.BooleanOptionalAction,
+        default=GlassConfig.compensation,
+        help="predict what the dropped neurons would add; without it they add nothing (default: on)",
     )
     group.add_argument("--signal", choices=SIGNALS, default=GlassConfig.signal, help="what neurons are ranked by")
     group.add_argument(

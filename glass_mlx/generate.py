@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx_lm.generate import setup_arg_parser as setup_mlx_lm_parser
 from mlx_lm.models.cache import load_prompt_cache
 
-from .cli import add_glass_options, add_verify_options, run, sampler_maker, verify_options
+from .cli import add_glass_options, add_verify_options, glass_choice, run, sampler_maker, verify_options
 from .decoding.prompt import render
 from .decoding.stream import GenerationResponse, statistics, stream_generate
 from .errors import GlassError
@@ -64,11 +64,7 @@ def _generate(args: argparse.Namespace, template: dict[str, Any]) -> None:
         adapter_path=args.adapter_path,
         model_config={"quantize_activations": args.quantize_activations},
         trust_remote_code=args.trust_remote_code,
-        density=args.density,
-        global_weight=args.global_weight,
-        signal=args.signal,
-        layer_budgets=args.layer_budgets,
-        refresh=args.refresh,
+        **glass_choice(args),
         stats=False if args.dense and not args.stats else args.stats,
         stats_repo=args.stats_repo,
         max_session_memory=args.max_session_memory,

@@ -121,6 +121,7 @@ def load(
     signal: str = GlassConfig.signal,
     refresh: int | str = GlassConfig.refresh,
     layer_budgets: str = GlassConfig.layer_budgets,
+    compensation: bool = GlassConfig.compensation,
     stats: str | Path | bool | None = None,
     stats_repo: str | None = None,
     build: bool = False,
@@ -132,7 +133,7 @@ def load(
     Args:
         path_or_hf_repo (str): a directory, a Hub repository, an alias (``ALIASES``) or ``demo``.
         tokenizer_config, ..., trust_remote_code: as in ``mlx_lm.load``.
-        density, ..., layer_budgets: how neurons are chosen; see :class:`glass_mlx.GlassConfig`.
+        density, ..., compensation: how neurons are chosen; see :class:`glass_mlx.GlassConfig`.
         stats (str or bool, optional): a global-ranks file, or False to use none. Default: the model's own, looked up
             in ``stats/``, the user's cache and ``stats_repo``.
         stats_repo (str, optional): a Hub repository of ranks, ``owner/name`` or ``owner/name@revision``. Default: the
@@ -147,7 +148,7 @@ def load(
         GlassError: the model cannot be found, loaded or sparsified, or an argument is out of range.
         StatsError: the ranks file is damaged or belongs to another model.
     """
-    config = GlassConfig(density, global_weight, signal, refresh, layer_budgets)
+    config = GlassConfig(density, global_weight, signal, refresh, layer_budgets, compensation)
     path = resolve_model(path_or_hf_repo, revision)
     options = {"model_config": model_config, "lazy": lazy, "trust_remote_code": trust_remote_code}
     options["tokenizer_config"] = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}

@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from .cli import add_glass_options, add_verbose, add_verify_options, memory_size, run, verify_options
+from .cli import add_glass_options, add_verbose, add_verify_options, glass_choice, memory_size, run, verify_options
 from .errors import GlassError
 from .loading import DEFAULT_MODEL
 from .model.config import GlassConfig
@@ -170,9 +170,7 @@ def engine_options(args: argparse.Namespace) -> EngineOptions:
     tokenizer = {"chat_template": args.chat_template} if args.chat_template else {}
     return EngineOptions(
         model=args.model or DEFAULT_MODEL,
-        config=GlassConfig(
-            1.0 if args.dense else args.density, args.global_weight, args.signal, args.refresh, args.layer_budgets
-        ),
+        config=GlassConfig(**glass_choice(args)),
         verify={} if args.dense else verify_options(args),
         load={
             "tokenizer_config": tokenizer,

@@ -27,6 +27,7 @@ from .ranks.agreement import compare
 from .ranks.format import GlobalStatistics, merge, write_index
 from .ranks.lookup import STATS_DIR, local_files
 from .ranks.measure import DEFAULT_STABLE_AT, DEFAULT_TOKENS, build_ranks
+from .ranks.response import DEFAULT_RANK
 from .ranks.share import upload
 from .ranks.sources import Source, dataset_rows, given_sequences, null_prompt, text_rows
 
@@ -88,6 +89,13 @@ def _add_build_options(build: argparse.ArgumentParser) -> None:
     build.add_argument("--all", action="store_true", help="read all --tokens, however stable the ranks are")
     build.add_argument("--sequences", type=positive, default=32, help="sequences in a batch")
     build.add_argument("--length", type=positive, default=256, help="longest sequence in tokens")
+    build.add_argument(
+        "--response-rank",
+        type=int,
+        default=DEFAULT_RANK,
+        metavar="R",
+        help="rank of the answers for dropped neurons; 0 for none (default: %(default)s)",
+    )
     build.add_argument("--temp", type=float, default=1.0, help="sampling temperature")
     build.add_argument("--seed", type=int, default=0, help="PRNG seed")
     given = build.add_mutually_exclusive_group()
@@ -105,9 +113,9 @@ def _add_build_options(build: argparse.ArgumentParser) -> None:
 def main() -> None:
     parser = setup_arg_parser()
     args = parser.parse_args()
-    for option in ("temp", "seed"):
+    for option in ("temp", "seed", "response_rank"):
         if not getattr(args, option, 0) >= 0:
-            parser.error(f"--{option} must not be negative")
+            parser.error(f"--{option.replace('_', '-')} must not be negative")
     run(lambda: args.does(args), args.verbose)
 
 
@@ -120,7 +128,7 @@ def _build(args: argparse.Namespace) -> None:
     source = _source(args, model, tokenizer)
     name = DEFAULT_MODEL if args.model == DEFAULT_MODEL else None
     stable_at = None if args.all else args.stable_at
-    out = build_ranks(model, tokenizer, args.out, source, args.tokens, stable_at, name)
+    out = build_ranks(model, tokenizer, args.out, source, args.tokens, stable_at, name, args.response_rank)
     statistics = GlobalStatistics.read(out)
     tokens = statistics.metadata["tokens"]
     print(f"{out}: {len(statistics.sizes)} FFN layers, {tokens} tokens, {_stability(statistics)}")

@@ -34,6 +34,12 @@ def unit_group(output: nn.Module) -> int:
     return 1
 
 
+def input_size(linear: nn.Module) -> int:
+    """How many inputs a linear layer has."""
+    packed = isinstance(linear, nn.QuantizedLinear)
+    return linear.weight.shape[1] * 32 // linear.bits if packed else linear.weight.shape[1]
+
+
 def slice_rows(linear: nn.Module, rows: mx.array) -> nn.Module:
     """An input projection (gate, up) for the given output rows only.
 

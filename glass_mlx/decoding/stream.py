@@ -74,6 +74,7 @@ def stream_generate(
     signal: str | None = None,
     layer_budgets: str | None = None,
     refresh: int | str | None = None,
+    compensation: bool | None = None,
     verify: bool = False,
     draft_tokens: int | None = None,
     prompt_cache: list[Any] | None = None,
@@ -93,8 +94,8 @@ def stream_generate(
         max_tokens (int): the longest answer; -1 for no limit.
         draft_model (nn.Module, optional): for mlx-lm's speculative decoding. The model checks several tokens at once,
             and those calls are dense, so the answer is the dense model's.
-        density, global_weight, signal, layer_budgets, refresh: where this and later answers of the conversation differ
-            from the model's configuration (:class:`glass_mlx.GlassConfig`).
+        density, global_weight, signal, layer_budgets, refresh, compensation: where this and later answers of the
+            conversation differ from the model's configuration (:class:`glass_mlx.GlassConfig`).
         verify (bool): draft sparsely and check with the dense model, whose answer it then is
             (``decoding/speculative.py``).
         draft_tokens (int, optional): how many tokens to draft before each check. Default: as many as pay.
@@ -109,7 +110,7 @@ def stream_generate(
         GlassError: an argument is out of range, or the prompt is empty.
     """
     choice = {"density": density, "global_weight": global_weight, "signal": signal}
-    choice |= {"layer_budgets": layer_budgets, "refresh": refresh}
+    choice |= {"layer_budgets": layer_budgets, "refresh": refresh, "compensation": compensation}
     if isinstance(prompt, str):
         prompt = encode(tokenizer, prompt)
     prompt = prompt if isinstance(prompt, mx.array) else mx.array(prompt, dtype=mx.int32)

@@ -121,6 +121,7 @@ def standard_decoders(
     """
     glass = {"global_weight": global_weight, "refresh": 0, "layer_budgets": layer_budgets}
     griffin = {"global_weight": 0.0, "signal": "activation", "refresh": 0, "layer_budgets": "uniform"}
+    griffin["compensation"] = False  # as published
     configs: dict[str, dict[str, dict[str, Any]]] = {
         "griffin": {"griffin": griffin},
         "glass": {"glass": glass},

@@ -13,10 +13,11 @@ scripts rely on it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
+from ..core.compensation import Sums
 from ..core.importance import dense_weight, output_norms
 from ..core.ranking import kept_count, rank, select
 from ..errors import GlassError
@@ -25,10 +26,10 @@ from ..model.glass_model import GlassModel
 
 # The names of all selectors, in the order of the reports, and of those that need global statistics.
 SELECTORS = (
-    *("dense", "random", "magnitude", "static", "griffin", "glass-a", "glass-i", "glass-uniform", "glass"),
-    "oracle",
+    *("dense", "random", "magnitude", "static", "griffin", "glass-a", "glass-i", "expected", "griffin+", "glass-i+"),
+    *("glass-uniform", "glass", "oracle"),
 )
-GLOBAL = ("static", "glass-a", "glass-i")
+GLOBAL = ("static", "glass-a", "glass-i", "glass-i+")
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Evidence:
         prompts (list[list[int]]): the tokens of each prompt.
         local (dict): for each signal the energies of the prompts, [B, F] float32.
         oracle (dict): for each signal the energies of the continuations, [B, F] float32, which no method can know.
+        sums (list[Sums]): what the prompts' tokens but the first add up to, with a leading axis B.
         first (int): the number of the first prompt among all prompts.
     """
 
@@ -49,6 +51,7 @@ class Evidence:
     prompts: list[list[int]]
     local: dict[str, list[mx.array]]
     oracle: dict[str, list[mx.array]]
+    sums: list[Sums] = field(default_factory=list)
     first: int = 0
 
     def keep(self, scores: list[mx.array]) -> list[mx.array]:
@@ -90,8 +93,18 @@ def standard_selectors(weights: list[float]) -> dict[str, Selector]:
     for name, signal in (("glass-a", "activation"), ("glass-i", "impact")):
         for weight in weights:
             selectors[name if len(weights) == 1 else f"{name} {weight:g}"] = by_session(signal, weight)
-    selectors["glass-uniform"] = by_session("impact", "auto")
-    return {**selectors, "glass": by_session("impact", "auto", "measured"), "oracle": by_oracle}
+    selectors["expected"] = by_session("impact", "auto")
+    selectors["griffin+"] = compensated(by_session("activation", 0.0))
+    selectors["glass-i+"] = compensated(by_session("impact", 0.5))
+    selectors["glass-uniform"] = compensated(by_session("impact", "auto"))
+    selectors["glass"] = compensated(by_session("impact", "auto", "measured"))
+    return {**selectors, "oracle": by_oracle}
+
+
+def compensated(choose: Selector) -> Selector:
+    """The same selector; what its dropped neurons would add is predicted (``core/compensation.py``)."""
+    choose.compensated = True
+    return choose
 
 
 def choose_selectors(names: list[str] | None, weights: list[float | str], has_statistics: bool) -> dict[str, Selector]:

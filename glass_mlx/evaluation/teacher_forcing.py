@@ -15,9 +15,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..core.compensation import Response, Sums, mean_hidden
 from ..core.importance import SIGNALS, energy, output_norms
 from ..core.metrics import kl_divergence
-from ..model.blocks import hooked, run_with
+from ..model.blocks import hooked, run_with, watching_inputs
 from ..model.glass_model import GlassModel
 from .selectors import Evidence, Selector, by_oracle
 
@@ -120,7 +121,8 @@ def score_selectors(
             best = as_masks(model, by_oracle(evidence))
             for name, selector in selectors.items():
                 masks = as_masks(model, selector(evidence))
-                sparse = batch.predictions(teacher_forced(model, batch, masks))
+                sums = evidence.sums if getattr(selector, "compensated", False) else None
+                sparse = batch.predictions(teacher_forced(model, batch, masks, sums))
                 parts[name][evidence.density].append(_score(batch, dense, sparse, masks, best))
         progress(len(batch.prompts))
     return {name: {d: Scores.joined(rows) for d, rows in found.items()} for name, found in parts.items()}
@@ -135,36 +137,61 @@ def collect_evidence(model: GlassModel, batch: TextBatch) -> tuple[Evidence, mx.
     blocks = model.blocks
     norms = [output_norms(block.module[block.output]) for block in blocks]
     found: dict[str, list] = {s: [[None] * len(blocks) for _ in range(2)] for s in SIGNALS}
+    counted = (batch.in_prompt & (mx.arange(batch.tokens.shape[1]) > 0)).astype(mx.float32)
+    inputs, hidden = [[None] * len(blocks) for _ in range(2)]
+
+    def observe_input(i: int, x: mx.array) -> None:
+        inputs[i] = _sum(x.reshape(*batch.tokens.shape, -1), counted)
 
     def observe(i: int, h: mx.array) -> mx.array:
         h = h.reshape(*batch.tokens.shape, -1)
+        hidden[i] = _sum(h, counted)
         for signal in SIGNALS:
             scale = norms[i] if signal == "impact" else None
             for side, of in zip(found[signal], (batch.in_prompt, batch.in_continuation)):
                 side[i] = mx.stack([energy(row, scale, counts) for row, counts in zip(h, of.astype(mx.float32))])
-        return mx.depends(h, [side[i] for sides in found.values() for side in sides])
+        return mx.depends(h, [inputs[i], hidden[i], *(side[i] for sides in found.values() for side in sides)])
 
-    logits = _run(model, batch, observe)
+    logits = _run(model, batch, observe, observe_input)
     local, oracle = ({signal: sides[k] for signal, sides in found.items()} for k in range(2))
-    mx.eval(local, oracle, logits)
-    return Evidence(model, 1.0, batch.prompts, local, oracle), logits
+    mx.eval(local, oracle, inputs, hidden, logits)
+    sums = [Sums(*pair, mx.sum(counted, axis=1)) for pair in zip(hidden, inputs)]
+    return Evidence(model, 1.0, batch.prompts, local, oracle, sums), logits
 
 
-def teacher_forced(model: GlassModel, batch: TextBatch, masks: list[mx.array]) -> mx.array:
+def teacher_forced(
+    model: GlassModel, batch: TextBatch, masks: list[mx.array], sums: list[Sums] | None = None
+) -> mx.array:
     """Logits [B, L, vocabulary] with the continuations decoded on the kept neurons only.
 
     Args:
         model (GlassModel): the model.
         batch (TextBatch): prompts and continuations.
         masks (list[mx.array]): the kept neurons of each block, bool [B, F].
+        sums (list[Sums], optional): what the prompts add up to, to predict the dropped neurons by; None: they are zero.
     """
     sparse = batch.in_continuation[:, :, None]
+    inputs: dict[int, mx.array] = {}
+
+    def observe_input(i: int, x: mx.array) -> None:
+        inputs[i] = x.reshape(*batch.tokens.shape, -1)
 
     def observe(i: int, h: mx.array) -> mx.array:
-        masked = h.reshape(*batch.tokens.shape, -1) * masks[i][:, None].astype(h.dtype)
-        return mx.where(sparse, masked, h.reshape(masked.shape))
+        h, x, mask = h.reshape(*batch.tokens.shape, -1), inputs.pop(i), masks[i][:, None]
+        if sums is None:
+            others = mx.array(0, h.dtype)
+        else:
+            others = expected_hidden(model.responses[i] if model.responses else None, sums[i], x).astype(h.dtype)
+        return mx.where(mx.logical_and(sparse, mx.logical_not(mask)), others, h)
 
-    return _run(model, batch, observe)
+    return _run(model, batch, observe, observe_input)
+
+
+def expected_hidden(response: Response | None, sums: Sums, x: mx.array) -> mx.array:
+    """The hidden vectors [B, L, F] (float32) to expect of inputs [B, L, H] after prompts that add up to ``sums``."""
+    prompts = [Sums(*row) for row in zip(sums.hidden, sums.inputs, sums.tokens)]
+    mean = mx.stack([mean_hidden(response, prompt) for prompt in prompts])[:, None]
+    return mean if response is None else mean + response.predict(x) - response.hidden_mean
 
 
 def as_masks(model: GlassModel, kept: list[mx.array]) -> list[mx.array]:
@@ -187,9 +214,21 @@ def decode_given(model: GlassModel, tokens: mx.array, cache: list[Any]) -> mx.ar
     return mx.concatenate(logits, axis=1)
 
 
-def _run(model: GlassModel, batch: TextBatch, observe: Callable[[int, mx.array], mx.array]) -> mx.array:
-    """The dense model on a batch, with each block's hidden vectors [B, L, F] passed through ``observe``."""
-    return run_with(hooked(model.blocks, lambda i, h: observe(i, h).reshape(h.shape)), model.dense, batch.tokens)
+def _run(
+    model: GlassModel,
+    batch: TextBatch,
+    observe: Callable[[int, mx.array], mx.array],
+    observe_input: Callable[[int, mx.array], None],
+) -> mx.array:
+    """The dense model on a batch, with each block's inputs shown to ``observe_input`` and its hidden vectors [B, L, F]
+    passed through ``observe``."""
+    hidden = hooked(model.blocks, lambda i, h: observe(i, h).reshape(h.shape))
+    return run_with(watching_inputs(model.blocks, observe_input) | hidden, model.dense, batch.tokens)
+
+
+def _sum(vectors: mx.array, counted: mx.array) -> mx.array:
+    """Vectors [B, L, N] summed over the tokens with weights [B, L], [B, N] float32."""
+    return (counted[:, None] @ vectors.astype(mx.float32))[:, 0]
 
 
 def _score(batch: TextBatch, dense: mx.array, sparse: mx.array, masks: list[mx.array], best: list[mx.array]) -> Scores:

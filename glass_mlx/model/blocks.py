@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..core.importance import energy
-from ..core.slicing import plain_class, slice_columns, slice_rows, unit_group
+from ..core.slicing import input_size, plain_class, slice_columns, slice_rows, unit_group
 
 # How a fused projection orders the 2F rows of its two halves. "" means that it is not fused.
 HALVES, INTERLEAVED = "halves", "interleaved"
@@ -27,6 +27,8 @@ Projection = Callable[[mx.array], mx.array]
 # What a call uses in place of projections, by the projection's id.
 Replacements = Mapping[int, Projection]
 _replacements: ContextVar[Replacements] = ContextVar("_replacements", default=MappingProxyType({}))
+# What a call carries from one of its projections to another.
+_carried: ContextVar[dict[int, mx.array]] = ContextVar("_carried")
 
 
 @dataclass
@@ -62,6 +64,23 @@ class Block:
     def group(self) -> int:
         """How many neurons share a quantisation group of the output projection (``slicing.unit_group``)."""
         return unit_group(self.module[self.output])
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """What the block computes in, as far as its weights say; bfloat16 where they do not."""
+        output = self.module[self.output]
+        dtype = output.scales.dtype if isinstance(output, nn.QuantizedLinear) else output.weight.dtype
+        return dtype if mx.issubdtype(dtype, mx.floating) else mx.bfloat16
+
+    @property
+    def input_size(self) -> int:
+        """H, the inputs of the block."""
+        return input_size(self.module[self.inputs[0]])
+
+    @property
+    def output_size(self) -> int:
+        """How many outputs the block has."""
+        return self.module[self.output].weight.shape[0]
 
     def rows(self, kept: mx.array) -> mx.array:
         """Rows of the input projections that belong to the kept neurons [k]."""
@@ -104,11 +123,11 @@ class Block:
 
 @dataclass(frozen=True)
 class CompactWeights:
-    """The kept neurons' weights.
+    """What a conversation decodes with.
 
     Attributes:
         projections: for each block its compact projections by name.
-        replacements: the same, as ``run_with`` takes them.
+        replacements: these, or what computes with them, as ``run_with`` takes it.
         nbytes: their size, without what a ``ScatterLinear`` only refers to.
     """
 
@@ -116,19 +135,9 @@ class CompactWeights:
     replacements: dict[int, Projection]
     nbytes: int
 
-    @classmethod
-    def of(cls, blocks: list[Block], projections: list[dict[str, nn.Module]]) -> CompactWeights:
-        """For each block, compact projections by name."""
-        replacements: dict[int, Projection] = {}
-        for block, compact in zip(blocks, projections):
-            replacements |= block.replacing(compact)
-        modules = [module for compact in projections for module in compact.values()]
-        arrays = [value for module in modules for value in module.values() if isinstance(value, mx.array)]
-        return cls(projections, replacements, sum(array.nbytes for array in arrays))
-
 
 class Hook:
-    """An output projection that shows its input, the hidden vectors, to ``observe`` first.
+    """A projection that shows its input to ``observe`` first.
 
     What ``observe`` returns, if anything, is projected instead.
     """
@@ -147,37 +156,71 @@ def hooked(blocks: list[Block], observe: Callable[[int, mx.array], mx.array | No
     return {id(output): Hook(output, partial(observe, i)) for i, output in enumerate(outputs)}
 
 
+def watching_inputs(blocks: list[Block], observe: Callable[[int, mx.array], None]) -> dict[int, Projection]:
+    """Replacements that show the input of block i, what gate and up read, to ``observe(i, x)``."""
+    first = [block.module[block.inputs[0]] for block in blocks]
+    return {id(projection): Hook(projection, partial(observe, i)) for i, projection in enumerate(first)}
+
+
 def run_with(replacements: Replacements, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """``call(*args, **kwargs)``, in which projections are replaced; nothing outside of this call sees it."""
 
     def replaced() -> Any:
         _replacements.set(replacements)
+        _carried.set({})
         return call(*args, **kwargs)
 
     return copy_context().run(replaced)
 
 
+def carried() -> dict[int, mx.array]:
+    """What the running call carries from one projection to another; each finds its own by an id."""
+    return _carried.get()
+
+
 def recording(
-    blocks: list[Block], norms: list[mx.array | None], call: Callable[..., mx.array], *args: Any, **kwargs: Any
-) -> tuple[mx.array, list[mx.array]]:
-    """``call(*args, **kwargs)``, with the energies of all neurons on the way.
+    blocks: list[Block],
+    norms: list[mx.array | None],
+    counted: mx.array,
+    call: Callable[..., mx.array],
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[mx.array, mx.array]:
+    """``call(*args, **kwargs)``, with the evidence of all neurons on the way.
 
     Args:
         blocks (list[Block]): whose hidden vectors are recorded.
         norms (list): for each block its output-weight norms [F] for impact, or None for activation.
+        counted (mx.array): a weight for each token [B, L] in the sums of inputs and hidden vectors, float32.
         call: the dense model.
 
     Returns:
-        tuple: what ``call`` returns, and for each block the energies [F] float32, neither evaluated.
+        tuple: what ``call`` returns, and the evidence (``EvidenceLayout``), neither evaluated.
     """
+    counted = counted.reshape(-1)
     energies = [mx.zeros((block.size,)) for block in blocks]
+    hidden = [mx.zeros((block.size,)) for block in blocks]
+    inputs = [mx.zeros((block.input_size,)) for block in blocks]
+    tokens = [mx.zeros((1,)) for _ in blocks]
+
+    def weights(x: mx.array) -> mx.array:
+        """Some families show a block other vectors than one for each token."""
+        rows = x.size // x.shape[-1]
+        return counted if rows == counted.size else mx.ones((rows,))
+
+    def observe_input(i: int, x: mx.array) -> None:
+        counts = weights(x)
+        inputs[i] = inputs[i] + counts @ x.reshape(-1, x.shape[-1]).astype(mx.float32)
+        tokens[i] = tokens[i] + mx.sum(counts)
 
     def observe(i: int, h: mx.array) -> mx.array:
         energies[i] = energies[i] + energy(h, norms[i])
+        hidden[i] = hidden[i] + weights(h) @ h.reshape(-1, h.shape[-1]).astype(mx.float32)
         # Recorded before it is projected: else every layer's hidden vectors wait for the end of the prefill.
-        return mx.depends(h, energies[i])
+        return mx.depends(h, [energies[i], hidden[i], inputs[i]])
 
-    return run_with(hooked(blocks, observe), call, *args, **kwargs), energies
+    result = run_with(watching_inputs(blocks, observe_input) | hooked(blocks, observe), call, *args, **kwargs)
+    return result, mx.concatenate([*energies, *hidden, *inputs, *tokens])
 
 
 @cache

@@ -7,14 +7,23 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
-from .blocks import Block, CompactWeights
+from ..core.compensation import Response, Sums
+from .blocks import Block, CompactWeights, Projection
+from .dropped import Answer
 from .memory import WeightFiles
+
+# What is known of a block's dropped neurons.
+Known = tuple[Response | None, Sums | None]
 
 
 def make_compact(
-    blocks: list[Block], kept: list[mx.array], files: WeightFiles | None, reserve: Callable[[int], None]
+    blocks: list[Block],
+    kept: list[mx.array],
+    known: list[Known] | None,
+    files: WeightFiles | None,
+    reserve: Callable[[int], None],
 ) -> CompactWeights:
-    """Copy the kept neurons' weights into compact matrices.
+    """Copy the kept neurons' weights into compact matrices, and make the answers for the others.
 
     One block is sliced while the next is being sent to the device, and no more: what slicing needs in between is held
     for two blocks at most.
@@ -22,6 +31,7 @@ def make_compact(
     Args:
         blocks (list[Block]): of the model.
         kept (list[mx.array]): for each block the neurons [k] int32, ascending.
+        known (list, optional): for each block what its dropped neurons are answered for by. None: they add nothing.
         files (WeightFiles, optional): let go of the dense weights as they are copied.
         reserve: called with the bytes needed, before any is taken.
 
@@ -29,20 +39,28 @@ def make_compact(
         CompactWeights: evaluated.
     """
     made = [block.compact(neurons) for block, neurons in zip(blocks, kept)]
-    compact = CompactWeights.of(blocks, made)
-    reserve(compact.nbytes)
+    answers = [Answer.make(*each) for each in zip(blocks, kept, *zip(*known))] if known else [None] * len(blocks)
+    arrays = [_arrays(projections) for projections in made]
+    needed = sum(array.nbytes for block in arrays for array in block)
+    needed += sum(answer.nbytes for answer in answers if answer is not None)
+    reserve(needed)
+    for block, answer in zip(arrays, answers):
+        block += [] if answer is None else answer.arrays
     stored = files.read() if files is not None else {}
-    ahead = iter(made[1:])
-    _start(made[0])
+    mx.async_eval(arrays[0])
     for i, (block, projections) in enumerate(zip(blocks, made)):
-        _start(next(ahead, {}))
-        mx.eval([projection.parameters() for projection in projections.values()])
+        mx.async_eval(arrays[i + 1] if i + 1 < len(blocks) else [])
+        mx.eval(arrays[i])
         if files is not None:
             files.release(i, block, projections, stored)
     if files is not None:
         mx.clear_cache()
-    return compact
+    replacements: dict[int, Projection] = {}
+    for block, projections, answer in zip(blocks, made, answers):
+        replacements |= block.replacing(projections if answer is None else answer.replacing(block, projections))
+    return CompactWeights(made, replacements, needed)
 
 
-def _start(projections: dict[str, nn.Module]) -> None:
-    mx.async_eval([projection.parameters() for projection in projections.values()])
+def _arrays(projections: dict[str, nn.Module]) -> list[mx.array]:
+    """A block's compact weights, without the whole projection that a ``ScatterLinear`` refers to."""
+    return [value for module in projections.values() for value in module.values() if isinstance(value, mx.array)]

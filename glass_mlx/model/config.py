@@ -26,6 +26,8 @@ class GlassConfig:
             compact weights costs more than reading.
         layer_budgets: ``"measured"``: each block gets neurons by how sensitive the model is to it, where the
             statistics say so (``core/layer_budgets.py``); ``"uniform"``: the same share of every block.
+        compensation: predict what the dropped neurons would add (``core/compensation.py``); without it they add
+            nothing, as in GLASS's and GRIFFIN's own form.
     """
 
     density: float = 0.5
@@ -33,6 +35,7 @@ class GlassConfig:
     signal: str = "impact"
     refresh: int | str = 0
     layer_budgets: str = "measured"
+    compensation: bool = True
 
     def __post_init__(self):
         if not _is_number(self.density) or not 0 < self.density <= 1:
@@ -47,6 +50,8 @@ class GlassConfig:
             raise GlassError(f'refresh must be "auto", 0 or a number of tokens, not {r!r}.')
         if self.layer_budgets not in LAYER_BUDGETS:
             raise GlassError(f"layer_budgets must be one of {', '.join(LAYER_BUDGETS)}, not {self.layer_budgets!r}.")
+        if not isinstance(self.compensation, bool):
+            raise GlassError(f"compensation must be True or False, not {self.compensation!r}.")
 
     def updated(self, **changes: Any) -> GlassConfig:
         """A copy with the given fields changed; None leaves a field as it is."""

@@ -8,6 +8,7 @@ logits = model.decode(token, cache)     # the same forward code, on the compact 
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
+from ..core.compensation import Response
 from ..errors import GlassError
 from .blocks import Block, recording, run_with
 from .compacting import make_compact
@@ -104,14 +106,25 @@ class GlassModel(nn.Module):
         """The model's global ranks by signal, [F] for each block, or None."""
         return self._plan.selector.ranks
 
+    @property
+    def responses(self) -> list[Response] | None:
+        """How the blocks respond to their inputs, to answer for dropped neurons; None where that was not measured."""
+        return self._plan.responses
+
     def set_global_ranks(
         self,
         ranks: dict[str, list[mx.array]] | None,
         domains: dict[str, list[mx.array]] | None = None,
         sensitivity: list[float] | None = None,
+        responses: list[Response] | None = None,
     ) -> None:
-        """Use these for the choices to come; arguments as for :class:`~glass_mlx.model.selection.NeuronSelector`."""
-        self._plan.set_statistics(ranks, domains, sensitivity)
+        """Use these for the choices to come.
+
+        Args:
+            ranks, domains, sensitivity: as for :class:`~glass_mlx.model.selection.NeuronSelector`.
+            responses (list, optional): of every block, to answer for dropped neurons (``core/compensation.py``).
+        """
+        self._plan.set_statistics(responses, ranks, domains, sensitivity)
 
     def parameters(self) -> dict[str, Any]:
         """The dense model's parameters under its own names, so that what mlx-lm saves of this model it can load."""
@@ -140,7 +153,8 @@ class GlassModel(nn.Module):
             max_kv_size (int, optional): as in mlx-lm's ``make_prompt_cache``.
             config: fields of ``GlassConfig``, where this conversation differs.
         """
-        return [*make_prompt_cache(self.dense, max_kv_size), Session(self.config.updated(**config))]
+        session = Session(self.config.updated(**config), neurons=self._plan.layout.neurons)
+        return [*make_prompt_cache(self.dense, max_kv_size), session]
 
     def add_session(self, cache: list[Any]) -> list[Any]:
         """A prompt cache with a session: the cache itself if it has one, else a copy of the list with a new session.
@@ -150,7 +164,8 @@ class GlassModel(nn.Module):
         """
         if self._find_session(cache) is not None:
             return cache
-        return [*cache, Session(self.config, max((entry.size() for entry in cache), default=0))]
+        read = max((entry.size() for entry in cache), default=0)
+        return [*cache, Session(self.config, read, self._plan.layout.neurons)]
 
     def session(self, cache: list[Any]) -> Session:
         """The session of a prompt cache that ``make_cache`` made or mlx-lm loaded from a file.
@@ -217,7 +232,7 @@ class GlassModel(nn.Module):
         while pending.shape[1] > together:
             now, pending = pending[:, :_REREAD], pending[:, _REREAD:]
             self._read(session, entries, now, now.shape[1], 0, {})
-            mx.eval([entry.state for entry in entries], session.energy)
+            mx.eval([entry.state for entry in entries], session.evidence)
         if pending.shape[1] > 0:
             inputs = mx.concatenate([pending, inputs], axis=1)
         return self._read(session, entries, inputs, length + pending.shape[1], length, kwargs)[:, -length:]
@@ -234,11 +249,13 @@ class GlassModel(nn.Module):
         if session.compact is not None:
             plan.memory.use(session)
             return
-        if session.energy is not None:
-            mx.eval(session.energy)  # so that the prefill's time is not counted as selection's
+        if session.evidence is not None:
+            mx.eval(session.evidence)  # so that the prefill's time is not counted as selection's
         start = time.perf_counter()
         kept = self._choose(session)
-        compact = make_compact(plan.blocks, kept, plan.files, lambda needed: plan.memory.use(session, needed))
+        known = plan.known(session) if session.config.compensation else None
+        reserve = partial(plan.memory.use, session)
+        compact = make_compact(plan.blocks, kept, known, plan.files, reserve)
         if plan.files is not None:
             plan.accept(self.dense)  # dense weights were let go
         session.hold(compact, time.perf_counter() - start)
@@ -297,9 +314,12 @@ class GlassModel(nn.Module):
     def _read(self, session, entries, inputs, length: int, prompt: int, kwargs, choose: bool = True) -> mx.array:
         """The dense model over ``length`` tokens, the last ``prompt`` of them of a prompt; the evidence is recorded."""
         norms = self._plan.norms() if session.config.signal == "impact" else [None] * len(self.blocks)
-        logits, energies = recording(self.blocks, norms, self.dense, inputs, cache=entries, **kwargs)
-        session.record(mx.concatenate(energies), length, prompt)
-        mx.async_eval(session.energy)  # an array that is not evaluated belongs to this thread
+        counted = mx.ones((kwargs.get("input_embeddings", inputs).shape[0], length))
+        if session.offset == 0:
+            counted[:, 0] = 0  # BOS, whose activations are huge
+        logits, evidence = recording(self.blocks, norms, counted, self.dense, inputs, cache=entries, **kwargs)
+        session.record(evidence, length, prompt)
+        mx.async_eval(session.evidence)  # an array that is not evaluated belongs to this thread
         if choose:
             session.drop_choice()
         return logits
@@ -327,7 +347,7 @@ class GlassModel(nn.Module):
             return cache[-1]
         restored = restore(cache[-1])
         if restored is not None:
-            check_restored(restored, cache[:-1], self._plan.selector, self.dense)
+            check_restored(restored, cache[:-1], self._plan.layout, self._plan.selector, self.dense)
             cache[-1] = restored
         return restored
 

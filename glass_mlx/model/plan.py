@@ -10,11 +10,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..core.compensation import Response
 from ..core.importance import output_norms
 from .blocks import Block
+from .compacting import Known
 from .discovery import find_blocks, signature, summarise
+from .evidence import EvidenceLayout
 from .memory import SessionMemory, WeightFiles, default_limit
 from .selection import NeuronSelector
+from .session import Session
 
 logger = logging.getLogger("glass_mlx")
 
@@ -30,6 +34,7 @@ class Plan:
         selector: chooses neurons.
         memory: the sessions' compact weights.
         files: where dense weights that were let go are read again; None where they stay in memory.
+        responses: of every block, to answer for dropped neurons; None where they were not measured.
         made_for: the projections and weights that the plan is for (``discovery.signature``).
         draft_schedulers: what verified decoding has learnt, by density.
     """
@@ -41,6 +46,7 @@ class Plan:
     memory: SessionMemory
     files: WeightFiles | None
     made_for: tuple
+    responses: list[Response] | None = None
     draft_schedulers: dict[float, Any] = field(default_factory=dict)
     _norms: list[mx.array] = field(default_factory=list)
 
@@ -59,9 +65,22 @@ class Plan:
         selector = NeuronSelector(*_shapes(blocks))
         return cls(blocks, left_dense, path, selector, SessionMemory(limit), files, signature(dense, blocks))
 
-    def set_statistics(self, *statistics: Any) -> None:
-        """Choose neurons by these: ``ranks``, ``domains`` and ``sensitivity`` of :class:`NeuronSelector`."""
+    def set_statistics(self, responses: list[Response] | None, *statistics: Any) -> None:
+        """Choose neurons by these: ``ranks``, ``domains`` and ``sensitivity`` of :class:`NeuronSelector`; and answer by
+        these responses for those that are dropped."""
         self.selector = NeuronSelector(*_shapes(self.blocks), *statistics)
+        self.responses = responses
+
+    @property
+    def layout(self) -> EvidenceLayout:
+        """How evidence is laid out."""
+        return EvidenceLayout(self.selector.sizes, [block.input_size for block in self.blocks])
+
+    def known(self, session: Session) -> list[Known]:
+        """For each block what a conversation's dropped neurons are answered for by."""
+        nothing = [None] * len(self.blocks)
+        sums = nothing if session.evidence is None else self.layout.sums(session.evidence)
+        return list(zip(self.responses or nothing, sums))
 
     def norms(self) -> list[mx.array]:
         """Column norms [F] of each block's output projection."""

@@ -12,6 +12,7 @@ from mlx_lm.models.cache import ArraysCache
 from ..errors import GlassError, printable
 from .config import GlassConfig
 from .discovery import vocabulary_size
+from .evidence import EvidenceLayout
 from .selection import NeuronSelector
 from .session import SAVED_AS, EvidenceSpan, Session
 
@@ -55,7 +56,7 @@ def _session(header: dict[str, Any], arrays: list[Any]) -> Session:
     end = session.spans[-1].end if session.spans else 0
     if len(session.spans) != len(spans) or end > session.offset:
         raise ValueError("evidence is missing, or is of tokens that are not in the cache")
-    session.energy = session.spans[-1].energy if session.spans else None
+    session.evidence = session.spans[-1].evidence if session.spans else None
     rest = arrays[len(spans) :]
     session.pending_reread, kept = rest[:pending], rest[pending:]
     for tokens in session.pending_reread:
@@ -68,31 +69,37 @@ def _session(header: dict[str, Any], arrays: list[Any]) -> Session:
 
 def _spans(spans: list[list[int]], arrays: list[mx.array]) -> list[EvidenceSpan]:
     found, end = [], 0
-    for span, energy in zip(spans, arrays):
+    for span, evidence in zip(spans, arrays):
         start, stop, tokens = span
         if not all(type(n) is int for n in span) or not end <= start < stop or not 1 <= tokens <= stop - start:
             raise ValueError("a span of evidence is out of order")
-        if energy.dtype != mx.float32 or energy.ndim != 1 or not mx.all((energy >= 0) & mx.isfinite(energy)).item():
-            raise ValueError("evidence has values that are not energies")
-        found.append(EvidenceSpan(start, stop, tokens, energy))
+        if evidence.dtype != mx.float32 or evidence.ndim != 1 or not mx.all(mx.isfinite(evidence)).item():
+            raise ValueError("evidence has values that are not finite")
+        found.append(EvidenceSpan(start, stop, tokens, evidence))
         end = stop
     return found
 
 
-def check_restored(session: Session, entries: list[Any], selector: NeuronSelector, dense: nn.Module) -> None:
+def check_restored(
+    session: Session, entries: list[Any], layout: EvidenceLayout, selector: NeuronSelector, dense: nn.Module
+) -> None:
     """Hold a restored session against the model; neurons that cannot be kept in it are chosen again.
 
     Args:
         session (Session): from :func:`restore`.
         entries (list): the other entries of its prompt cache.
+        layout (EvidenceLayout): the model's.
         selector (NeuronSelector): the model's.
         dense (nn.Module): the model.
 
     Raises:
         UnusableCache: the session is of another model, or its indices are out of range.
     """
-    if any(span.energy.shape != (sum(selector.sizes),) for span in session.spans):
+    if any(span.evidence.shape != (layout.size,) for span in session.spans):
         raise UnusableCache("its session is of another model.")
+    session.neurons = layout.neurons
+    if any(mx.any(span.evidence[: layout.neurons] < 0).item() for span in session.spans):
+        raise UnusableCache("its session has energies below 0.")
     offsets = {entry.offset for entry in entries if isinstance(getattr(entry, "offset", None), int)}
     if offsets and session.offset not in offsets:
         raise UnusableCache(f"its session is of {session.offset} tokens, its keys and values are not.")

@@ -13,7 +13,7 @@ from mlx_lm.models.cache import ArraysCache
 from .blocks import CompactWeights
 from .config import GlassConfig
 
-SAVED_AS = "glass_mlx session 3"
+SAVED_AS = "glass_mlx session 4"
 _MAX_SPANS = 8
 # With refresh "auto", generated tokens are read again every _REREAD_GAP tokens. Neurons are chosen again after
 # _FIRST_CHOICE tokens, after three times as many, and from then on every _CHOICE_GAP.
@@ -36,13 +36,13 @@ class EvidenceSpan:
 
     Attributes:
         tokens: how many of them were recorded.
-        energy: the session's evidence after them, [sum of F] float32.
+        evidence: the session's evidence after them.
     """
 
     start: int
     end: int
     tokens: int
-    energy: mx.array
+    evidence: mx.array
 
 
 def next_reread(refresh: int | str, generated: int) -> int:
@@ -71,8 +71,8 @@ class Session:
     Attributes:
         config (GlassConfig): how this conversation chooses its neurons.
         offset (int): tokens in the prompt cache.
-        energy (mx.array | None): evidence of all blocks, [sum of F] float32: a sum of 1 in each block for each recorded
-            token, less what has faded.
+        evidence (mx.array | None): what dense calls recorded (``EvidenceLayout``), float32, less what has faded.
+        neurons (int | None): how many of its entries are energies, the first ones; None for all.
         spans (list[EvidenceSpan]): where the evidence is from; what trimming falls back to.
         kept (list[mx.array] | None): kept neurons of each block, [k] int32, ascending.
         compact (CompactWeights | None): their weights.
@@ -82,15 +82,17 @@ class Session:
         selection_time (float): seconds that the last choice of neurons and making their compact weights took.
     """
 
-    def __init__(self, config: GlassConfig, offset: int = 0):
+    def __init__(self, config: GlassConfig, offset: int = 0, neurons: int | None = None):
         """
         Args:
             config (GlassConfig): how neurons are chosen.
             offset (int): tokens that are in the cache already; they left no evidence.
+            neurons (int, optional): of the model.
         """
         self.config = config
         self.offset = offset
-        self.energy: mx.array | None = None
+        self.neurons = neurons
+        self.evidence: mx.array | None = None
         self.spans: list[EvidenceSpan] = []
         self.kept: list[mx.array] | None = None
         self.compact: CompactWeights | None = None
@@ -98,6 +100,12 @@ class Session:
         self.pending_reread: list[mx.array] = []
         self.in_prompt = True
         self.selection_time = 0.0
+
+    @property
+    def energy(self) -> mx.array | None:
+        """The energies of all neurons, [sum of F] float32: a sum of 1 in each block for each recorded token, less what
+        has faded. None without evidence."""
+        return None if self.evidence is None else self.evidence[: self.neurons]
 
     @property
     def prompt_tokens(self) -> int:
@@ -109,7 +117,7 @@ class Session:
         which is of the other signal."""
         config = self.config.updated(**changes)
         if config.signal != self.config.signal:
-            self.energy, self.spans = None, []
+            self.evidence, self.spans = None, []
         if config != self.config:
             self.config = config
             self.drop_choice()
@@ -144,23 +152,23 @@ class Session:
 
     # What calls of the model change.
 
-    def record(self, energy: mx.array, length: int, prompt: int | None = None) -> None:
+    def record(self, evidence: mx.array, length: int, prompt: int | None = None) -> None:
         """Add the evidence of a dense call.
 
         Args:
-            energy (mx.array): [sum of F] float32.
+            evidence (mx.array): as ``evidence``.
             length (int): tokens read.
             prompt (int, optional): how many of them, the last ones, are of a prompt. Default: all. The others were
                 generated, and earlier evidence fades by them.
         """
         prompt = length if prompt is None else prompt
-        if self.energy is not None:
-            energy = 0.5 ** ((length - prompt) / _HALF_LIFE) * self.energy + energy
-        self.energy = energy
-        self.spans.append(EvidenceSpan(self.offset, self.offset + length, length, energy))
+        if self.evidence is not None:
+            evidence = 0.5 ** ((length - prompt) / _HALF_LIFE) * self.evidence + evidence
+        self.evidence = evidence
+        self.spans.append(EvidenceSpan(self.offset, self.offset + length, length, evidence))
         if len(self.spans) > _MAX_SPANS:
             a, b = self.spans[:2]
-            self.spans[:2] = [EvidenceSpan(a.start, b.end, a.tokens + b.tokens, b.energy)]
+            self.spans[:2] = [EvidenceSpan(a.start, b.end, a.tokens + b.tokens, b.evidence)]
         self.offset += length
         if prompt > 0:
             self.generated, self.in_prompt = 0, prompt > 1
@@ -250,11 +258,11 @@ class Session:
         if self.spans and self.offset < self.spans[-1].end:
             cut = self.spans.pop()
             share = (self.offset - cut.start) / (cut.end - cut.start)
-            before = self.spans[-1].energy if self.spans else mx.zeros_like(cut.energy)
-            energy = before + share * (cut.energy - before)
+            before = self.spans[-1].evidence if self.spans else mx.zeros_like(cut.evidence)
+            evidence = before + share * (cut.evidence - before)
             tokens = max(1, round(share * cut.tokens))
-            self.spans.append(EvidenceSpan(cut.start, self.offset, tokens, energy))
-        self.energy = self.spans[-1].energy if self.spans else None
+            self.spans.append(EvidenceSpan(cut.start, self.offset, tokens, evidence))
+        self.evidence = self.spans[-1].evidence if self.spans else None
         return True
 
     def size(self) -> int:
@@ -270,7 +278,7 @@ class Session:
 
     @property
     def nbytes(self) -> int:
-        arrays = [span.energy for span in self.spans] + self.pending_reread + (self.kept or [])
+        arrays = [span.evidence for span in self.spans] + self.pending_reread + (self.kept or [])
         return sum(a.nbytes for a in arrays) + self.compact_bytes
 
     @property
@@ -284,7 +292,7 @@ class Session:
             "generated": self.generated,
             "pending": len(pending),
         }
-        arrays = [span.energy for span in self.spans] + pending + (self.kept or [])
+        arrays = [span.evidence for span in self.spans] + pending + (self.kept or [])
         return [SAVED_AS, json.dumps(header), *arrays], None, None
 
     def __deepcopy__(self, memo: dict) -> Session:

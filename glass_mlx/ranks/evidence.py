@@ -14,7 +14,6 @@ from ..core.importance import SIGNALS
 from ..files import write_atomically
 from ..model.glass_model import GlassModel
 from .agreement import compare
-from .sensitivity import SAMPLE_LENGTH, SAMPLE_ROWS
 
 
 @dataclass
@@ -25,7 +24,7 @@ class SplitEvidence:
         sizes: F of each block.
         sums: the energies, [signals, halves, domains, sum of F] float64.
         tokens: how many tokens were read, by half and domain.
-        samples: for each domain, sequences to measure the sensitivity on.
+        rows: for each domain the sequences that were read.
         sequences: how many sequences were read.
         batches: how many batches of the source were read.
         history: the stability after each batch, as (tokens, overlap, correlation).
@@ -34,7 +33,7 @@ class SplitEvidence:
     sizes: list[int]
     sums: np.ndarray
     tokens: list[list[int]]
-    samples: list[list[list[int]]]
+    rows: list[list[list[int]]]
     sequences: int = 0
     batches: int = 0
     history: list[list[float]] = field(default_factory=list)
@@ -76,7 +75,7 @@ class SplitEvidence:
 
     def save(self, path: Path, identity: str) -> None:
         """Write everything to a file. ``identity`` says what was being measured, and how."""
-        state = {"identity": identity, "sizes": self.sizes, "tokens": self.tokens, "samples": self.samples}
+        state = {"identity": identity, "sizes": self.sizes, "tokens": self.tokens, "rows": self.rows}
         state |= {"sequences": self.sequences, "batches": self.batches, "history": self.history}
         data = save({"sums": self.sums}, metadata={"state": json.dumps(state)})
         write_atomically(path, lambda temporary: temporary.write_bytes(data))
@@ -108,19 +107,18 @@ class SplitEvidence:
 
     def _is_sound(self, empty: SplitEvidence, vocabulary: int) -> bool:
         """Whether all values are ones that measuring leaves."""
-        domains = len(empty.samples)
+        domains = len(empty.rows)
         counts = [*self.tokens[0], *self.tokens[1], self.sequences, self.batches]
-        ids = [token for rows in self.samples for row in rows for token in row]
+        ids = [token for rows in self.rows for row in rows for token in row]
         return (
             self.sizes == empty.sizes
             and (self.sums.shape, self.sums.dtype) == (empty.sums.shape, empty.sums.dtype)
             and bool(np.isfinite(self.sums).all() and (self.sums >= 0).all())
             and len(self.tokens) == 2
-            and len(self.tokens[0]) == len(self.tokens[1]) == len(self.samples) == domains
+            and len(self.tokens[0]) == len(self.tokens[1]) == len(self.rows) == domains
             and all(type(n) is int and 0 <= n < 2**40 for n in counts)
             and all(type(n) is int and 0 <= n < vocabulary for n in ids)
-            and all(len(row) <= SAMPLE_LENGTH for rows in self.samples for row in rows)
-            and all(len(rows) <= SAMPLE_ROWS for rows in self.samples)
+            and [sum(map(len, rows)) for rows in self.rows] == [self.tokens_of(d) for d in range(domains)]
             and all(len(row) == 3 and all(type(x) in (int, float) for x in row) for row in self.history)
             and self.total > 0
         )

@@ -3,9 +3,11 @@
 Users call them global ranks. A file holds, for FFN block i and both signals, ``layers.{i}.{signal}.rank`` ([F] uint16
 or uint32, 1 = most important) and ``layers.{i}.{signal}.energy`` ([F] float32, mean share of a token's energy, sums to
 1). If it was measured on several kinds of text, it also holds ``layers.{i}.{signal}.domains`` ([K, F] float32), the
-energies on each kind. Its metadata says which model it belongs to, how it was made, and how sensitive the model's
-output is to each block. A file may come from anyone: it is a safetensors file, data only, and checked before anything
-is allocated.
+energies on each kind. Where it was measured how the blocks respond to their inputs (``core/compensation.py``), it holds
+``layers.{i}.response.`` with ``input_mean`` ([H] float32), ``hidden_mean`` ([F] float32), ``directions`` ([H, r]
+float16) and ``coefficients`` ([r, F] float16). Its metadata says which model it belongs to, how it was made, and how
+sensitive the model's output is to each block. A file may come from anyone: it is a safetensors file, data only, and
+checked before anything is allocated.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from ..core.compensation import Response
 from ..core.importance import SIGNALS
 from ..core.ranking import rank
 from ..errors import StatsError, printable
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from ..model.glass_model import GlassModel
 
 FORMAT_VERSION = "1"
+_RESPONSE = ("input_mean", "hidden_mean", "directions", "coefficients")
 
 
 @dataclass
@@ -42,6 +46,7 @@ class GlobalStatistics:
         domains: for each signal the energies [K, F] (float32) of every FFN block on each kind of text; with a single
             kind, ``energies``.
         sensitivity: of every block (``sensitivity.sensitivity``); None if it was not measured.
+        responses: of every block to its inputs; None if they were not measured.
         metadata: strings: format_version; model, original, revision, model_type, quantization and fingerprint
             (the model it belongs to); sizes (F of each block) and blocks (their paths), as JSON; method, tokens,
             domains and domain_tokens, sequences, length, temperature, seed, stability and tool versions (how it was
@@ -53,6 +58,7 @@ class GlobalStatistics:
     metadata: dict[str, str]
     domains: dict[str, list[mx.array]] = field(default_factory=dict)
     sensitivity: list[float] | None = None
+    responses: list[Response] | None = None
 
     def __post_init__(self):
         self.domains = self.domains or {s: [e[None] for e in es] for s, es in self.energies.items()}
@@ -110,7 +116,7 @@ class GlobalStatistics:
             ranks[signal] = [block[0] for block in blocks]
             energies[signal] = [block[1] for block in blocks]
             domains[signal] = [block[2] for block in blocks]
-        return cls(ranks, energies, metadata, domains, _sensitivity(metadata, len(sizes)))
+        return cls(ranks, energies, metadata, domains, _sensitivity(metadata, len(sizes)), _responses(f, names, sizes))
 
     def write(self, path: str | Path) -> None:
         """Write a file, completely or not at all."""
@@ -122,6 +128,9 @@ class GlobalStatistics:
                 tensors[f"layers.{i}.{signal}.energy"] = np.array(e)
                 if len(self.domain_names) > 1:
                     tensors[f"layers.{i}.{signal}.domains"] = np.array(self.domains[signal][i])
+        for i, response in enumerate(self.responses or []):
+            for name in _RESPONSE:
+                tensors[f"layers.{i}.response.{name}"] = np.array(getattr(response, name))
         metadata = dict(self.metadata)
         if self.sensitivity is not None:
             metadata["sensitivity"] = json.dumps([float(f"{value:.4g}") for value in self.sensitivity])
@@ -129,7 +138,7 @@ class GlobalStatistics:
 
     def use_in(self, model: GlassModel) -> None:
         """Let a model choose its neurons by these statistics."""
-        model.set_global_ranks(self.ranks, self.domains, self.sensitivity)
+        model.set_global_ranks(self.ranks, self.domains, self.sensitivity, self.responses)
 
     def check(self, model: GlassModel) -> GlobalStatistics:
         """Return self if the statistics are this model's, or those of the model that it is a quantised copy of.
@@ -211,11 +220,36 @@ def _read_energies(f: Any, name: str) -> mx.array:
     return mx.array(values)
 
 
+def _responses(f: Any, names: set[str], sizes: list[int]) -> list[Response] | None:
+    """The responses of all blocks; None if the file has none."""
+    if not any(".response." in name for name in names):
+        return None
+    found = []
+    for i, size in enumerate(sizes):
+        prefix = f"layers.{i}.response."
+        missing = [name for name in _RESPONSE if prefix + name not in names]
+        if missing:
+            raise ValueError(f"{prefix}{missing[0]} is missing")
+        shapes = {name: f.get_slice(prefix + name).get_shape() for name in _RESPONSE}
+        dtypes = {name: f.get_slice(prefix + name).get_dtype() for name in _RESPONSE}
+        width, rank = (shapes["directions"] + [0, 0])[:2]
+        expected = {"input_mean": [width], "hidden_mean": [size], "directions": [width, rank]}
+        if shapes != {**expected, "coefficients": [rank, size]} or not 0 < rank <= width < 2**20:
+            raise ValueError(f"{prefix}directions and what belongs to it have wrong shapes")
+        if list(dtypes.values()) != ["F32", "F32", "F16", "F16"]:
+            raise ValueError(f"{prefix}directions and what belongs to it have a wrong dtype")
+        tensors = [f.get_tensor(prefix + name) for name in _RESPONSE]
+        if not all(np.isfinite(tensor).all() for tensor in tensors):
+            raise ValueError(f"{prefix}directions or what belongs to it has values that are not finite")
+        found.append(Response(*map(mx.array, tensors)))
+    return found
+
+
 def merge(parts: list[GlobalStatistics]) -> GlobalStatistics:
     """Join the statistics of several files of one model.
 
-    The result has the kinds of text of all parts, and energies over all their tokens. The sensitivity comes from the
-    first part that has one.
+    The result has the kinds of text of all parts, and energies over all their tokens. The sensitivity and the responses
+    come from the first part that has them.
 
     Raises:
         StatsError: the parts are of different models.
@@ -243,9 +277,10 @@ def merge(parts: list[GlobalStatistics]) -> GlobalStatistics:
     }
     for key in ("stability", "stability_history", "sequences", "digest", "file"):  # these are of one part only
         metadata.pop(key, None)
-    known = [part.sensitivity for part in parts if part.sensitivity is not None]
     ranks = {signal: [rank(e) for e in energies[signal]] for signal in SIGNALS}
-    return GlobalStatistics(ranks, energies, metadata, domains, known[0] if known else None)
+    sensitivity = next((part.sensitivity for part in parts if part.sensitivity is not None), None)
+    responses = next((part.responses for part in parts if part.responses is not None), None)
+    return GlobalStatistics(ranks, energies, metadata, domains, sensitivity, responses)
 
 
 def write_index(directory: Path) -> int:

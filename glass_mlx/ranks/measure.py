@@ -31,7 +31,8 @@ from .evidence import SplitEvidence
 from .format import FORMAT_VERSION, GlobalStatistics
 from .identity import describe, fingerprint
 from .lookup import cached_file
-from .sensitivity import SAMPLE_LENGTH, SAMPLE_ROWS, sensitivity
+from .response import DEFAULT_RANK, measure_responses
+from .sensitivity import sensitivity
 from .sources import Source, null_prompt
 
 # Read at most this many tokens, and stop earlier when the better halves of the neurons overlap this much.
@@ -49,6 +50,7 @@ def build_ranks(
     tokens: int = DEFAULT_TOKENS,
     stable_at: float | None = DEFAULT_STABLE_AT,
     name: str | None = None,
+    response_rank: int = DEFAULT_RANK,
 ) -> Path:
     """Measure a model's global statistics with a progress bar, and write them to a file.
 
@@ -59,7 +61,7 @@ def build_ranks(
         tokenizer: its tokenizer.
         out (Path, optional): the file. Default: the model's file in the user's cache.
         source (Source, optional): the token sequences. Default: :func:`sources.null_prompt`.
-        tokens, stable_at, name: as in :func:`measure_statistics`.
+        tokens, stable_at, name, response_rank: as in :func:`measure_statistics`.
 
     Returns:
         Path: the file.
@@ -78,7 +80,15 @@ def build_ranks(
 
         partial = out.with_name(f"{out.name}.partial")
         statistics = measure_statistics(
-            model, source, tokens, stable_at, name, partial, progress=progress, block_progress=block_progress
+            model,
+            source,
+            tokens,
+            stable_at,
+            name,
+            partial,
+            response_rank,
+            progress=progress,
+            block_progress=block_progress,
         )
     statistics.write(out)
     partial.unlink(missing_ok=True)
@@ -92,6 +102,7 @@ def measure_statistics(
     stable_at: float | None = DEFAULT_STABLE_AT,
     name: str | None = None,
     partial: Path | None = None,
+    response_rank: int = DEFAULT_RANK,
     progress: Callable[[int, dict[str, float]], None] = lambda tokens, stability: None,
     block_progress: Callable[[int, int], None] = lambda done, blocks: None,
 ) -> GlobalStatistics:
@@ -106,6 +117,7 @@ def measure_statistics(
         name (str, optional): the model's name in the metadata.
         partial (Path, optional): a file that keeps what has been read. An interrupted run with the same arguments
             continues from it, with the result of an uninterrupted one. Remove it when the statistics are written.
+        response_rank (int): of the answers for dropped neurons (``response.py``); 0 for none.
         progress: called after every batch with the tokens read and :meth:`SplitEvidence.stability`.
         block_progress: called with how many blocks' sensitivities have been measured, and of how many.
 
@@ -129,12 +141,14 @@ def measure_statistics(
         raise GlassError("There is nothing to measure: the source gave no tokens.")
     read = [d for d in range(len(source.domains)) if evidence.tokens_of(d)]
     energies = {signal: _shares(evidence.by_block(signal)) for signal in SIGNALS}
+    ranks = {signal: [rank(e) for e in energies[signal]] for signal in SIGNALS}
     by_domain = {signal: [_shares(evidence.by_block(signal, domain=d)) for d in read] for signal in SIGNALS}
     return GlobalStatistics(
-        ranks={signal: [rank(e) for e in energies[signal]] for signal in SIGNALS},
+        ranks=ranks,
         energies=energies,
         domains={signal: [mx.stack(rows) for rows in zip(*found)] for signal, found in by_domain.items()},
-        sensitivity=_mean_sensitivity(model, [evidence.samples[d] for d in read], by_domain["impact"], block_progress),
+        sensitivity=_mean_sensitivity(model, [evidence.rows[d] for d in read], by_domain["impact"], block_progress),
+        responses=measure_responses(model, sum(evidence.rows, []), ranks["impact"], response_rank) or None,
         metadata=_metadata(model, source, evidence, read, name),
     )
 
@@ -158,7 +172,7 @@ def _read(
         if not rows:
             break
         domain, before = evidence.batches % domains, evidence.sequences
-        evidence.samples[domain] = evidence.samples[domain] or [row[:SAMPLE_LENGTH] for row in rows[:SAMPLE_ROWS]]
+        evidence.rows[domain] += rows
         for half in (0, 1):  # sequences alternate, across batches too
             mine = rows[(before + half) % 2 :: 2]
             if mine:

@@ -27,7 +27,8 @@ class Request:
         max_tokens: the most tokens to generate.
         stop: texts that end the answer. They are not part of it.
         seed: with a seed, the answer depends on the request alone; see ``cache_store.py``.
-        density, global_weight, signal, layer_budgets, refresh, verify: where they differ from the engine's.
+        density, global_weight, signal, layer_budgets, refresh, compensation, verify: where they differ from the
+            engine's.
         logprobs: whether each token comes with its log-probability and with its ``top_logprobs`` most likely rivals.
 
     The other fields are those of mlx-lm's ``make_sampler`` and ``make_logits_processors``.
@@ -47,6 +48,7 @@ class Request:
     signal: str | None = None
     layer_budgets: str | None = None
     refresh: int | str | None = None
+    compensation: bool | None = None
     verify: bool | None = None
     temperature: float = 0.0
     top_p: float = 1.0

@@ -140,6 +140,7 @@ class _Body(_Model):
     signal: Literal["impact", "activation"] | None = None
     layer_budgets: Literal["measured", "uniform"] | None = None
     refresh: Literal["auto"] | Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    compensation: bool | None = None
     verify: bool | None = Field(
         None, description="draft with the sparse model and check with the dense one, whose answer it is"
     )

@@ -91,6 +91,7 @@ class Worker:
                 signal=request.signal,
                 layer_budgets=request.layer_budgets,
                 refresh=request.refresh,
+                compensation=request.compensation,
             )
         except GlassError as e:
             raise BadRequest(str(e)) from e

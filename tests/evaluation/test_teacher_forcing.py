@@ -30,11 +30,15 @@ CONTINUATIONS = [[12, 700, 41, 5, 99, 3000], [8, 8, 1500, 23, 610, 4], [444, 10,
 
 
 # What decoding can do by itself.
+PLAIN = {"layer_budgets": "uniform", "compensation": False}
 CONFIGS = {
-    "griffin": GlassConfig(0.4, 0.0, "activation", layer_budgets="uniform"),
-    "static": GlassConfig(0.4, 1.0, layer_budgets="uniform"),
-    "glass-a": GlassConfig(0.4, 0.5, "activation", layer_budgets="uniform"),
-    "glass-i": GlassConfig(0.4, 0.5, layer_budgets="uniform"),
+    "griffin": GlassConfig(0.4, 0.0, "activation", **PLAIN),
+    "static": GlassConfig(0.4, 1.0, **PLAIN),
+    "glass-a": GlassConfig(0.4, 0.5, "activation", **PLAIN),
+    "glass-i": GlassConfig(0.4, 0.5, **PLAIN),
+    "expected": GlassConfig(0.4, **PLAIN),
+    "griffin+": GlassConfig(0.4, 0.0, "activation", layer_budgets="uniform"),
+    "glass-i+": GlassConfig(0.4, 0.5, layer_budgets="uniform"),
     "glass-uniform": GlassConfig(0.4, layer_budgets="uniform"),
     "glass": GlassConfig(0.4),
 }
@@ -57,7 +61,9 @@ def assert_equals_decoding(model, selector, config: GlassConfig) -> None:
     evidence.density = config.density
     kept = selector(evidence)
     masks = as_masks(model, kept)
-    logits = batch.predictions(teacher_forced(model, batch, masks))
+    sums = evidence.sums if config.compensation else None
+    assert config.compensation == getattr(selector, "compensated", False)
+    logits = batch.predictions(teacher_forced(model, batch, masks, sums))
     for b, (prompt, said) in enumerate(zip(PROMPTS, CONTINUATIONS)):
         expected, neurons = decoded(model, prompt, said, config)
         for mine, its in zip(kept, neurons):
@@ -92,7 +98,7 @@ def test_other_families(family):
     masks = as_masks(model, kept)
     logits = batch.predictions(teacher_forced(model, batch, masks))
     for b in range(2):
-        expected, _ = decoded(model, prompts[b], said[b], GlassConfig(0.5, 0.0, "activation"))
+        expected, _ = decoded(model, prompts[b], said[b], GlassConfig(0.5, 0.0, "activation", compensation=False))
         np.testing.assert_allclose(logits[b], expected, atol=1e-3, rtol=1e-3)
 
 
@@ -105,6 +111,10 @@ def test_evidence_is_what_a_session_records(exact, signal):
         mx.eval(model.prefill(mx.array([prompt]), cache))
         mine = mx.concatenate([e[b] for e in evidence.local[signal]])
         np.testing.assert_allclose(mine, model.session(cache).energy, rtol=1e-3, atol=1e-5)
+        for ours, its in zip(evidence.sums, model._plan.layout.sums(model.session(cache).evidence)):
+            np.testing.assert_allclose(ours.hidden[b], its.hidden, rtol=1e-3, atol=1e-2)
+            np.testing.assert_allclose(ours.inputs[b], its.inputs, rtol=1e-3, atol=1e-2)
+            assert ours.tokens[b].item() == its.tokens.item() == len(prompt) - 1
     for energy, oracle in zip(evidence.local[signal], evidence.oracle[signal]):
         np.testing.assert_allclose(energy.sum(axis=1), [len(p) for p in PROMPTS], rtol=1e-4)
         np.testing.assert_allclose(oracle.sum(axis=1), [len(s) - 1 for s in CONTINUATIONS], rtol=1e-4)

@@ -61,13 +61,13 @@ def test_a_refresh_is_dense_reading(name):
     model = GlassModel(tiny_model(name))
     cache = read(model, PROMPT, refresh=4)
     ours = model.session(cache)
-    before = ours.energy
+    before = ours.evidence
     logits = say(model, cache, SAID[:5])  # four sparse ones, and the fifth with a refresh
     whole = read(model, PROMPT + SAID[:5])
     assert close(contents(cache), contents(whole))
     theirs = model.session(whole)
-    theirs.energy = theirs.energy - (1 - 0.5 ** (5 / 128)) * before
-    assert close([np.array(ours.energy)], [np.array(theirs.energy)], 1e-3)
+    theirs.evidence = theirs.evidence - (1 - 0.5 ** (5 / 128)) * before
+    assert close([np.array(ours.evidence)], [np.array(theirs.evidence)], 1e-3)
     assert ours.offset == theirs.offset == ours.prompt_tokens == 12
     assert not ours.pending_reread and not ours.in_prompt
     dense = model.dense(mx.array([PROMPT + SAID[:5]]))[0, -1]

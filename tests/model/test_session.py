@@ -52,7 +52,7 @@ def save_and_load(tmp_path: Path, *entries) -> list:
 
 def state(session: Session) -> tuple:
     """Everything of a session that outlives it, comparable."""
-    marks = [(m.start, m.end, m.tokens, m.energy.tolist()) for m in session.spans]
+    marks = [(m.start, m.end, m.tokens, m.evidence.tolist()) for m in session.spans]
     kept = session.kept and [k.tolist() for k in session.kept]
     energy = None if session.energy is None else session.energy.tolist()
     return session.config, session.offset, session.prompt_tokens, energy, marks, kept, session.in_prompt
@@ -191,7 +191,7 @@ def test_merging_marks_keeps_totals(lengths):
     # the latest boundaries stay exact
     boundaries = np.cumsum(lengths).tolist()
     assert [m.end for m in session.spans] == boundaries[-len(session.spans) :]
-    assert session.spans[-1].energy is session.energy
+    assert session.spans[-1].evidence is session.evidence
 
 
 @pytest.mark.parametrize("generated", [0, 3])

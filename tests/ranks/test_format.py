@@ -70,6 +70,11 @@ def test_ranks_of_many_neurons(tmp_path, n, dtype):
 def test_file_format(written):
     """Design section 6."""
     tensors = load_file(written)
+    responses = {name: tensors.pop(name) for name in list(tensors) if ".response." in name}
+    shapes = {"input_mean": (64,), "hidden_mean": (96,), "directions": (64, 63), "coefficients": (63, 96)}
+    assert {name: tensor.shape for name, tensor in responses.items()} == {
+        f"layers.{i}.response.{name}": shape for i in range(2) for name, shape in shapes.items()
+    }
     assert set(tensors) == {f"layers.{i}.{s}.{k}" for i in range(2) for s in SIGNALS for k in ("rank", "energy")}
     for name, tensor in tensors.items():
         assert tensor.shape == (96,)

@@ -1,0 +1,68 @@
+"""Tests of how a model's blocks respond to their inputs: measured in batches, it is what a plain regression gives."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from glass_mlx import GlassModel
+from glass_mlx.core.compensation import RIDGE
+from glass_mlx.core.ranking import rank
+from glass_mlx.evaluation.tiny_models import tiny_model
+from glass_mlx.model.blocks import hooked, run_with, watching_inputs
+from glass_mlx.ranks import response
+from glass_mlx.ranks.response import measure_responses
+
+RANK = 4
+RNG = np.random.default_rng(2)
+ROWS = [[1, *RNG.integers(2, 100, length).tolist()] for length in (40, 17, 60, 33, 60, 60, 5)]
+
+
+def made_up(model: GlassModel) -> list[mx.array]:
+    return [rank(mx.array(RNG.random(block.size))) for block in model.blocks]
+
+
+def vectors(model: GlassModel) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each block the inputs and hidden vectors of all tokens but the first of each row, in float64."""
+    found = [([], []) for _ in model.blocks]
+
+    def keep(side: int, i: int, v: mx.array) -> None:
+        found[i][side].append(np.array(v[0, 1:].astype(mx.float32), np.float64))
+
+    hooks = watching_inputs(model.blocks, lambda i, x: keep(0, i, x)) | hooked(model.blocks, lambda i, h: keep(1, i, h))
+    for row in ROWS:
+        run_with(hooks, model.dense, mx.array([row]))
+    return [(np.concatenate(x), np.concatenate(h)) for x, h in found]
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])  # plain, fused, and without a gate
+def test_it_is_a_regression_of_low_rank(family, monkeypatch):
+    """In batches of rows of several lengths, one block after the other."""
+    monkeypatch.setattr(response, "_MAX_HIDDEN", 2**14)
+    monkeypatch.setattr(response, "_MAX_COVARIANCES", 1)
+    model = GlassModel(tiny_model(family))
+    ranks, steps = made_up(model), []
+    found = measure_responses(model, ROWS, ranks, RANK, lambda *done: steps.append(done))
+    assert steps == [(i + 1, len(model.blocks) + 1) for i in range(len(model.blocks) + 1)]
+    for block, order, own, (x, h) in zip(model.blocks, ranks, found, vectors(model)):
+        assert own.rank == RANK and own.directions.dtype == own.coefficients.dtype == mx.float16
+        np.testing.assert_allclose(own.input_mean, x.mean(axis=0), atol=1e-4)
+        np.testing.assert_allclose(own.hidden_mean, h.mean(axis=0), atol=1e-4)
+        weight = np.array(block.module[block.output].weight.astype(mx.float32), np.float64)
+        weight = weight * (np.array(order) > block.size // 2)  # of the neurons that the ranks drop
+        x, h = x - x.mean(axis=0), h - h.mean(axis=0)
+        inputs = x.T @ x / len(x)
+        solved = np.linalg.solve(inputs + RIDGE * np.trace(inputs) / len(inputs) * np.eye(len(inputs)), x.T @ h)
+        y = solved @ weight.T  # [inputs, outputs], times the tokens
+        _, vectors_ = np.linalg.eigh(weight @ h.T @ x @ y)
+        z = x @ y @ vectors_[:, ::-1][:, :RANK]
+        expected = z @ np.linalg.lstsq(z, h, rcond=None)[0]
+        got = x @ np.array(own.directions, np.float64) @ np.array(own.coefficients, np.float64)
+        np.testing.assert_allclose(got, expected, atol=0.02 * np.abs(expected).max())
+
+
+def test_nothing_to_measure():
+    model = GlassModel(tiny_model("llama"))
+    assert measure_responses(model, [[1], []], made_up(model)) == []
+    assert measure_responses(model, ROWS, made_up(model), rank=0) == []
