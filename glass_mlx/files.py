@@ -1,8 +1,9 @@
-"""Writing files: complete, or left as they were."""
+"""Writing files: complete, or left as they were. Reading what anyone may have written: no more than it should be."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 from .errors import GlassError
+
+# Headers of a model's own weights: the limit of the safetensors format.
+_MAX_HEADER = 100_000_000
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
@@ -34,3 +38,57 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def read_json(path: Path, limit: int = 16 << 20) -> Any:
+    """Parse a JSON file.
+
+    Raises:
+        ValueError: it is larger than ``limit`` bytes, or no JSON.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"it has more than {limit:,} bytes")
+    try:
+        return json.loads(data)
+    except RecursionError as e:
+        raise ValueError("it is nested too deeply") from e
+
+
+def check_header(path: Path, limit: int = _MAX_HEADER) -> int:
+    """The length in bytes of a safetensors file's header, from the file's first bytes. Parsing a header takes a hundred
+    times its memory, so this comes first.
+
+    Raises:
+        ValueError: the header is larger than ``limit`` bytes, or than the file.
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        length, size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
+    if size < 8 or length > size - 8:
+        raise ValueError(f"it ends after {size:,} bytes, within its header")
+    if length > limit:
+        raise ValueError(f"its header has {length:,} bytes; at most {limit:,} are read")
+    return length
+
+
+def check_complete(path: Path) -> None:
+    """Check that a safetensors file is as long as its header says.
+
+    Raises:
+        ValueError: it is not, or has no such header.
+        OSError: the file cannot be read.
+    """
+    length = check_header(path)
+    with path.open("rb") as file:
+        file.seek(8)
+        header, size = file.read(length), os.fstat(file.fileno()).st_size
+    try:
+        ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
+        expected = 8 + length + max(ends, default=0)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as e:
+        raise ValueError("it has no safetensors header") from e
+    if size < expected:
+        raise ValueError(f"it ends after {size:,} of {expected:,} bytes")
