@@ -16,6 +16,7 @@ from mlx_lm import sample_utils
 
 from .core.importance import SIGNALS
 from .decoding import sampling
+from .decoding.prompt import check_template_args
 from .errors import GlassError, printable
 from .files import write_atomically
 from .model.config import LAYER_BUDGETS, GlassConfig
@@ -66,6 +67,19 @@ def refresh(text: str) -> int | str:
         return GlassConfig(refresh=text if text == "auto" else int(text)).refresh
     except (GlassError, ValueError) as e:
         raise argparse.ArgumentTypeError(f'{text!r} is neither "auto" nor a number of tokens') from e
+
+
+def template_args(text: str) -> dict[str, Any]:
+    """Parse arguments of the chat template, a JSON object; argparse reports the error."""
+    try:
+        args = json.loads(text or "{}")
+        if not isinstance(args, dict):
+            raise ValueError("not an object")
+        return check_template_args(args)
+    except GlassError as e:
+        raise argparse.ArgumentTypeError(str(e).rstrip(".")) from e
+    except (ValueError, RecursionError) as e:
+        raise argparse.ArgumentTypeError(f"{text[:100]!r} is not a JSON object: {e}") from e
 
 
 def memory_size(text: str) -> int:

@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx_lm.generate import setup_arg_parser as setup_mlx_lm_parser
 from mlx_lm.models.cache import load_prompt_cache
 
-from .cli import add_glass_options, add_verify_options, run, sampler_maker, verify_options
+from .cli import add_glass_options, add_verify_options, run, sampler_maker, template_args, verify_options
 from .decoding.prompt import render
 from .decoding.stream import GenerationResponse, statistics, stream_generate
 from .errors import GlassError
@@ -47,11 +47,9 @@ def main() -> None:
     if args.draft_model and args.prompt_cache_file:
         parser.error("--draft-model cannot be used with --prompt-cache-file")
     try:
-        template = json.loads(args.chat_template_config or "{}")
-        if not isinstance(template, dict):
-            raise ValueError("not an object")
-    except ValueError as e:
-        parser.error(f"--chat-template-config is not a JSON object: {e}")
+        template = template_args(args.chat_template_config or "{}")
+    except argparse.ArgumentTypeError as e:
+        parser.error(f"argument --chat-template-config: {e}")
     run(lambda: _generate(args, template), args.verbose is True)
 
 

@@ -6,14 +6,12 @@ python -m glass_mlx.server --model qwen3-4b
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import threading
 from pathlib import Path
-from typing import Any
 
-from .cli import add_glass_options, add_verbose, add_verify_options, memory_size, run, verify_options
+from .cli import add_glass_options, add_verbose, add_verify_options, memory_size, run, template_args, verify_options
 from .errors import GlassError
 from .loading import DEFAULT_MODEL
 from .model.config import GlassConfig
@@ -48,7 +46,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--trust-remote-code", action="store_true", help="let tokenizers run code of their repository")
     parser.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"])
     parser.add_argument("--chat-template", default="", help="a chat template to use instead of the model's")
-    parser.add_argument("--chat-template-args", type=_json_object, default={}, help="its arguments, a JSON object")
+    parser.add_argument("--chat-template-args", type=template_args, default={}, help="its arguments, a JSON object")
     for name, kind, default, what in (
         ("--temp", float, 0.0, "sampling temperature"),
         ("--top-p", float, 1.0, "nucleus sampling"),
@@ -111,13 +109,6 @@ def _add_serving_options(parser: argparse.ArgumentParser) -> None:
     )
     serving.add_argument("--log-dir", type=Path, help="directory of the log file (default: the platform's)")
     serving.add_argument("--log-prompts", action="store_true", help="write prompts and answers to the log")
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError
-    return value
 
 
 def main() -> None:

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from ..decoding.prompt import check_template_args
+from ..errors import GlassError
 from .errors import BadRequest
 from .request import Request
 
@@ -174,11 +176,10 @@ class ChatBody(_Body):
     @field_validator("chat_template_kwargs")
     @classmethod
     def _check_not_reserved(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        reserved = {"messages", "conversation", "tools", "tokenize", "add_generation_prompt", "return_dict"}
-        reserved |= {"chat_template", "return_tensors", "continue_final_message", "tokenizer_kwargs"}
-        if value and reserved & value.keys():
-            raise ValueError(f"{sorted(reserved & value.keys())[0]} cannot be set")
-        return value
+        try:
+            return value and check_template_args(value)
+        except GlassError as e:
+            raise ValueError(str(e)) from e
 
     def request(self, client: str, defaults: dict[str, Any]) -> Request:
         """The request to the engine. ``defaults`` are the server's sampling options."""

@@ -15,7 +15,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors
 
 from ..decoding import sampling
-from ..decoding.prompt import encode, render
+from ..decoding.prompt import check_template_args, encode, render
 from ..decoding.stream import GenerationResponse, stream_generate
 from ..errors import GlassError
 from ..model.config import GlassConfig
@@ -108,7 +108,7 @@ class Worker:
         if request.messages is not None:
             if not tokenizer.has_chat_template:
                 raise BadRequest("This model has no chat template, so it cannot chat; use /v1/completions.")
-            options = {**self.template_args, **request.template_args, "tools": request.tools}
+            options = {**self._template_args(request), "tools": request.tools}
             prompt = _render(tokenizer, request.messages, add_generation_prompt=True, **options)
             shared = self._system_prompt_length(request.messages, prompt, options)
         elif isinstance(request.prompt, str):
@@ -123,6 +123,12 @@ class Worker:
         if any(not 0 <= t < size for t in (*prompt, *(request.logit_bias or ()))):
             raise BadRequest(f"A token id is out of range: this model has the ids 0 to {size - 1}.")
         return prompt, shared
+
+    def _template_args(self, request: Request) -> dict[str, Any]:
+        try:
+            return check_template_args({**self.template_args, **request.template_args})
+        except GlassError as e:
+            raise BadRequest(str(e), "chat_template_kwargs") from e
 
     def _system_prompt_length(self, messages: list[dict[str, Any]], prompt: list[int], options: dict[str, Any]) -> int:
         count = next((i for i, m in enumerate(messages) if m["role"] != "system"), 0)

@@ -443,6 +443,7 @@ def test_a_crash_fails_its_request_only(demo_engine, monkeypatch):
         (Request(prompt="word " * 100), "at most 64"),
         (ask("x", density=2.0), "density must be"),
         (ask("x", template_args={"documents": 3, "eos_token": None}), "template"),
+        (ask("x", template_args={"tokenize": False}), "'tokenize' cannot be set"),
     ],
 )
 def test_bad_requests(make, request_, reason, tiny_dir):
