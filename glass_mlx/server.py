@@ -11,14 +11,23 @@ import signal
 import threading
 from pathlib import Path
 
-from .cli import add_glass_options, add_verbose, add_verify_options, memory_size, run, template_args, verify_options
+from .cli import (
+    add_glass_options,
+    add_verbose,
+    add_verify_options,
+    list_of,
+    memory_size,
+    run,
+    template_args,
+    verify_options,
+)
 from .errors import GlassError
 from .loading import DEFAULT_MODEL
 from .model.config import GlassConfig
 from .serving.engine import Engine, EngineOptions
 from .serving.errors import RequestError
 from .serving.logs import log_to_file
-from .serving.sockets import DEFAULT_HOST, DEFAULT_PORT, is_loopback
+from .serving.sockets import DEFAULT_HOST, DEFAULT_PORT, is_loopback, parse_origin
 
 _missing = None
 try:
@@ -100,15 +109,24 @@ def _add_serving_options(parser: argparse.ArgumentParser) -> None:
     serving.add_argument(
         "--cors-origin",
         "--allowed-origins",
+        type=list_of(_origin),
         action="append",
         default=[],
-        help="web origins whose pages may use the API, separated by commas (default: only the server's own)",
+        metavar="ORIGINS",
+        help="web origins whose pages may use the API, separated by commas; *: all (default: only the server's own)",
     )
     serving.add_argument(
         "--allowed-host", action="append", default=[], metavar="NAME", help="another name of this machine for clients"
     )
     serving.add_argument("--log-dir", type=Path, help="directory of the log file (default: the platform's)")
     serving.add_argument("--log-prompts", action="store_true", help="write prompts and answers to the log")
+
+
+def _origin(text: str) -> str:
+    try:
+        return parse_origin(text)
+    except GlassError as e:
+        raise argparse.ArgumentTypeError(str(e).rstrip(".")) from e
 
 
 def main() -> None:
@@ -195,7 +213,7 @@ def api_options(args: argparse.Namespace) -> ApiOptions:
         defaults={**defaults, "max_tokens": args.max_tokens},
         api_key=args.api_key,
         hosts=(*args.allowed_host, args.host),
-        origins=tuple(origin for text in args.cors_origin for origin in text.split(",")),
+        origins=tuple(origin for origins in args.cors_origin for origin in origins),
         max_body_bytes=args.max_body_bytes,
         log_prompts=args.log_prompts,
     )

@@ -478,6 +478,20 @@ def test_options():
     assert (api_.defaults["temperature"], api_.origins) == (0.7, ("http://a", "http://b"))
 
 
+@pytest.mark.parametrize(
+    ("text", "origins"),
+    [("*", ("*",)), ("http://a:1/,https://b", ("http://a:1", "https://b")), ("http://a,nonsense", None), ("", None)],
+)
+def test_allowed_origins(invoke, monkeypatch, text, origins):
+    started = []
+    monkeypatch.setattr(server, "serve", started.append)
+    done = invoke(server.main, "--allowed-origins", text)
+    if origins is None:
+        assert done.code == 2 and "is not a web origin" in done.err.splitlines()[-1]
+    else:
+        assert server.api_options(started[0]).origins == origins
+
+
 def test_without_the_libraries(monkeypatch, invoke):
     monkeypatch.setattr(server, "_missing", "uvicorn")
     done = invoke(server.main)
