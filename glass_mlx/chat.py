@@ -17,7 +17,7 @@ from rich.console import Console
 from .cli import add_glass_options, add_verbose, add_verify_options, density, run, sampler_maker, verify_options
 from .decoding.conversation import Conversation
 from .decoding.stream import GenerationResponse
-from .errors import GlassError
+from .errors import GlassError, printable, printable_lines
 from .loading import DEFAULT_MODEL, load
 
 with contextlib.suppress(ImportError):  # gives input() a history and line editing where available
@@ -151,7 +151,7 @@ class Chat:
         response = None
         try:
             for response in stream:
-                print(response.text, end="", flush=True)
+                print(printable_lines(response.text), end="", flush=True)
         except KeyboardInterrupt:
             stream.close()
             print(" [stopped]", end="")
@@ -162,7 +162,7 @@ class Chat:
             self._note(status_line(response))
 
     def _note(self, text: str) -> None:
-        self.console.print(text, style="dim", markup=False, soft_wrap=True)
+        self.console.print(printable(text), style="dim", markup=False, soft_wrap=True)
         sys.stdout.flush()
 
 

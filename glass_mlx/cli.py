@@ -17,9 +17,10 @@ from mlx_lm import sample_utils
 from .core.importance import SIGNALS
 from .decoding import sampling
 from .decoding.prompt import check_template_args
-from .errors import GlassError, printable
+from .errors import GlassError, printable, printable_lines
 from .files import write_atomically
 from .model.config import LAYER_BUDGETS, GlassConfig
+from .serving.logs import OneLineFormatter
 
 
 def density(text: str) -> float:
@@ -197,7 +198,12 @@ def print_result(result: dict[str, Any], table: Callable[[dict[str, Any]], str],
         return
     if json_file is not None:
         write_atomically(json_file, lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
-    print(table(result))
+    say(table(result))
+
+
+def say(text: object) -> None:
+    """Print what may have come out of anyone's file or request."""
+    print(printable_lines(str(text)), flush=True)
 
 
 def add_verbose(parser: argparse.ArgumentParser) -> None:
@@ -206,7 +212,9 @@ def add_verbose(parser: argparse.ArgumentParser) -> None:
 
 def run(command: Callable[[], None], verbose: bool = False) -> None:
     """Run a command line's work: a GlassError, or an error of MLX's backend, ends it with one line and exit code 1."""
-    logging.basicConfig(format="[%(levelname)s] %(message)s")
+    to_stderr = logging.StreamHandler()
+    to_stderr.setFormatter(OneLineFormatter("[%(levelname)s] %(message)s"))
+    logging.basicConfig(handlers=[to_stderr])
     try:
         command()
     except GlassError as e:

@@ -18,7 +18,7 @@ from mlx_lm.models.cache import load_prompt_cache
 from .cli import add_glass_options, add_verify_options, run, sampler_maker, template_args, verify_options
 from .decoding.prompt import render
 from .decoding.stream import GenerationResponse, statistics, stream_generate
-from .errors import GlassError
+from .errors import GlassError, printable_lines
 from .loading import DEFAULT_MODEL, load
 from .model.glass_model import GlassModel
 from .model.saved_session import UnusableCache
@@ -82,12 +82,13 @@ def _generate(args: argparse.Namespace, template: dict[str, Any]) -> None:
         print("=" * 10)
     used: nn.Module = model.dense if args.dense else model
     text, tokens, response = "", [], None
+    shown = printable_lines if sys.stdout.isatty() else str  # files and pipes get it as it is
     try:
         for response in stream_generate(used, tokenizer, prompt, args.max_tokens, **options):
             text += response.text
             tokens.append(response.token)
             if not args.json:
-                print(response.text, end="", flush=True)
+                print(shown(response.text), end="", flush=True)
     except (ValueError, RuntimeError) as e:  # options of mlx-lm's that the model, or the prompt cache, cannot have
         raise GlassError(f"mlx-lm cannot generate with these options: {str(e).splitlines()[0]}") from e
     if args.json:

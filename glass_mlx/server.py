@@ -18,6 +18,7 @@ from .cli import (
     list_of,
     memory_size,
     run,
+    say,
     template_args,
     verify_options,
 )
@@ -157,7 +158,7 @@ def serve(args: argparse.Namespace) -> None:
         server.start()
         if args.model is not None:
             _preload(engine)
-        print(f"glass_mlx is at {server.url}/v1 (log: {log or 'none'}). Ctrl-C stops it.", flush=True)
+        say(f"glass_mlx is at {server.url}/v1 (log: {log or 'none'}). Ctrl-C stops it.")
         while not stopped.wait(1) and server.alive and engine.alive:
             pass
     finally:
