@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
+import platform
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,9 @@ _MAX_HEADER = 100_000_000
 def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
     """Write a file so that it is either complete or as it was before.
 
+    A process that is killed meanwhile leaves a temporary file beside it. The next one that writes the same file removes
+    it: its name has the machine and the process id, and only those of processes of this machine that have ended go.
+
     Args:
         path (str or Path): the file; missing directories are created.
         write (callable): writes the content to the temporary path that it is given.
@@ -28,9 +34,10 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
         GlassError: the file cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{_prefix(path)}{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
         write(temporary)
         temporary.replace(path)
     except (OSError, SafetensorError) as e:
@@ -38,6 +45,30 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def _prefix(path: Path) -> str:
+    """How the names of a file's temporaries begin that this machine makes."""
+    return f".{path.name}.{zlib.crc32(platform.node().encode()):08x}-"
+
+
+def _sweep(path: Path) -> None:
+    """Remove the temporaries that killed processes of this machine have left of a file."""
+    for left in path.parent.glob(f"{glob.escape(_prefix(path))}*.tmp"):
+        process = left.name.removeprefix(_prefix(path)).removesuffix(".tmp")
+        if process.isdecimal() and not _runs(int(process)):
+            with contextlib.suppress(OSError):
+                left.unlink()
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's
+        return True
+    return True
 
 
 def read_json(path: Path, limit: int = 16 << 20) -> Any:
