@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 
 from .errors import GlassError
 
-# Headers of a model's own weights: the limit of the safetensors format.
-_MAX_HEADER = 100_000_000
+# The largest headers to read, in bytes: of a model's weights, the limit of the safetensors format; of the files of this
+# package, which have some ten tensors for each layer.
+_MAX_HEADER, SMALL_HEADER = 100_000_000, 4 << 20
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:

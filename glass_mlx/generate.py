@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +20,7 @@ from .cli import add_glass_options, add_verify_options, run, sampler_maker, temp
 from .decoding.prompt import render
 from .decoding.stream import GenerationResponse, statistics, stream_generate
 from .errors import GlassError, printable_lines
+from .files import SMALL_HEADER, check_header
 from .loading import DEFAULT_MODEL, load
 from .model.glass_model import GlassModel
 from .model.saved_session import UnusableCache
@@ -129,6 +131,7 @@ def _options(args: argparse.Namespace, model: GlassModel, tokenizer: Any, cached
 
 def _read_cache(path: str) -> list[Any]:
     try:
+        check_header(Path(path), SMALL_HEADER)
         return load_prompt_cache(path)
     except (OSError, RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
         reason = (str(e).splitlines() or [type(e).__name__])[0]

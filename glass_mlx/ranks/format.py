@@ -23,7 +23,7 @@ from safetensors.numpy import save
 from ..core.importance import SIGNALS
 from ..core.ranking import rank
 from ..errors import StatsError, printable
-from ..files import write_atomically
+from ..files import SMALL_HEADER, check_header, write_atomically
 from .identity import describe, fingerprint
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ class GlobalStatistics:
             StatsError: it is missing, damaged or not a ranks file of this version.
         """
         try:
+            check_header(Path(path), SMALL_HEADER)
             with safe_open(str(path), framework="numpy") as f:
                 return cls._read(f)
         except FileNotFoundError as e:
