@@ -86,7 +86,7 @@ def _add_build_options(build: argparse.ArgumentParser) -> None:
         help="stop when two halves agree on this share of the better neurons (default: %(default)s)",
     )
     build.add_argument("--all", action="store_true", help="read all --tokens, however stable the ranks are")
-    build.add_argument("--sequences", type=positive, default=32, help="sequences in a batch")
+    build.add_argument("--sequences", type=positive, default=32, help="sequences in a batch; the first ones have fewer")
     build.add_argument("--length", type=positive, default=256, help="longest sequence in tokens")
     build.add_argument("--temp", type=float, default=1.0, help="sampling temperature")
     build.add_argument("--seed", type=int, default=0, help="PRNG seed")

@@ -105,11 +105,12 @@ def build_ranks(job: Job) -> Callable[[Any, Any], None]:
             job.check()
             rows = source.batch(number)
             job.check()
-            # an interrupted run has read the earlier batches, which were about as long as this one
-            job.done = max(job.done, min(job.total, (number + 1) * sum(map(len, rows))))
             return rows
 
-        file = measure.build_ranks(model, tokenizer, source=replace(source, batch=batch))
+        def on_tokens(tokens: int) -> None:
+            job.done = min(job.total, tokens)
+
+        file = measure.build_ranks(model, tokenizer, source=replace(source, batch=batch), on_tokens=on_tokens)
         GlobalStatistics.read(file).use_in(model)
 
     job.total = measure.DEFAULT_TOKENS
