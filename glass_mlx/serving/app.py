@@ -133,10 +133,14 @@ class Api:
             data = await read_body(request, self.options.max_body_bytes, self.options.body_timeout)
         except ClientDisconnect:
             return Response(status_code=400)  # nobody reads it
-        body = await asyncio.to_thread(parse, body_type, data)  # a large body takes a while
         client = request.client.host if request.client else ""
-        asked = body.request(client, self.options.defaults)
-        pending = await asyncio.to_thread(self.engine.submit, asked)
+
+        def submit() -> tuple[Any, PendingCompletion]:
+            body = parse(body_type, data)
+            return body, self.engine.submit(body.request(client, self.options.defaults))
+
+        body, pending = await asyncio.to_thread(submit)  # a large body takes a while
+        asked = pending.request
         writer = writer_type(pending.source.id, asked.logprobs)
         delivery = _Delivery(self, pending, request.receive)
         try:

@@ -32,6 +32,7 @@ from ..model.config import GlassConfig
 from .cache_store import ConversationStore
 from .catalogue import DEFAULT_NAME, Catalogue, ModelInfo, Source
 from .errors import EngineFailed, QueueFull, RequestError
+from .prompt_limit import PromptLimit
 from .queue import RoundRobinQueue
 from .request import Chunk, PendingCompletion, Request, Usage
 from .worker import Worker
@@ -134,10 +135,12 @@ class Engine:
 
         Raises:
             UnknownModel: its model may not be served.
+            BadRequest: its prompt is longer than allowed, as far as its length tells.
             QueueFull: too many requests are waiting.
             EngineFailed: the engine is closed.
         """
         pending = PendingCompletion(request, self.catalogue.resolve(request.model), self._drop_cancelled)
+        self._limit(pending.source).check(request)
         with self._condition:
             self._check_open()
             if len(self._queue) >= self.options.max_queue:
@@ -230,6 +233,13 @@ class Engine:
             self._condition.notify()
         self._thread.join(timeout)
         atexit.unregister(self.close)
+
+    def _limit(self, source: Source) -> PromptLimit:
+        """How long prompts for a model may be. Its own limit and tokenizer are known only while it is loaded."""
+        worker, loaded = self._worker, self._source
+        if worker is not None and loaded is not None and loaded.key == source.key:
+            return worker.limit
+        return PromptLimit(self.options.max_prompt_tokens)
 
     def _run_job(self, job: Callable[[], Any]) -> Future:
         future: Future = Future()

@@ -15,7 +15,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors
 
 from ..decoding import sampling
-from ..decoding.prompt import check_template_args, encode, render
+from ..decoding.prompt import encode, render
 from ..decoding.stream import GenerationResponse, stream_generate
 from ..errors import GlassError
 from ..model.config import GlassConfig
@@ -23,6 +23,7 @@ from ..model.glass_model import GlassModel
 from .cache_store import ConversationStore, StoredConversation, prompt_call_ends
 from .errors import BadRequest
 from .output_parser import OutputParser
+from .prompt_limit import PromptLimit
 from .request import Chunk, PendingCompletion, Request, Token, Usage
 
 
@@ -102,14 +103,18 @@ class Worker:
         """The options of verified decoding for a request: arguments of ``stream_generate``."""
         return self.verify if request.verify is None else {**self.verify, "verify": request.verify}
 
+    @property
+    def limit(self) -> PromptLimit:
+        """How long prompts may be."""
+        return PromptLimit(self.max_prompt_tokens, self.tokenizer, self.template_args)
+
     def _encode(self, request: Request) -> tuple[list[int], int]:
         """The tokens of the prompt, and how many of them are a system prompt that other chats may share."""
-        tokenizer, shared = self.tokenizer, 0
+        tokenizer, limit, shared = self.tokenizer, self.limit, 0
+        limit.check(request)
         if request.messages is not None:
-            if not tokenizer.has_chat_template:
-                raise BadRequest("This model has no chat template, so it cannot chat; use /v1/completions.")
-            options = {**self._template_args(request), "tools": request.tools}
-            prompt = _render(tokenizer, request.messages, add_generation_prompt=True, **options)
+            options = limit.options(request)
+            prompt = limit.render(request.messages, add_generation_prompt=True, **options)
             shared = self._system_prompt_length(request.messages, prompt, options)
         elif isinstance(request.prompt, str):
             prompt = encode(tokenizer, request.prompt)
@@ -118,17 +123,10 @@ class Worker:
         size = len(tokenizer)
         if not prompt:
             raise BadRequest("The prompt is empty: it has no tokens.")
-        if len(prompt) > self.max_prompt_tokens:
-            raise BadRequest(f"The prompt has {len(prompt):,} tokens; at most {self.max_prompt_tokens:,} are allowed.")
+        limit.refuse_above(len(prompt))
         if any(not 0 <= t < size for t in (*prompt, *(request.logit_bias or ()))):
             raise BadRequest(f"A token id is out of range: this model has the ids 0 to {size - 1}.")
         return prompt, shared
-
-    def _template_args(self, request: Request) -> dict[str, Any]:
-        try:
-            return check_template_args({**self.template_args, **request.template_args})
-        except GlassError as e:
-            raise BadRequest(str(e), "chat_template_kwargs") from e
 
     def _system_prompt_length(self, messages: list[dict[str, Any]], prompt: list[int], options: dict[str, Any]) -> int:
         count = next((i for i, m in enumerate(messages) if m["role"] != "system"), 0)
@@ -318,12 +316,3 @@ def _pending_reread(conversation: StoredConversation) -> int:
     """How many of the last tokens in the cache wait to be read again densely."""
     can_go_back = can_trim_prompt_cache(conversation.cache[:-1])
     return sum(tokens.shape[1] for tokens in conversation.session.pending_reread) if can_go_back else 0
-
-
-def _render(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> list[int]:
-    try:
-        return render(tokenizer, messages, **options)
-    except GlassError as e:
-        raise BadRequest(str(e)) from e
-    except Exception as e:  # templates raise all sorts of errors where messages lack what they take for granted
-        raise BadRequest(f"The model's chat template rejects this conversation ({type(e).__name__}).") from e
