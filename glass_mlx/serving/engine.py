@@ -324,9 +324,9 @@ class Engine:
             return self._worker
         self._unload()
         self._state, self._source, self._error = "loading", source, None
-        options, start = self.options, time.perf_counter()
+        start = time.perf_counter()
         try:
-            model, tokenizer = load(source.locate(), **vars(options.config), **options.load)
+            self._worker = self._load(source)
         except Exception as e:
             logger.error("%s cannot be loaded: %s", source.id, e, exc_info=not isinstance(e, GlassError))
             self._unload()
@@ -335,8 +335,14 @@ class Engine:
                 raise
             raise EngineFailed(self._error) from e
         logger.info("loaded %s in %.1f s", source.id, time.perf_counter() - start)
+        self._state = "ready"
+        return self._worker
+
+    def _load(self, source: Source) -> Worker:
+        options = self.options
+        model, tokenizer = load(source.locate(), **vars(options.config), **options.load)
         context = getattr(getattr(model, "args", None), "max_position_embeddings", None)
-        self._worker = Worker(
+        return Worker(
             model,
             tokenizer,
             ConversationStore(options.max_cache_bytes, options.max_conversations),
@@ -346,8 +352,6 @@ class Engine:
             options.kv,
             options.verify,
         )
-        self._state = "ready"
-        return self._worker
 
     def _unload(self) -> None:
         """Free the model, all conversations, and the buffers that MLX would keep for reuse."""

@@ -54,6 +54,20 @@ class Worker:
     kv: dict[str, int]
     verify: dict[str, Any]
 
+    def __post_init__(self):
+        """Raises GlassError if the model's KV cache cannot be quantised as asked; else every request would find out."""
+        if self.kv.get("kv_bits") is None:
+            return
+        cache = self.model.make_cache()[:-1]
+        self.model.dense(mx.zeros((1, 1), dtype=mx.int32), cache=cache)
+        try:
+            for entry in cache:
+                if hasattr(entry, "to_quantized"):
+                    mx.eval(entry.to_quantized(self.kv.get("kv_group_size", 64), self.kv["kv_bits"]).state)
+        except (ValueError, RuntimeError, NotImplementedError) as e:
+            reason = (str(e).splitlines() or [type(e).__name__])[0]
+            raise GlassError(f"Its KV cache cannot be quantised so (--kv-bits, --kv-group-size): {reason}") from e
+
     def complete(self, pending: PendingCompletion, on_speed: Callable[[float], None]) -> Chunk:
         """Generate a completion.
 

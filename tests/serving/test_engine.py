@@ -475,6 +475,16 @@ def test_quantised_kv(make, tiny_dir):
     assert last(engine.submit(Request(messages=turn, max_tokens=5))).usage.cached_tokens > 0
 
 
+@pytest.mark.parametrize("kv", [{"kv_bits": 4, "kv_group_size": 64}, {"kv_bits": 7, "kv_group_size": 32}])
+def test_a_kv_cache_that_cannot_be_quantised_so(make, kv):
+    """It is found out by loading, not by the first request."""
+    engine = make(kv={**kv, "quantized_kv_start": 0})
+    with pytest.raises(EngineFailed, match="cannot be loaded") as e:
+        engine.load().result()
+    assert "KV cache cannot be quantised so (--kv-bits, --kv-group-size)" in str(e.value.__cause__)
+    assert engine.status().state == "failed"
+
+
 def test_close(make, tiny_dir):
     engine = make(model=str(tiny_dir), load={"stats": False})
     pending, waiting = busy(engine), engine.submit(ask("x"))
