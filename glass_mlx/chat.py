@@ -14,7 +14,16 @@ import mlx.core as mx
 from mlx_lm.chat import setup_arg_parser as setup_mlx_lm_parser
 from rich.console import Console
 
-from .cli import add_glass_options, add_verbose, add_verify_options, density, run, sampler_maker, verify_options
+from .cli import (
+    add_glass_options,
+    add_verbose,
+    add_verify_options,
+    check_numbers,
+    density,
+    run,
+    sampler_maker,
+    verify_options,
+)
 from .decoding.conversation import Conversation
 from .decoding.stream import GenerationResponse
 from .errors import GlassError, printable, printable_lines
@@ -51,6 +60,7 @@ def main() -> None:
         parser.error("--pipeline: glass_mlx runs on one machine")
     if args.max_tokens == 0 or args.max_tokens < -1:
         parser.error("--max-tokens must be positive, or -1 for no limit")
+    check_numbers(parser, args)
     run(lambda: Chat(args).loop(), args.verbose)
 
 

@@ -83,6 +83,29 @@ def template_args(text: str) -> dict[str, Any]:
         raise argparse.ArgumentTypeError(f"{text[:100]!r} is not a JSON object: {e}") from e
 
 
+# What numbers of several commands may be; those that only the server has are checked by the same table.
+_ANY = 2**31 - 1
+_RANGES = {
+    **dict.fromkeys(("top_p", "min_p", "xtc_probability"), (0, 1)),
+    **dict.fromkeys(("temp", "top_k", "idle_timeout", "quantized_kv_start"), (0, _ANY)),
+    **dict.fromkeys(("prefill_step_size", "max_kv_size", "min_tokens_to_keep", "kv_bits", "kv_group_size"), (1, _ANY)),
+    **dict.fromkeys(("draft_tokens", "num_draft_tokens", "max_queue", "max_prompt_tokens"), (1, _ANY)),
+    "prompt_cache_size": (1, _ANY),
+    "xtc_threshold": (0, 0.5),
+    "port": (0, 65535),
+}
+
+
+def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Report a number on the command line that is out of its range, as argparse reports errors."""
+    for name, (low, high) in _RANGES.items():
+        value = getattr(args, name, None)
+        if value is not None and not low <= value <= high:  # nor is it NaN
+            parser.error(
+                f"--{name.replace('_', '-')} must be {f'at least {low}' if high == _ANY else f'{low} to {high}'}"
+            )
+
+
 def memory_size(text: str) -> int:
     """Parse a size in bytes, such as 500MB or 2GB; argparse reports the error."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)(i?)B?", text.strip(), re.IGNORECASE)

@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx_lm.generate import setup_arg_parser as setup_mlx_lm_parser
 from mlx_lm.models.cache import load_prompt_cache
 
-from .cli import add_glass_options, add_verify_options, run, sampler_maker, template_args, verify_options
+from .cli import add_glass_options, add_verify_options, check_numbers, run, sampler_maker, template_args, verify_options
 from .decoding.prompt import render
 from .decoding.stream import GenerationResponse, statistics, stream_generate
 from .errors import GlassError, printable_lines
@@ -46,6 +46,7 @@ def main() -> None:
         parser.error("--image: glass_mlx generates from text only")
     if args.max_tokens == 0 or args.max_tokens < -1:
         parser.error("--max-tokens must be positive, or -1 for no limit")
+    check_numbers(parser, args)
     if args.draft_model and args.prompt_cache_file:
         parser.error("--draft-model cannot be used with --prompt-cache-file")
     try:

@@ -15,6 +15,7 @@ from .cli import (
     add_glass_options,
     add_verbose,
     add_verify_options,
+    check_numbers,
     list_of,
     memory_size,
     run,
@@ -138,9 +139,9 @@ def main() -> None:
         parser.error(
             f"--host {args.host} lets other machines in: give --api-key or {KEY_VARIABLE}, or listen on {DEFAULT_HOST}"
         )
-    for name in ("max_tokens", "max_queue", "max_prompt_tokens", "prefill_step_size", "prompt_cache_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.max_tokens < 1:
+        parser.error("--max-tokens must be at least 1")
+    check_numbers(parser, args)
     run(lambda: serve(args), args.verbose)
 
 
