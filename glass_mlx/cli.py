@@ -83,7 +83,7 @@ def template_args(text: str) -> dict[str, Any]:
         raise argparse.ArgumentTypeError(f"{text[:100]!r} is not a JSON object: {e}") from e
 
 
-# What numbers of several commands may be; those that only the server has are checked by the same table.
+# What the numbers on command lines may be.
 _ANY = 2**31 - 1
 _RANGES = {
     **dict.fromkeys(("top_p", "min_p", "xtc_probability"), (0, 1)),
