@@ -18,6 +18,7 @@ from .cli import (
     add_glass_options,
     add_verbose,
     add_verify_options,
+    check_numbers,
     density,
     glass_choice,
     run,
@@ -26,7 +27,7 @@ from .cli import (
 )
 from .decoding.conversation import Conversation
 from .decoding.stream import GenerationResponse
-from .errors import GlassError
+from .errors import GlassError, printable, printable_lines
 from .loading import DEFAULT_MODEL, load
 
 with contextlib.suppress(ImportError):  # gives input() a history and line editing where available
@@ -60,6 +61,7 @@ def main() -> None:
         parser.error("--pipeline: glass_mlx runs on one machine")
     if args.max_tokens == 0 or args.max_tokens < -1:
         parser.error("--max-tokens must be positive, or -1 for no limit")
+    check_numbers(parser, args)
     run(lambda: Chat(args).loop(), args.verbose)
 
 
@@ -156,7 +158,7 @@ class Chat:
         response = None
         try:
             for response in stream:
-                print(response.text, end="", flush=True)
+                print(printable_lines(response.text), end="", flush=True)
         except KeyboardInterrupt:
             stream.close()
             print(" [stopped]", end="")
@@ -167,7 +169,7 @@ class Chat:
             self._note(status_line(response))
 
     def _note(self, text: str) -> None:
-        self.console.print(text, style="dim", markup=False, soft_wrap=True)
+        self.console.print(printable(text), style="dim", markup=False, soft_wrap=True)
         sys.stdout.flush()
 
 

@@ -17,9 +17,11 @@ from mlx_lm import sample_utils
 
 from .core.importance import SIGNALS
 from .decoding import sampling
-from .errors import GlassError, printable
+from .decoding.prompt import check_template_args
+from .errors import GlassError, printable, printable_lines
 from .files import write_atomically
 from .model.config import LAYER_BUDGETS, GlassConfig
+from .serving.logs import OneLineFormatter
 
 
 def density(text: str) -> float:
@@ -67,6 +69,42 @@ def refresh(text: str) -> int | str:
         return GlassConfig(refresh=text if text == "auto" else int(text)).refresh
     except (GlassError, ValueError) as e:
         raise argparse.ArgumentTypeError(f'{text!r} is neither "auto" nor a number of tokens') from e
+
+
+def template_args(text: str) -> dict[str, Any]:
+    """Parse arguments of the chat template, a JSON object; argparse reports the error."""
+    try:
+        args = json.loads(text or "{}")
+        if not isinstance(args, dict):
+            raise ValueError("not an object")
+        return check_template_args(args)
+    except GlassError as e:
+        raise argparse.ArgumentTypeError(str(e).rstrip(".")) from e
+    except (ValueError, RecursionError) as e:
+        raise argparse.ArgumentTypeError(f"{text[:100]!r} is not a JSON object: {e}") from e
+
+
+# What the numbers on command lines may be.
+_ANY = 2**31 - 1
+_RANGES = {
+    **dict.fromkeys(("top_p", "min_p", "xtc_probability"), (0, 1)),
+    **dict.fromkeys(("temp", "top_k", "idle_timeout", "quantized_kv_start"), (0, _ANY)),
+    **dict.fromkeys(("prefill_step_size", "max_kv_size", "min_tokens_to_keep", "kv_bits", "kv_group_size"), (1, _ANY)),
+    **dict.fromkeys(("draft_tokens", "num_draft_tokens", "max_queue", "max_prompt_tokens"), (1, _ANY)),
+    "prompt_cache_size": (1, _ANY),
+    "xtc_threshold": (0, 0.5),
+    "port": (0, 65535),
+}
+
+
+def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Report a number on the command line that is out of its range, as argparse reports errors."""
+    for name, (low, high) in _RANGES.items():
+        value = getattr(args, name, None)
+        if value is not None and not low <= value <= high:  # nor is it NaN
+            parser.error(
+                f"--{name.replace('_', '-')} must be {f'at least {low}' if high == _ANY else f'{low} to {high}'}"
+            )
 
 
 def memory_size(text: str) -> int:
@@ -196,7 +234,12 @@ def print_result(result: dict[str, Any], table: Callable[[dict[str, Any]], str],
         return
     if json_file is not None:
         write_atomically(json_file, lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
-    print(table(result))
+    say(table(result))
+
+
+def say(text: object) -> None:
+    """Print what may have come out of anyone's file or request."""
+    print(printable_lines(str(text)), flush=True)
 
 
 def add_verbose(parser: argparse.ArgumentParser) -> None:
@@ -205,7 +248,9 @@ def add_verbose(parser: argparse.ArgumentParser) -> None:
 
 def run(command: Callable[[], None], verbose: bool = False) -> None:
     """Run a command line's work: a GlassError, or an error of MLX's backend, ends it with one line and exit code 1."""
-    logging.basicConfig(format="[%(levelname)s] %(message)s")
+    to_stderr = logging.StreamHandler()
+    to_stderr.setFormatter(OneLineFormatter("[%(levelname)s] %(message)s"))
+    logging.basicConfig(handlers=[to_stderr])
     try:
         command()
     except GlassError as e:

@@ -7,6 +7,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
+def printable_lines(text: str) -> str:
+    """The same with its lines and tabs, and the joiners that some scripts and emoji need: for tables and answers."""
+    return "".join(c if c.isprintable() or c in "\n\t\u200c\u200d" else " " for c in text)
+
+
 class GlassError(Exception):
     """Something the user asked for cannot be done; the message says what is wrong and what to do."""
 

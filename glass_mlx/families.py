@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from .cli import add_verbose, run
 from .evaluation.coverage import survey
-from .evaluation.tiny_models import model_types
+from .model_files import model_types
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:

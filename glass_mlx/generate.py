@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -15,10 +16,20 @@ import mlx.nn as nn
 from mlx_lm.generate import setup_arg_parser as setup_mlx_lm_parser
 from mlx_lm.models.cache import load_prompt_cache
 
-from .cli import add_glass_options, add_verify_options, glass_choice, run, sampler_maker, verify_options
+from .cli import (
+    add_glass_options,
+    add_verify_options,
+    check_numbers,
+    glass_choice,
+    run,
+    sampler_maker,
+    template_args,
+    verify_options,
+)
 from .decoding.prompt import render
 from .decoding.stream import GenerationResponse, statistics, stream_generate
-from .errors import GlassError
+from .errors import GlassError, printable_lines
+from .files import SMALL_HEADER, check_header
 from .loading import DEFAULT_MODEL, load
 from .model.glass_model import GlassModel
 from .model.saved_session import UnusableCache
@@ -44,14 +55,13 @@ def main() -> None:
         parser.error("--image: glass_mlx generates from text only")
     if args.max_tokens == 0 or args.max_tokens < -1:
         parser.error("--max-tokens must be positive, or -1 for no limit")
+    check_numbers(parser, args)
     if args.draft_model and args.prompt_cache_file:
         parser.error("--draft-model cannot be used with --prompt-cache-file")
     try:
-        template = json.loads(args.chat_template_config or "{}")
-        if not isinstance(template, dict):
-            raise ValueError("not an object")
-    except ValueError as e:
-        parser.error(f"--chat-template-config is not a JSON object: {e}")
+        template = template_args(args.chat_template_config or "{}")
+    except argparse.ArgumentTypeError as e:
+        parser.error(f"argument --chat-template-config: {e}")
     run(lambda: _generate(args, template), args.verbose is True)
 
 
@@ -80,12 +90,13 @@ def _generate(args: argparse.Namespace, template: dict[str, Any]) -> None:
         print("=" * 10)
     used: nn.Module = model.dense if args.dense else model
     text, tokens, response = "", [], None
+    shown = printable_lines if sys.stdout.isatty() else str  # files and pipes get it as it is
     try:
         for response in stream_generate(used, tokenizer, prompt, args.max_tokens, **options):
             text += response.text
             tokens.append(response.token)
             if not args.json:
-                print(response.text, end="", flush=True)
+                print(shown(response.text), end="", flush=True)
     except (ValueError, RuntimeError) as e:  # options of mlx-lm's that the model, or the prompt cache, cannot have
         raise GlassError(f"mlx-lm cannot generate with these options: {str(e).splitlines()[0]}") from e
     if args.json:
@@ -126,6 +137,7 @@ def _options(args: argparse.Namespace, model: GlassModel, tokenizer: Any, cached
 
 def _read_cache(path: str) -> list[Any]:
     try:
+        check_header(Path(path), SMALL_HEADER)
         return load_prompt_cache(path)
     except (OSError, RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
         reason = (str(e).splitlines() or [type(e).__name__])[0]

@@ -49,14 +49,21 @@ def download(repo: str, filename: str, revision: str | None = None) -> Path:
             return path
         # The link's target is named after the ETag, which huggingface_hub does not verify over plain HTTP.
         blob = path.parent / os.readlink(path)
-        data = blob.read_bytes()
-        digests = {64: hashlib.sha256(data), 40: hashlib.sha1(b"blob %d\0" % len(data) + data)}  # LFS, git
+        digests = {64: hashlib.sha256(), 40: hashlib.sha1(b"blob %d\0" % blob.stat().st_size)}  # LFS, git
         digest = digests.get(len(blob.name))
-        if digest is not None and digest.hexdigest() != blob.name:
+        if digest is not None and _digest(blob, digest) != blob.name:
             for link in (blob.resolve(), blob, path):
                 link.unlink(missing_ok=True)
             raise GlassError(f"{filename} of {repo} was damaged on its way and removed from the cache: try again.")
     return path
+
+
+def _digest(file: Path, digest: hashlib._Hash) -> str:
+    """A digest with a file's bytes added, in hexadecimal."""
+    with file.open("rb") as opened:
+        while piece := opened.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _explain(e: BaseException, repo: str, revision: str | None, filename: str | None) -> str:

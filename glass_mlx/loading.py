@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.nn as nn
 import mlx_lm
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -16,6 +16,7 @@ from .errors import GlassError
 from .hub import hub_access
 from .model.config import GlassConfig
 from .model.glass_model import GlassModel
+from .model_files import check_model, problem
 from .ranks.format import GlobalStatistics
 from .ranks.lookup import find_statistics
 
@@ -75,8 +76,8 @@ def resolve_model(name: str | Path, revision: str | None = None) -> Path:
         return DEMO_PATH
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise GlassError(f"{path} is not a model directory: it has no config.json.")
+        if (reason := problem(path)) is not None:
+            raise GlassError(f"{path} {reason}.")
         return path
     if path.exists():
         raise GlassError(f"{path} is a file: give the model's directory.")
@@ -87,18 +88,22 @@ def resolve_model(name: str | Path, revision: str | None = None) -> Path:
             f"{DEFAULT_MODEL}, {', '.join(ALIASES)}."
         )
     with hub_access(repo, revision):
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=MODEL_FILES))
+        path = Path(snapshot_download(repo, revision=revision, allow_patterns=MODEL_FILES))
+    if (reason := problem(path)) is not None:  # without a network, what there is of it comes back
+        raise GlassError(f"{repo} in {constants.HF_HUB_CACHE} {reason}. If a download was cut short, go online.")
+    return path
 
 
 def load_dense(path: Path, adapter_path: str | None = None, **options: Any) -> tuple[nn.Module, TokenizerWrapper, dict]:
     """Call mlx-lm's ``load``, with one-line errors and the adapter fused in; returns (model, tokenizer, config)."""
+    check_model(path)
     try:
         model, tokenizer, config = mlx_lm.load(str(path), adapter_path=adapter_path, return_config=True, **options)
     except FileNotFoundError as e:
         raise GlassError(f"{path} lacks a file: {_first_line(e)}.") from e
     except KeyError as e:
         raise GlassError(f"{path}/config.json lacks {e}: give a text model that mlx-lm can load.") from e
-    except (ValueError, RuntimeError, TypeError, AttributeError, OSError) as e:
+    except (ValueError, RuntimeError, TypeError, AttributeError, OSError, SystemExit) as e:  # olmo's code exits
         raise GlassError(f"mlx-lm cannot load {path} as a text model: {_first_line(e)}") from e
     if adapter_path is not None:
         fused = [(n, m.fuse()) for n, m in model.named_modules() if hasattr(m, "fuse")]

@@ -6,21 +6,31 @@ python -m glass_mlx.server --model qwen3-4b
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import threading
 from pathlib import Path
-from typing import Any
 
-from .cli import add_glass_options, add_verbose, add_verify_options, glass_choice, memory_size, run, verify_options
+from .cli import (
+    add_glass_options,
+    add_verbose,
+    add_verify_options,
+    check_numbers,
+    glass_choice,
+    list_of,
+    memory_size,
+    run,
+    say,
+    template_args,
+    verify_options,
+)
 from .errors import GlassError
 from .loading import DEFAULT_MODEL
 from .model.config import GlassConfig
 from .serving.engine import Engine, EngineOptions
 from .serving.errors import RequestError
 from .serving.logs import log_to_file
-from .serving.sockets import DEFAULT_HOST, DEFAULT_PORT, is_loopback
+from .serving.sockets import DEFAULT_HOST, DEFAULT_PORT, is_loopback, parse_origin
 
 _missing = None
 try:
@@ -48,7 +58,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--trust-remote-code", action="store_true", help="let tokenizers run code of their repository")
     parser.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"])
     parser.add_argument("--chat-template", default="", help="a chat template to use instead of the model's")
-    parser.add_argument("--chat-template-args", type=_json_object, default={}, help="its arguments, a JSON object")
+    parser.add_argument("--chat-template-args", type=template_args, default={}, help="its arguments, a JSON object")
     for name, kind, default, what in (
         ("--temp", float, 0.0, "sampling temperature"),
         ("--top-p", float, 1.0, "nucleus sampling"),
@@ -102,9 +112,11 @@ def _add_serving_options(parser: argparse.ArgumentParser) -> None:
     serving.add_argument(
         "--cors-origin",
         "--allowed-origins",
+        type=list_of(_origin),
         action="append",
         default=[],
-        help="web origins whose pages may use the API, separated by commas (default: only the server's own)",
+        metavar="ORIGINS",
+        help="web origins whose pages may use the API, separated by commas; *: all (default: only the server's own)",
     )
     serving.add_argument(
         "--allowed-host", action="append", default=[], metavar="NAME", help="another name of this machine for clients"
@@ -113,11 +125,11 @@ def _add_serving_options(parser: argparse.ArgumentParser) -> None:
     serving.add_argument("--log-prompts", action="store_true", help="write prompts and answers to the log")
 
 
-def _json_object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError
-    return value
+def _origin(text: str) -> str:
+    try:
+        return parse_origin(text)
+    except GlassError as e:
+        raise argparse.ArgumentTypeError(str(e).rstrip(".")) from e
 
 
 def main() -> None:
@@ -128,9 +140,9 @@ def main() -> None:
         parser.error(
             f"--host {args.host} lets other machines in: give --api-key or {KEY_VARIABLE}, or listen on {DEFAULT_HOST}"
         )
-    for name in ("max_tokens", "max_queue", "max_prompt_tokens", "prefill_step_size", "prompt_cache_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.max_tokens < 1:
+        parser.error("--max-tokens must be at least 1")
+    check_numbers(parser, args)
     run(lambda: serve(args), args.verbose)
 
 
@@ -148,7 +160,7 @@ def serve(args: argparse.Namespace) -> None:
         server.start()
         if args.model is not None:
             _preload(engine)
-        print(f"glass_mlx is at {server.url}/v1 (log: {log or 'none'}). Ctrl-C stops it.", flush=True)
+        say(f"glass_mlx is at {server.url}/v1 (log: {log or 'none'}). Ctrl-C stops it.")
         while not stopped.wait(1) and server.alive and engine.alive:
             pass
     finally:
@@ -202,7 +214,7 @@ def api_options(args: argparse.Namespace) -> ApiOptions:
         defaults={**defaults, "max_tokens": args.max_tokens},
         api_key=args.api_key,
         hosts=(*args.allowed_host, args.host),
-        origins=tuple(origin for text in args.cors_origin for origin in text.split(",")),
+        origins=tuple(origin for origins in args.cors_origin for origin in origins),
         max_body_bytes=args.max_body_bytes,
         log_prompts=args.log_prompts,
     )

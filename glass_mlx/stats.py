@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .cli import add_verbose, density, positive, run
+from .cli import add_verbose, density, positive, run, say
 from .core.importance import SIGNALS
-from .errors import GlassError, StatsError
+from .errors import GlassError, StatsError, printable
 from .loading import ALIASES, DEFAULT_MODEL, load
 from .model.glass_model import GlassModel
 from .ranks.agreement import compare
@@ -87,7 +87,7 @@ def _add_build_options(build: argparse.ArgumentParser) -> None:
         help="stop when two halves agree on this share of the better neurons (default: %(default)s)",
     )
     build.add_argument("--all", action="store_true", help="read all --tokens, however stable the ranks are")
-    build.add_argument("--sequences", type=positive, default=32, help="sequences in a batch")
+    build.add_argument("--sequences", type=positive, default=32, help="sequences in a batch; the first ones have fewer")
     build.add_argument("--length", type=positive, default=256, help="longest sequence in tokens")
     build.add_argument(
         "--response-rank",
@@ -131,7 +131,7 @@ def _build(args: argparse.Namespace) -> None:
     out = build_ranks(model, tokenizer, args.out, source, args.tokens, stable_at, name, args.response_rank)
     statistics = GlobalStatistics.read(out)
     tokens = statistics.metadata["tokens"]
-    print(f"{out}: {len(statistics.sizes)} FFN layers, {tokens} tokens, {_stability(statistics)}")
+    say(f"{out}: {len(statistics.sizes)} FFN layers, {tokens} tokens, {_stability(statistics)}")
 
 
 def _source(args: argparse.Namespace, model: GlassModel, tokenizer: Any) -> Source:
@@ -184,11 +184,11 @@ def _list(args: argparse.Namespace) -> None:
         try:
             statistics = GlobalStatistics.read(path)
         except StatsError as e:
-            table.add_row("unreadable", "", "", escape(str(e).split(": ")[-1]), "", place, escape(path.name))
+            table.add_row("unreadable", "", "", escape(str(e).split(": ")[-1]), "", place, escape(printable(path.name)))
             continue
         m, sizes = statistics.metadata, statistics.sizes
         row = (m.get("model", ""), len(sizes), f"{sum(sizes):,}", m.get("method", ""), m.get("tokens", ""))
-        table.add_row(*(escape(str(cell)) for cell in row), place, escape(path.name))
+        table.add_row(*(escape(str(cell)) for cell in row), place, escape(printable(path.name)))
     _print(table)
 
 
@@ -199,15 +199,15 @@ def _print(table: Table) -> None:
 def _show(args: argparse.Namespace) -> None:
     path = _find(args.file)
     statistics = GlobalStatistics.read(path)
-    print(path)
+    say(path)
     for key, value in sorted(statistics.metadata.items()):
-        print(f"  {key:16} {value if len(value) < 160 else value[:157] + '...'}")
+        say(f"  {key:16} {value if len(value) < 160 else value[:157] + '...'}")
 
 
 def _merge(args: argparse.Namespace) -> None:
     merged = merge([GlobalStatistics.read(_find(name)) for name in args.files])
     merged.write(args.out)
-    print(f"{args.out}: {', '.join(merged.domain_names)}")
+    say(f"{args.out}: {', '.join(merged.domain_names)}")
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -215,10 +215,10 @@ def _verify(args: argparse.Namespace) -> None:
     statistics = GlobalStatistics.read(path)
     if args.model is None:
         model = statistics.metadata.get("model", "an unnamed model")
-        print(f"{path}: sound; {len(statistics.sizes)} FFN layers; for {model}")
+        say(f"{path}: sound; {len(statistics.sizes)} FFN layers; for {model}")
         return
     statistics.check(_load(args)[0])
-    print(f"{path}: sound, and fits {args.model}")
+    say(f"{path}: sound, and fits {args.model}")
 
 
 def _diff(args: argparse.Namespace) -> None:
@@ -233,14 +233,14 @@ def _diff(args: argparse.Namespace) -> None:
         for i in range(len(a.sizes))
     ]
     if args.json:
-        print(json.dumps({"density": args.density, "layers": layers}))
+        say(json.dumps({"density": args.density, "layers": layers}))
         return
     heads = [f"{signal} {what}" for signal in SIGNALS for what in ("correlation", "overlap")]
     table = Table("layer", *heads)
     for i, layer in enumerate(layers):
         table.add_row(str(i), *(f"{layer[s][w]:.3f}" for s in SIGNALS for w in ("correlation", "overlap")))
     _print(table)
-    print(f"overlap of the best {args.density:.0%} of the neurons; chance is {args.density:.2f}")
+    say(f"overlap of the best {args.density:.0%} of the neurons; chance is {args.density:.2f}")
 
 
 def _shape(statistics: GlobalStatistics) -> str:
@@ -261,17 +261,17 @@ def _plot(args: argparse.Namespace) -> None:
         prompts = [tokenizer.encode(args.prompt)] if args.prompt else read_prompts(str(PROMPTS), tokenizer)
         overlaps = prompt_overlaps(model, prompts, statistics, args.density)
     plot_ranks(statistics, args.out, overlaps, args.density)
-    print(args.out)
+    say(args.out)
 
 
 def _upload(args: argparse.Namespace) -> None:
-    print(upload(_find(args.file), args.repo, private=args.private, license=args.license))
+    say(upload(_find(args.file), args.repo, private=args.private, license=args.license))
 
 
 def _index(args: argparse.Namespace) -> None:
     if not args.directory.is_dir():
         raise GlassError(f"{args.directory} is not a directory: give one with ranks files.")
-    print(f"{args.directory / 'index.json'}: {write_index(args.directory)} models")
+    say(f"{args.directory / 'index.json'}: {write_index(args.directory)} models")
 
 
 if __name__ == "__main__":

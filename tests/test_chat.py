@@ -198,7 +198,13 @@ def test_stats_of_another_model(talk, tiny_dir):
     assert done.code == 1 and "FFN layers" in done.err
 
 
-@pytest.mark.parametrize("options", [("--density", "0"), ("--max-tokens", "0"), ("--pipeline",), ("--signal", "x")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(("--density", "0"), ("--max-tokens", "0"), ("--pipeline",), ("--signal", "x")),
+        *(("--temp", "-1"), ("--top-p", "5"), ("--max-kv-size", "0"), ("--draft-tokens", "0")),
+    ],
+)
 def test_usage_errors(talk, options):
     done = talk(options=options)
     assert (done.code, done.out) == (2, "")

@@ -324,6 +324,8 @@ def test_process(demo, python_m):
         ("--signal", "loudness"),
         ("--max-tokens", "0"),
         ("--max-tokens", "-2"),
+        *((f"--{name}", "-1") for name in ("temp", "top-p", "min-p", "top-k", "xtc-threshold", "draft-tokens")),
+        *(("--top-p", "1.5"), ("--temp", "nan"), ("--xtc-threshold", "0.6"), ("--prefill-step-size", "0")),
         ("--image", "x.png"),
         ("--chat-template-config", "{"),
         ("--chat-template-config", "[1]"),

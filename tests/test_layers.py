@@ -19,6 +19,7 @@ from glass_mlx.__main__ import COMMANDS
 LEVELS = (
     ("_version", "errors"),
     ("files", "hub"),
+    ("model_files",),
     ("core",),  # pure functions on arrays; see CORE_IMPORTS
     ("model",),
     ("decoding", "ranks"),

@@ -116,7 +116,7 @@ def test_missing_files(model_copy):
         file.unlink()
     assert "tokenizer" in _error(load, model_copy)
     (model_copy / "model.safetensors").unlink()
-    assert "No safetensors" in _error(load, model_copy)
+    assert "no weights" in _error(load, model_copy)
 
 
 def test_weights_of_another_shape(model_copy):

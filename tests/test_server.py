@@ -459,10 +459,18 @@ def test_nor_are_they_let_in_without_a_key_by_other_ways(served, host):
     assert Server(served.engine, host, 0, ApiOptions(api_key="secret")).url
 
 
-@pytest.mark.parametrize("option", ["--max-queue", "--max-tokens", "--prompt-cache-size"])
-def test_bad_options(invoke, option):
-    done = invoke(server.main, option, "0")
-    assert done.code == 2 and "must be at least 1" in done.err
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        *((f"--{name}", "0", "at least 1") for name in ("max-queue", "max-tokens", "prompt-cache-size", "kv-bits")),
+        *((f"--{name}", "-1", "at least 0") for name in ("temp", "top-k", "idle-timeout")),
+        *(("--port", "99999", "0 to 65535"), ("--port", "-1", "0 to 65535"), ("--top-p", "5", "0 to 1")),
+        *(("--min-p", "nan", "0 to 1"), ("--temp", "inf", "at least 0")),
+    ],
+)
+def test_bad_options(invoke, option, value, told):
+    done = invoke(server.main, option, value)
+    assert done.code == 2 and f"{option} must be {told}" in done.err
 
 
 def test_options():
@@ -474,6 +482,20 @@ def test_options():
     assert (engine.load["low_memory"], engine.load["max_session_memory"]) == (False, 1_000_000)  # dense needs them all
     assert engine.kv == {"kv_bits": 8, "kv_group_size": 64, "quantized_kv_start": 5000}
     assert (api_.defaults["temperature"], api_.origins) == (0.7, ("http://a", "http://b"))
+
+
+@pytest.mark.parametrize(
+    ("text", "origins"),
+    [("*", ("*",)), ("http://a:1/,https://b", ("http://a:1", "https://b")), ("http://a,nonsense", None), ("", None)],
+)
+def test_allowed_origins(invoke, monkeypatch, text, origins):
+    started = []
+    monkeypatch.setattr(server, "serve", started.append)
+    done = invoke(server.main, "--allowed-origins", text)
+    if origins is None:
+        assert done.code == 2 and "is not a web origin" in done.err.splitlines()[-1]
+    else:
+        assert server.api_options(started[0]).origins == origins
 
 
 def test_without_the_libraries(monkeypatch, invoke):

@@ -92,7 +92,7 @@ def test_build_to_the_cache(command, tiny, tiny_dir):
 
 
 @pytest.mark.parametrize(
-    "options, batches", [(("--stable-at", "0.01", "--no-chat"), 1), (("--stable-at", "0.01", "--all"), 2)]
+    "options, batches", [(("--stable-at", "0.01", "--no-chat"), 1), (("--stable-at", "0.01", "--all"), 3)]
 )
 def test_build_stops_when_stable(build, options, batches):
     assert len(json.loads(GlobalStatistics.read(build(*options)).metadata["stability_history"])) == batches

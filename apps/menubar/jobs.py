@@ -16,6 +16,7 @@ from tqdm import tqdm
 from glass_mlx.errors import GlassError
 from glass_mlx.hub import hub_access
 from glass_mlx.loading import ALIASES, MODEL_FILES
+from glass_mlx.model_files import problem
 from glass_mlx.ranks import measure
 from glass_mlx.ranks.format import GlobalStatistics
 from glass_mlx.ranks.sources import null_prompt
@@ -81,7 +82,9 @@ def download(job: Job) -> None:
             raise GlassError(f"{repo} is not a model for mlx-lm. Look for a conversion of it in mlx-community.")
         _check_room(repo, sum(file.file_size for file in files if file.will_download))
         job.total = sum(file.file_size for file in files)
-        snapshot_download(repo, allow_patterns=MODEL_FILES, tqdm_class=_bar(job))
+        path = Path(snapshot_download(repo, allow_patterns=MODEL_FILES, tqdm_class=_bar(job)))
+        if (reason := problem(path)) is not None:
+            raise GlassError(f"{repo} {reason}. Look for a conversion of it in mlx-community.")
 
 
 def build_ranks(job: Job) -> Callable[[Any, Any], None]:
@@ -102,11 +105,12 @@ def build_ranks(job: Job) -> Callable[[Any, Any], None]:
             job.check()
             rows = source.batch(number)
             job.check()
-            # an interrupted run has read the earlier batches, which were about as long as this one
-            job.done = max(job.done, min(job.total, (number + 1) * sum(map(len, rows))))
             return rows
 
-        file = measure.build_ranks(model, tokenizer, source=replace(source, batch=batch))
+        def on_tokens(tokens: int) -> None:
+            job.done = min(job.total, tokens)
+
+        file = measure.build_ranks(model, tokenizer, source=replace(source, batch=batch), on_tokens=on_tokens)
         GlobalStatistics.read(file).use_in(model)
 
     job.total = measure.DEFAULT_TOKENS

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import GlassError
+
+# Parameters of rendering itself: they are not the user's to set. Documents are, for templates that show them.
+RESERVED = {"messages", *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters} - {"documents"}
+
+
+def check_template_args(args: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a chat template that a user has set, if they are not those of rendering itself.
+
+    Raises:
+        GlassError: one is.
+    """
+    taken = sorted(RESERVED & args.keys())
+    if taken:
+        raise GlassError(f"The chat template's argument {taken[0]!r} cannot be set.")
+    return args
 
 
 def encode(tokenizer: Any, prompt: str) -> list[int]:

@@ -14,9 +14,7 @@ import copy
 import dataclasses
 import importlib
 import math
-import re
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -186,16 +184,6 @@ _FAMILY: dict[str, dict[str, Any]] = {
 }
 
 _METAL_ONLY = {"bitnet", "muse_spark"}
-
-
-def model_types() -> list[str]:
-    """Names of the modules of `mlx_lm.models` with a `Model` and a `ModelArgs`."""
-    folder = Path(importlib.import_module(_PACKAGE).__path__[0])
-    # solar_open imports its Model from another family.
-    defined = r"^(?:class {0}\b|from \S+ import [^(\n]*\b{0}\b)"
-    found = [re.compile(defined.format(name), re.M) for name in ("Model", "ModelArgs")]
-    sources = {path.stem: path.read_text(encoding="utf-8") for path in folder.glob("*.py")}
-    return sorted(name for name, text in sources.items() if all(f.search(text) for f in found))
 
 
 def _load(model_type: str) -> ModuleType:

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache
 
+from ..errors import GlassError
 from .blocks import CompactWeights
 from .config import GlassConfig
 
@@ -66,7 +67,7 @@ class Session:
 
     It has the interface of an mlx-lm cache entry, so whatever mlx-lm does to a prompt cache (evaluate, deep-copy, trim,
     save, load) it does to the session too. It has no ``merge``: its weights are its own, so conversations cannot be
-    batched together.
+    batched together, which mlx-lm then says. Nor has it ``to_quantized``: ``kv_bits`` passes it by.
 
     Attributes:
         config (GlassConfig): how this conversation chooses its neurons.
@@ -264,6 +265,10 @@ class Session:
             self.spans.append(EvidenceSpan(cut.start, self.offset, tokens, evidence))
         self.evidence = self.spans[-1].evidence if self.spans else None
         return True
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> None:
+        """A session is no layer's cache, but mlx-lm's speculative decoding takes it for the draft model's first one."""
+        raise GlassError("A session is not a layer's cache. With a draft model, leave out prompt_cache.")
 
     def size(self) -> int:
         return self.offset

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ..core.importance import SIGNALS
-from ..files import write_atomically
+from ..files import SMALL_HEADER, check_header, write_atomically
 from ..model.glass_model import GlassModel
 from .agreement import compare
 
@@ -96,6 +96,7 @@ class SplitEvidence:
         if path is None or not path.exists():
             return empty
         try:
+            check_header(path, SMALL_HEADER)
             with safe_open(str(path), framework="numpy") as f:
                 state = json.loads(f.metadata()["state"])
                 if state.pop("identity") != identity:

@@ -26,7 +26,7 @@ from ..core.compensation import Response
 from ..core.importance import SIGNALS
 from ..core.ranking import rank
 from ..errors import StatsError, printable
-from ..files import write_atomically
+from ..files import SMALL_HEADER, check_header, write_atomically
 from .identity import describe, fingerprint
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ class GlobalStatistics:
             StatsError: it is missing, damaged or not a ranks file of this version.
         """
         try:
+            check_header(Path(path), SMALL_HEADER)
             with safe_open(str(path), framework="numpy") as f:
                 return cls._read(f)
         except FileNotFoundError as e:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from platformdirs import user_cache_path
 
 from ..errors import GlassError, StatsError
+from ..files import read_json
 from ..hub import download
 from ..model.glass_model import GlassModel
 from .format import GlobalStatistics
@@ -96,9 +96,9 @@ def _read_index(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         return []
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["models"]
+        entries = read_json(path)["models"]
         return [entry for entry in entries if _plain_name(entry["file"])]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
+    except (OSError, ValueError, TypeError, KeyError) as e:
         raise StatsError(f"{path} is not an index of ranks files: {e}") from e
 
 

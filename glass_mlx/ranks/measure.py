@@ -38,6 +38,9 @@ from .sources import Source, null_prompt
 # Read at most this many tokens, and stop earlier when the better halves of the neurons overlap this much.
 DEFAULT_TOKENS, DEFAULT_STABLE_AT = 65536, 0.95
 
+# Of the partial file: what an older version has read in other batches is measured again.
+_PARTIAL_VERSION = 2
+
 # Hidden values to hold at once while recording; 2**25 are 128 MB in float32.
 _MAX_HIDDEN = 2**25
 
@@ -51,6 +54,7 @@ def build_ranks(
     stable_at: float | None = DEFAULT_STABLE_AT,
     name: str | None = None,
     response_rank: int = DEFAULT_RANK,
+    on_tokens: Callable[[int], None] = lambda tokens: None,
 ) -> Path:
     """Measure a model's global statistics with a progress bar, and write them to a file.
 
@@ -62,6 +66,7 @@ def build_ranks(
         out (Path, optional): the file. Default: the model's file in the user's cache.
         source (Source, optional): the token sequences. Default: :func:`sources.null_prompt`.
         tokens, stable_at, name, response_rank: as in :func:`measure_statistics`.
+        on_tokens (callable): called after every batch with how many tokens have been read.
 
     Returns:
         Path: the file.
@@ -71,6 +76,7 @@ def build_ranks(
     with tqdm(total=tokens, unit="tok", desc="ranks", file=sys.stderr, disable=None) as bar:
 
         def progress(done: int, agreement: dict[str, float]) -> None:
+            on_tokens(done)
             bar.update(min(done, tokens) - bar.n)
             goal = "" if stable_at is None else f" of {stable_at:.0%}"
             bar.set_postfix_str(f"stable {agreement['overlap']:.1%}{goal}")
@@ -127,7 +133,7 @@ def measure_statistics(
     Raises:
         GlassError: the source gave no tokens, or ``partial`` cannot be written.
     """
-    identity = json.dumps([fingerprint(model), source.method, source.settings])
+    identity = json.dumps([_PARTIAL_VERSION, fingerprint(model), source.method, source.settings])
     empty = SplitEvidence.empty(model, len(source.domains))
     evidence = SplitEvidence.load(partial, identity, empty, vocabulary_size(model.dense))
 

@@ -86,7 +86,7 @@ def _index(old: bytes | None, entry: dict[str, str], repo: str) -> str:
         others = [e for e in index["models"] if e["fingerprint"] != entry["fingerprint"]]
         taken = [e["model"] for e in others if e["file"] == entry["file"]]
         index["models"] = sorted([*others, entry], key=lambda e: e["file"])
-    except (ValueError, TypeError, KeyError) as e:
+    except (ValueError, TypeError, KeyError, RecursionError) as e:
         raise GlassError(f"{repo} has an index.json of another version: use another repository.") from e
     if taken:
         raise GlassError(f"{repo} already has a {entry['file']}, for {taken[0]}: rename your file.")

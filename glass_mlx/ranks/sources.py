@@ -19,6 +19,10 @@ from mlx_lm.sample_utils import make_sampler
 from ..errors import GlassError
 from ..model.glass_model import GlassModel
 
+# The first batch of each kind of text has so many sequences, one for each half of the evidence, and each further one
+# twice as many up to the usual: a run that is stopped early has something to keep.
+_FIRST_BATCH = 2
+
 
 @dataclass
 class Source:
@@ -41,6 +45,11 @@ class Source:
         return " and ".join(self.domains)
 
 
+def batch_size(turn: int, most: int) -> int:
+    """How many sequences the batch of a kind's ``turn`` has, from 0 on."""
+    return min(most, _FIRST_BATCH << min(turn, 30))
+
+
 def null_prompt(
     model: GlassModel,
     tokenizer: Any,
@@ -55,7 +64,7 @@ def null_prompt(
     Args:
         model (GlassModel): the model.
         tokenizer: its tokenizer.
-        sequences (int): sequences in a batch.
+        sequences (int): sequences in a batch; the first ones have fewer.
         length (int): most tokens to sample for a sequence.
         temperature (float): of the sampling.
         seed (int): of the sampling.
@@ -79,8 +88,9 @@ def null_prompt(
         # The caller's random state is a key; seeding with that key's number puts it back.
         high, low = mx.random.state[0].tolist()
         mx.random.seed(int(np.random.SeedSequence((seed, number)).generate_state(1)[0]))
-        start = list(starts.values())[number % len(starts)]
-        prompts = [start] * sequences
+        turn, kind = divmod(number, len(starts))
+        start = list(starts.values())[kind]
+        prompts = [start] * batch_size(turn, sequences)
         try:
             if batchable:
                 out = batch_generate(
@@ -114,11 +124,12 @@ def given_sequences(
 ) -> Source:
     """A source of given token sequences, from a text or a data set."""
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:32]
-    return Source(
-        (method,),
-        lambda number: rows[number * sequences : (number + 1) * sequences],
-        {"sequences": sequences, "digest": digest, **(settings or {})},
-    )
+
+    def batch(number: int) -> list[list[int]]:
+        before = sum(batch_size(turn, sequences) for turn in range(number))
+        return rows[before : before + batch_size(number, sequences)]
+
+    return Source((method,), batch, {"sequences": sequences, "digest": digest, **(settings or {})})
 
 
 def text_rows(text: str, tokenizer: Any, length: int) -> list[list[int]]:

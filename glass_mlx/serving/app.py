@@ -12,8 +12,6 @@ from typing import Any
 
 from pydantic import BaseModel
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route
@@ -25,7 +23,8 @@ from .http_errors import EXCEPTION_HANDLERS, error_response
 from .openapi import document
 from .request import Chunk, PendingCompletion
 from .schema import ChatBody, CompletionBody, parse
-from .security import SecurityMiddleware, read_body
+from .security import SecurityMiddleware, SharingMiddleware, read_body
+from .sockets import parse_origin
 from .writers import ChatWriter, Health, Model, ModelList, TextWriter
 
 logger = logging.getLogger("glass_mlx")
@@ -43,7 +42,7 @@ class ApiOptions:
         defaults: fields of :class:`request.Request` for requests that leave them out.
         api_key: the bearer token that clients must send, if any.
         hosts: names of the server that clients use, besides localhost and IP addresses.
-        origins: web origins whose pages may use the API.
+        origins: web origins whose pages may use the API; ``*`` for all.
         max_body_bytes: larger bodies are refused.
         body_timeout: seconds that a body may take to arrive.
         log_prompts: whether prompts and answers are written to the log.
@@ -62,14 +61,14 @@ class Api:
     """The endpoints of one engine.
 
     Attributes:
-        app (Starlette): the ASGI application.
+        app: the ASGI application.
         pending (set[PendingCompletion]): what clients are waiting for.
     """
 
     def __init__(self, engine: Engine, options: ApiOptions | None = None):
         self.engine, self.options = engine, options or ApiOptions()
         self.pending: set[PendingCompletion] = set()
-        self.app = Starlette(
+        app = Starlette(
             routes=[
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
                 Route("/chat/completions", self.chat, methods=["POST"]),
@@ -83,18 +82,12 @@ class Api:
                 Route("/", self.page),
                 Mount("/static", PageFiles(directory=PAGE, check_dir=False)),
             ],
-            middleware=self._middleware(),
             exception_handlers=EXCEPTION_HANDLERS,
         )
-
-    def _middleware(self) -> list[Middleware]:
-        options = self.options
-        security = Middleware(SecurityMiddleware, api_key=options.api_key, hosts=options.hosts, origins=options.origins)
-        if not options.origins:
-            return [security]
-        headers = ["Authorization", "Content-Type"]
-        cors = Middleware(CORSMiddleware, allow_origins=options.origins, allow_methods=["*"], allow_headers=headers)
-        return [security, cors]
+        # around all of Starlette, whose answer to an unexpected error comes from outside of its own middleware
+        origins = [parse_origin(origin) for origin in self.options.origins]
+        secured = SecurityMiddleware(app, self.options.api_key, self.options.hosts, origins)
+        self.app = SharingMiddleware(secured, origins)
 
     async def chat(self, request: Request) -> Response | EventStream:
         return await self._complete(request, ChatBody, ChatWriter)
@@ -140,10 +133,14 @@ class Api:
             data = await read_body(request, self.options.max_body_bytes, self.options.body_timeout)
         except ClientDisconnect:
             return Response(status_code=400)  # nobody reads it
-        body = await asyncio.to_thread(parse, body_type, data)  # a large body takes a while
         client = request.client.host if request.client else ""
-        asked = body.request(client, self.options.defaults)
-        pending = await asyncio.to_thread(self.engine.submit, asked)
+
+        def submit() -> tuple[Any, PendingCompletion]:
+            body = parse(body_type, data)
+            return body, self.engine.submit(body.request(client, self.options.defaults))
+
+        body, pending = await asyncio.to_thread(submit)  # a large body takes a while
+        asked = pending.request
         writer = writer_type(pending.source.id, asked.logprobs)
         delivery = _Delivery(self, pending, request.receive)
         try:

@@ -1,7 +1,8 @@
 """Which models may be served, and where they are. A name that a client sends is never used as a path.
 
 Served are the bundled demo, the aliases, Hub repositories in the local cache (any repository if downloads are allowed),
-the default model, and models below the directories that the operator allows.
+the default model, and models below the directories that the operator allows. What is not a whole text model of mlx-lm's
+is not listed; a repository that was downloaded in part counts as not downloaded.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from huggingface_hub.errors import CacheNotFound, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..loading import ALIASES, DEFAULT_MODEL, DEMO_PATH, resolve_model
+from ..model_files import problem
 from .errors import UnknownModel
 
 DEFAULT_NAME = "default_model"
@@ -84,6 +86,12 @@ class Catalogue:
             for repo in _scan()
             if repo.repo_type == "model" and _cached(repo.repo_id) is not None
         }
+        local = {
+            path: str(path.relative_to(root))
+            for root in self.allow_paths
+            for path in sorted(p.parent for depth in ("*", "*/*") for p in root.glob(f"{depth}/config.json"))
+            if self._local(str(path)) is not None
+        }
         aliases = [
             ModelInfo(alias, "alias", cached.get(repo, 0), repo in cached)
             for alias, repo in ALIASES.items()
@@ -93,15 +101,12 @@ class Catalogue:
             ModelInfo(DEFAULT_MODEL, "demo", _size(DEMO_PATH)),
             *aliases,
             *(ModelInfo(repo, "hub", size) for repo, size in sorted(cached.items())),
-            *(
-                ModelInfo(str(path.relative_to(root)), "local", _size(path))
-                for root in self.allow_paths
-                for path in sorted({p.parent for depth in ("*", "*/*") for p in root.glob(f"{depth}/config.json")})
-            ),
+            *(ModelInfo(name, "local", _size(path)) for path, name in local.items()),
         ]
         default = self._default_id()
         if default not in {model.id for model in found}:
-            found.append(ModelInfo(default, "default", _size(Path(self.default).expanduser())))
+            path = Path(self.default).expanduser()
+            found.append(ModelInfo(default, "default", _size(path), path.is_dir() and problem(path) is None))
         return sorted(found, key=lambda model: model.id != default)
 
     def _default_id(self) -> str:
@@ -119,11 +124,13 @@ class Catalogue:
         return Source(self._default_id(), key, lambda: resolve_model(name))
 
     def _local(self, name: str) -> Path | None:
-        """The directory that a name means below one of the allowed ones; links are followed first."""
+        """The model's directory that a name means below one of the allowed ones. Links are followed first: neither the
+        directory nor a file in it may be elsewhere."""
         for root in self.allow_paths:
             with contextlib.suppress(OSError, ValueError, RuntimeError):  # names that cannot be paths
                 path = (root / name).resolve()
-                if path.is_relative_to(root) and path != root and (path / "config.json").is_file():
+                inside = path.is_relative_to(root) and path != root
+                if inside and problem(path) is None and all(f.resolve().is_relative_to(root) for f in path.iterdir()):
                     return path
         return None
 
@@ -137,12 +144,12 @@ def _is_repo(name: str) -> bool:
 
 
 def _cached(repo: str) -> Path | None:
-    """The directory of a repository in the Hub cache, if it has a config and weights."""
+    """The directory of a repository in the Hub cache, if all of the model is there."""
     config = try_to_load_from_cache(repo, "config.json", cache_dir=constants.HF_HUB_CACHE)
     if not isinstance(config, str):
         return None
     path = Path(config).parent
-    return path if any(path.glob("*.safetensors")) else None
+    return path if problem(path) is None else None
 
 
 def _download(repo: str) -> Path:

@@ -32,6 +32,7 @@ from ..model.config import GlassConfig
 from .cache_store import ConversationStore
 from .catalogue import DEFAULT_NAME, Catalogue, ModelInfo, Source
 from .errors import EngineFailed, QueueFull, RequestError
+from .prompt_limit import PromptLimit
 from .queue import RoundRobinQueue
 from .request import Chunk, PendingCompletion, Request, Usage
 from .worker import Worker
@@ -134,10 +135,12 @@ class Engine:
 
         Raises:
             UnknownModel: its model may not be served.
+            BadRequest: its prompt is longer than allowed, as far as its length tells.
             QueueFull: too many requests are waiting.
             EngineFailed: the engine is closed.
         """
         pending = PendingCompletion(request, self.catalogue.resolve(request.model), self._drop_cancelled)
+        self._limit(pending.source).check(request)
         with self._condition:
             self._check_open()
             if len(self._queue) >= self.options.max_queue:
@@ -231,6 +234,13 @@ class Engine:
         self._thread.join(timeout)
         atexit.unregister(self.close)
 
+    def _limit(self, source: Source) -> PromptLimit:
+        """How long prompts for a model may be. Its own limit and tokenizer are known only while it is loaded."""
+        worker, loaded = self._worker, self._source
+        if worker is not None and loaded is not None and loaded.key == source.key:
+            return worker.limit
+        return PromptLimit(self.options.max_prompt_tokens)
+
     def _run_job(self, job: Callable[[], Any]) -> Future:
         future: Future = Future()
         with self._condition:
@@ -314,9 +324,9 @@ class Engine:
             return self._worker
         self._unload()
         self._state, self._source, self._error = "loading", source, None
-        options, start = self.options, time.perf_counter()
+        start = time.perf_counter()
         try:
-            model, tokenizer = load(source.locate(), **vars(options.config), **options.load)
+            self._worker = self._load(source)
         except Exception as e:
             logger.error("%s cannot be loaded: %s", source.id, e, exc_info=not isinstance(e, GlassError))
             self._unload()
@@ -325,8 +335,14 @@ class Engine:
                 raise
             raise EngineFailed(self._error) from e
         logger.info("loaded %s in %.1f s", source.id, time.perf_counter() - start)
+        self._state = "ready"
+        return self._worker
+
+    def _load(self, source: Source) -> Worker:
+        options = self.options
+        model, tokenizer = load(source.locate(), **vars(options.config), **options.load)
         context = getattr(getattr(model, "args", None), "max_position_embeddings", None)
-        self._worker = Worker(
+        return Worker(
             model,
             tokenizer,
             ConversationStore(
@@ -338,8 +354,6 @@ class Engine:
             options.kv,
             options.verify,
         )
-        self._state = "ready"
-        return self._worker
 
     def _unload(self) -> None:
         """Free the model, all conversations, and the buffers that MLX would keep for reuse."""

@@ -16,7 +16,7 @@ LOGGERS = ("glass_mlx", "uvicorn")
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
-class _OneLine(logging.Formatter):
+class OneLineFormatter(logging.Formatter):
     """A record's message on one line. Text out of a request or a file must not pass for another record, and terminals
     obey control characters."""
 
@@ -61,7 +61,7 @@ def log_to_file(name: str = "server.log", directory: Path | None = None, level: 
         logging.getLogger("glass_mlx").warning("no log file: %s cannot be written (%s)", path, e.strerror)
         return None
     path.chmod(0o600)  # it may have been there already
-    handler.setFormatter(_OneLine(_FORMAT))
+    handler.setFormatter(OneLineFormatter(_FORMAT))
     for logger in map(logging.getLogger, LOGGERS):
         for old in [h for h in logger.handlers if isinstance(h, RotatingFileHandler)]:
             logger.removeHandler(old)

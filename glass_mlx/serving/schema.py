@@ -10,8 +10,13 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from ..decoding.prompt import check_template_args
+from ..errors import GlassError
 from .errors import BadRequest
 from .request import Request
+
+# Of a list: no other thread runs while a body is checked, which takes 10 us for an item.
+MAX_ITEMS = 2**14
 
 _Unit = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 _Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
@@ -54,10 +59,10 @@ class Message(_Model):
     """A message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_ITEMS)] | None = None
     name: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[ToolCall] | None = Field(None, max_length=MAX_ITEMS)
     tool_call_id: str | None = None
 
     def render(self) -> dict[str, Any]:
@@ -125,7 +130,7 @@ class _Body(_Model):
         Annotated[
             dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]],
             AfterValidator(_check_token_ids),
-            Field(json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,9}$"}}),
+            Field(max_length=MAX_ITEMS, json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,9}$"}}),
         ]
         | None
     ) = None
@@ -163,11 +168,11 @@ class _Body(_Model):
 class ChatBody(_Body):
     """``POST /v1/chat/completions``"""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_ITEMS)
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[Tool] | None = None
+    tools: list[Tool] | None = Field(None, max_length=MAX_ITEMS)
     tool_choice: Literal["none", "auto"] | None = None
     response_format: ResponseFormat | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -175,11 +180,10 @@ class ChatBody(_Body):
     @field_validator("chat_template_kwargs")
     @classmethod
     def _check_not_reserved(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        reserved = {"messages", "conversation", "tools", "tokenize", "add_generation_prompt", "return_dict"}
-        reserved |= {"chat_template", "return_tensors", "continue_final_message", "tokenizer_kwargs"}
-        if value and reserved & value.keys():
-            raise ValueError(f"{sorted(reserved & value.keys())[0]} cannot be set")
-        return value
+        try:
+            return value and check_template_args(value)
+        except GlassError as e:
+            raise ValueError(str(e)) from e
 
     def request(self, client: str, defaults: dict[str, Any]) -> Request:
         """The request to the engine. ``defaults`` are the server's sampling options."""
@@ -194,14 +198,13 @@ class ChatBody(_Body):
 
 
 _TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+_Tokens = Annotated[list[_TokenId], Field(min_length=1, max_length=2**20)]
 
 
 class CompletionBody(_Body):
     """``POST /v1/completions``: one prompt, as text or tokens."""
 
-    prompt: (
-        str | Annotated[list[_TokenId], Field(min_length=1)] | Annotated[list[str], Field(min_length=1, max_length=1)]
-    )
+    prompt: str | _Tokens | Annotated[list[str], Field(min_length=1, max_length=1)]
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
@@ -227,10 +230,9 @@ def parse(kind: type[_B], body: bytes) -> _B:
     try:
         return kind.model_validate_json(body)
     except ValidationError as e:
-        # a union gives one error per member; the one deepest in the value tells the most
-        first = max(
-            e.errors(include_url=False, include_input=False, include_context=False), key=lambda x: len(x["loc"])
-        )
+        # a union gives one error per member; the deepest in the value tells the most, but for a list that is too long
+        errors = e.errors(include_url=False, include_input=False, include_context=False)
+        first = max(errors, key=lambda x: (x["type"] == "too_long", len(x["loc"])))
         if first["type"] == "json_invalid":
             raise BadRequest("The body is not valid JSON.") from e
         where = ".".join(str(part) for part in first["loc"] if str(part).isidentifier() or isinstance(part, int))

@@ -1,4 +1,5 @@
-"""Keeps out web pages of other origins, rebound DNS names, clients without the key, and slow or endless requests."""
+"""Keeps out web pages of other origins, rebound DNS names, clients without the key, and slow or endless requests; and
+lets in the pages of origins that are allowed."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from urllib.parse import urlsplit
 
 import h11
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -27,12 +29,37 @@ HEADERS = {
 _PATHS_WITHOUT_KEY = ("/", "/health", "/openapi.json", "/favicon.ico")
 
 
+class SharingMiddleware(CORSMiddleware):
+    """ASGI middleware that lets pages of allowed origins read every answer, refusals too, and send any header.
+
+    Clients send many: OpenAI's libraries alone have ten of their own. What is not allowed goes on, to be refused.
+    """
+
+    def __init__(self, app: Any, origins: Iterable[str] = ()):
+        super().__init__(
+            app,
+            allow_origins=tuple(origins),
+            allow_methods=("*",),
+            allow_headers=("*",),
+            allow_private_network=True,
+            expose_headers=("Retry-After",),
+        )
+
+    async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
+        origin = Headers(scope=scope).get("origin") if scope["type"] == "http" else None
+        if origin is not None and self.is_allowed_origin(origin):
+            await super().__call__(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+
 class SecurityMiddleware:
     """ASGI middleware that checks Host, Origin and the API key, and adds security headers.
 
     The Host must be an IP address, ``localhost`` or one of ``hosts``. A web page whose own domain name was made to
     point to this machine (DNS rebinding) still sends that name. Browsers also send an Origin, which must be this server
-    or one of ``origins``.
+    or one of ``origins`` (``*`` allows all), and with requests that have none (pictures, scripts, links) how the asking
+    page's site relates to this server. From another site only a link to the page is followed.
     """
 
     def __init__(self, app: Any, api_key: str | None = None, hosts: Iterable[str] = (), origins: Iterable[str] = ()):
@@ -62,13 +89,24 @@ class SecurityMiddleware:
         host, origin = headers.get("host", ""), headers.get("origin")
         if not self._is_allowed_host(host):
             raise Forbidden("This Host is not allowed. Allow it with --allowed-host.", "host_not_allowed")
-        if origin is not None and origin not in {*self.origins, f"http://{host}", f"https://{host}"}:
+        if not self._is_allowed_page(headers, {*self.origins, f"http://{host}", f"https://{host}"}, path):
             raise Forbidden("This Origin is not allowed. Allow it with --cors-origin.", "origin_not_allowed")
         is_preflight = scope["method"] == "OPTIONS" and origin is not None  # browsers send it without the key
         if path in _PATHS_WITHOUT_KEY or path.startswith("/static/") or is_preflight:
             return
         if not self._has_key(headers.get("authorization", "")):
             raise InvalidKey("Send the server's API key as a bearer token.")
+
+    def _is_allowed_page(self, headers: Headers, origins: set[str], path: str) -> bool:
+        """Whether a request comes from a page of one of these origins, or from no page."""
+        if "*" in origins:
+            return True
+        if (origin := headers.get("origin")) is not None:
+            return origin in origins
+        if headers.get("sec-fetch-site", "none") in ("same-origin", "none"):
+            return True
+        follows_link = (headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")) == ("navigate", "document")
+        return follows_link and path == "/"
 
     def _has_key(self, authorization: str) -> bool:
         if self.api_key is None:

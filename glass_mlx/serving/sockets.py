@@ -1,9 +1,10 @@
-"""Addresses to listen on."""
+"""Addresses to listen on, and origins of web pages."""
 
 from __future__ import annotations
 
 import ipaddress
 import socket
+from urllib.parse import urlsplit
 
 from ..errors import GlassError
 
@@ -16,6 +17,27 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def parse_origin(text: str) -> str:
+    """The origin of a web page as browsers send it: ``https://my.app``, ``http://localhost:3000``, or ``*`` for any.
+
+    Raises:
+        GlassError: it is none.
+    """
+    origin = text.strip().rstrip("/").lower()
+    if origin == "*":
+        return origin
+    try:
+        parts = urlsplit(origin)
+        is_origin = origin == f"{parts.scheme}://{parts.netloc}" and bool(parts.hostname) and "@" not in parts.netloc
+        is_origin = is_origin and origin.isascii() and origin.isprintable() and not set(origin) & set(" *,\\")
+        default = {"http": 80, "https": 443}.get(parts.scheme)
+        if is_origin and parts.port != 0:
+            return origin.removesuffix(f":{default}")  # browsers leave it out
+    except ValueError:  # a port or an address that is none
+        pass
+    raise GlassError(f"{text!r} is not a web origin: give one such as https://my.app or http://localhost:3000, or *.")
 
 
 def listen(host: str, port: int) -> socket.socket:

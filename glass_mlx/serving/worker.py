@@ -17,7 +17,7 @@ from mlx_lm.sample_utils import make_logits_processors
 
 from ..decoding import sampling
 from ..decoding.conversation import CachedConversation
-from ..decoding.prompt import encode, render
+from ..decoding.prompt import encode
 from ..decoding.stream import GenerationResponse, stream_generate
 from ..errors import GlassError
 from ..model.config import GlassConfig
@@ -25,6 +25,7 @@ from ..model.glass_model import GlassModel
 from .cache_store import ConversationStore, message_marks, prompt_call_ends, stays_cuttable
 from .errors import BadRequest
 from .output_parser import OutputParser
+from .prompt_limit import PromptLimit
 from .request import Chunk, PendingCompletion, Request, Token, Usage
 
 
@@ -55,8 +56,20 @@ class Worker:
     kv: dict[str, int]
     verify: dict[str, Any]
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
+        """Raises GlassError if the model's KV cache cannot be quantised as asked; else every request would find out."""
         self.marks = message_marks(self.tokenizer)
+        if self.kv.get("kv_bits") is None:
+            return
+        cache = self.model.make_cache()[:-1]
+        self.model.dense(mx.zeros((1, 1), dtype=mx.int32), cache=cache)
+        try:
+            for entry in cache:
+                if hasattr(entry, "to_quantized"):
+                    mx.eval(entry.to_quantized(self.kv.get("kv_group_size", 64), self.kv["kv_bits"]).state)
+        except (ValueError, RuntimeError, NotImplementedError) as e:
+            reason = (str(e).splitlines() or [type(e).__name__])[0]
+            raise GlassError(f"Its KV cache cannot be quantised so (--kv-bits, --kv-group-size): {reason}") from e
 
     def complete(self, pending: PendingCompletion, on_speed: Callable[[float], None]) -> Chunk:
         """Generate a completion.
@@ -100,14 +113,17 @@ class Worker:
         """The options of verified decoding for a request: arguments of ``stream_generate``."""
         return self.verify if request.verify is None else {**self.verify, "verify": request.verify}
 
+    @property
+    def limit(self) -> PromptLimit:
+        """How long prompts may be."""
+        return PromptLimit(self.max_prompt_tokens, self.tokenizer, self.template_args)
+
     def _encode(self, request: Request) -> list[int]:
         """The tokens of the prompt."""
-        tokenizer = self.tokenizer
+        tokenizer, limit = self.tokenizer, self.limit
+        limit.check(request)
         if request.messages is not None:
-            if not tokenizer.has_chat_template:
-                raise BadRequest("This model has no chat template, so it cannot chat; use /v1/completions.")
-            options = {**self.template_args, **request.template_args, "tools": request.tools}
-            prompt = _render(tokenizer, request.messages, add_generation_prompt=True, **options)
+            prompt = limit.render(request.messages, add_generation_prompt=True, **limit.options(request))
         elif isinstance(request.prompt, str):
             prompt = encode(tokenizer, request.prompt)
         else:
@@ -115,8 +131,7 @@ class Worker:
         size = len(tokenizer)
         if not prompt:
             raise BadRequest("The prompt is empty: it has no tokens.")
-        if len(prompt) > self.max_prompt_tokens:
-            raise BadRequest(f"The prompt has {len(prompt):,} tokens; at most {self.max_prompt_tokens:,} are allowed.")
+        limit.refuse_above(len(prompt))
         if any(not 0 <= t < size for t in (*prompt, *(request.logit_bias or ()))):
             raise BadRequest(f"A token id is out of range: this model has the ids 0 to {size - 1}.")
         return prompt
@@ -290,12 +305,3 @@ class _Completion:
             drafted_tokens=self.drafted,
             peak_memory=response.peak_memory,
         )
-
-
-def _render(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> list[int]:
-    try:
-        return render(tokenizer, messages, **options)
-    except GlassError as e:
-        raise BadRequest(str(e)) from e
-    except Exception as e:  # templates raise all sorts of errors where messages lack what they take for granted
-        raise BadRequest(f"The model's chat template rejects this conversation ({type(e).__name__}).") from e

@@ -171,13 +171,21 @@ def test_a_crash_of_the_engine_and_restart(make, monkeypatch):
 
 
 def test_a_model_that_cannot_be_loaded(make, tiny_dir, hub):
-    hub.repo(REPO, files_of(tiny_dir) | {"config.json": b'{"model_type": "no such"}'})
+    hub.repo(REPO, files_of(tiny_dir) | {"config.json": b'{"model_type": "llama"}'})
     controller = make()
     controller.download(REPO)
     until(lambda: key(controller) == "load failed")
     assert "See the log." in status(controller.snapshot()).detail
     controller.select_model("demo")
     until(lambda: key(controller) == "ready")
+
+
+def test_a_download_that_is_no_text_model(make, tiny_dir, hub):
+    hub.repo(REPO, files_of(tiny_dir) | {"config.json": b'{"model_type": "no such"}'})
+    controller = make()
+    controller.download(REPO)
+    until(lambda: any("which mlx-lm does not have" in notice for notice in controller.snapshot().notices))
+    assert [model.name for model in controller.snapshot().models] == ["demo"]
 
 
 def test_download_and_use(make, tiny_dir, hub):

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_lm.generate import BatchGenerator
 from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.cache import make_prompt_cache
 
+import glass_mlx
 from glass_mlx.errors import GlassError
 from glass_mlx.model.blocks import CompactWeights
 from glass_mlx.model.config import GlassConfig
@@ -322,5 +326,44 @@ def test_nbytes_counts_evidence_and_weights():
     assert session.nbytes == evidence_bytes + 2 * 4 + (2 * 3 + 3) * 4
 
 
-def test_sessions_do_not_merge():
-    assert not hasattr(Session(GlassConfig()), "merge")
+@pytest.mark.parametrize("name", ["merge", "extend", "filter", "extract", "prepare", "to_quantized"])
+def test_what_mlx_lm_must_not_find(name):
+    """What it finds by its name: an entry that can be batched, or quantised."""
+    assert not hasattr(Session(GlassConfig()), name)
+
+
+@pytest.mark.parametrize("read", [False, True])
+@pytest.mark.parametrize("own_caches", [False, True])
+def test_batches_are_refused(tiny, own_caches, read):
+    """mlx-lm says that the session cannot be batched, whatever it is given."""
+    model, tokenizer = tiny
+    caches = [model.make_cache() for _ in range(2)]
+    for cache in caches if read else ():
+        model.prefill(mx.array([[1, 5, 6]]), cache)
+    options = {"prompt_caches": caches} if own_caches else {}
+    with pytest.raises(ValueError, match="Session'> does not yet support batching"):
+        mlx_lm.batch_generate(model, tokenizer, [[1, 5], [1, 7]], max_tokens=2, **options)
+    generator = BatchGenerator(model)
+    with pytest.raises(ValueError, match="Session'> does not yet support batching"):
+        generator.insert([[1, 5], [1, 7]], max_tokens=[2, 2])
+        generator.next()
+
+
+@pytest.mark.parametrize("generate", [mlx_lm.generate, glass_mlx.generate])
+def test_a_quantised_cache(demo, generate):
+    """The layers' entries are quantised, and the session stays one."""
+    cache = demo[0].make_cache()
+    options = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}
+    assert generate(*demo, [1, 5, 6], max_tokens=3, prompt_cache=cache, **options)
+    kinds = [type(entry) for entry in cache]
+    assert kinds == [mlx_lm_cache.QuantizedKVCache] * (len(cache) - 1) + [Session]
+    assert cache[-1].offset == cache[0].offset
+
+
+@pytest.mark.parametrize("generate", [mlx_lm.generate, glass_mlx.generate])
+def test_a_draft_model_with_a_prompt_cache(tiny, generate):
+    """Refused in words."""
+    model, tokenizer = tiny
+    both = model.make_cache() + make_prompt_cache(model.dense)
+    with pytest.raises(GlassError, match="leave out prompt_cache|neither prompt_cache"):
+        generate(model, tokenizer, [1, 5, 6], max_tokens=3, draft_model=model.dense, prompt_cache=both)

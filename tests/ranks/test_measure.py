@@ -12,6 +12,7 @@ import mlx_lm
 import numpy as np
 import pytest
 from global_statistics import same
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import glass_mlx
@@ -68,7 +69,7 @@ def test_stability(tiny, rows):
     measure_statistics(
         tiny[0], given_sequences("text", rows, 3), stable_at=None, progress=lambda n, s: seen.append((n, s))
     )
-    assert [n for n, _ in seen] == [sum(map(len, rows[:n])) for n in (3, 6, 7)]
+    assert [n for n, _ in seen] == [sum(map(len, rows[:n])) for n in (2, 5, 7)]
     means = []
     for signal in SIGNALS:
         halves = (energies(tiny[0], signal, rows[half::2]) for half in (0, 1))
@@ -191,6 +192,17 @@ def test_nothing_is_lost_when_the_ranks_cannot_be_written(tiny, rows, tmp_path, 
             build_ranks(*tiny, out, source, 20)
     assert build_ranks(*tiny, out, replace(source, batch=fail), 20) == out
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_what_a_killed_run_keeps(tiny, tmp_path):
+    """The first batches are small, and all of them are kept."""
+    rows, partial = [[1, 5 + n, 7, 9] for n in range(64)], tmp_path / "partial"
+    kept, source = [], interrupted(given_sequences("text", rows, 32), 4)
+    with pytest.raises(KeyboardInterrupt):
+        measure_statistics(tiny[0], source, 999, None, partial=partial, progress=lambda n, _: kept.append(n // 4))
+    assert kept == [2, 6, 14, 30]
+    with safe_open(str(partial), "numpy") as file:
+        assert json.loads(file.metadata()["state"])["rows"] == [rows[:30]]
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"sequences": 3}, {"length": 7}, {"temperature": 0.5}, {"chat": True}])

@@ -54,10 +54,40 @@ def test_no_name_is_a_path(name, allow, root, monkeypatch):
     assert str(root.parent) not in str(e.value)
 
 
-def test_a_link_out_of_an_allowed_directory(root):
-    (root / "link").symlink_to(root.parent / "secret")
-    with pytest.raises(UnknownModel):
-        Catalogue(allow_paths=(root,)).resolve("link")
+def _link(root, what: str) -> None:
+    """Make ``root / "link"`` a model of which this leads out of the root."""
+    secret = root.parent / "secret"
+    if what == "directory":
+        (root / "link").symlink_to(secret)
+    elif what == "directory above":
+        (root / "owner2").symlink_to(root.parent)
+        (root / "link").symlink_to("owner2/secret")
+    else:
+        shutil.copytree(secret, root / "link")
+        (root / "link" / what).unlink()
+        (root / "link" / what).symlink_to(secret / what)
+
+
+@pytest.mark.parametrize("what", ["directory", "directory above", "config.json", "model.safetensors", "tokenizer.json"])
+def test_links_out_of_an_allowed_directory(root, what):
+    """Such a model is neither listed nor loaded."""
+    _link(root, what)
+    catalogue = Catalogue(allow_paths=(root,))
+    assert {model.id for model in catalogue.models()} == {"demo", "small", "owner/small"}
+    for name in ("link", str(root / "link"), "owner2/secret"):
+        with pytest.raises(UnknownModel):
+            catalogue.resolve(name)
+
+
+def test_links_within_an_allowed_directory(root):
+    """As in a Hub cache, whose files are links to blobs beside them."""
+    (root / "blobs").mkdir()
+    file = (root / "small" / "model.safetensors").rename(root / "blobs" / "0123")
+    (root / "small" / "model.safetensors").symlink_to("../blobs/0123")
+    (root / "link").symlink_to("small")
+    catalogue = Catalogue(allow_paths=(root,))
+    assert {"small", "link"} <= {model.id for model in catalogue.models()} and file.is_file()
+    assert catalogue.resolve("link").key == catalogue.resolve("small").key
 
 
 @pytest.mark.parametrize("name", ["small", "owner/small"])

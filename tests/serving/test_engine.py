@@ -474,6 +474,7 @@ def test_a_crash_fails_its_request_only(demo_engine, monkeypatch):
         (Request(prompt="word " * 100), "at most 64"),
         (ask("x", density=2.0), "density must be"),
         (ask("x", template_args={"documents": 3, "eos_token": None}), "template"),
+        (ask("x", template_args={"tokenize": False}), "'tokenize' cannot be set"),
     ],
 )
 def test_bad_requests(make, request_, reason, tiny_dir):
@@ -509,6 +510,16 @@ def test_quantised_kv(make, start):
     chunks, expected = list(engine.submit(following)), list(fresh.submit(following))
     assert chunks[-1].usage.cached_tokens > 0
     assert [c.token.logprob for c in chunks] == [c.token.logprob for c in expected]
+
+
+@pytest.mark.parametrize("kv", [{"kv_bits": 4, "kv_group_size": 64}, {"kv_bits": 7, "kv_group_size": 32}])
+def test_a_kv_cache_that_cannot_be_quantised_so(make, kv):
+    """It is found out by loading, not by the first request."""
+    engine = make(kv={**kv, "quantized_kv_start": 0})
+    with pytest.raises(EngineFailed, match="cannot be loaded") as e:
+        engine.load().result()
+    assert "KV cache cannot be quantised so (--kv-bits, --kv-group-size)" in str(e.value.__cause__)
+    assert engine.status().state == "failed"
 
 
 def test_close(make, tiny_dir):

@@ -71,6 +71,34 @@ def test_a_full_disk_is_quiet(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_disk_that_fills_up(python, tmp_path):
+    """The process goes on, says nothing of it to the end, and writes again when there is room."""
+    code = """
+import logging, resource, sys
+from pathlib import Path
+from glass_mlx.serving.logs import log_to_file
+path = log_to_file(directory=Path(sys.argv[1]))
+log = logging.getLogger("glass_mlx")
+full, least = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, least))
+for _ in range(500):
+    log.info("x" * 1000)
+try:
+    1 / 0
+except ZeroDivisionError:
+    log.exception("failed")
+assert path.stat().st_size <= 20_000
+if len(sys.argv) > 2:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (full, least))
+    log.info("there is room")
+print("done")
+"""
+    for room in ((), ("room",)):
+        done = python("-c", code, tmp_path / "-".join(("log", *room)), *room)
+        assert (done.code, done.out, done.err) == (0, "done\n", "")
+    assert "there is room" in (tmp_path / "log-room" / "server.log").read_text()
+
+
 def test_a_directory_that_cannot_be_written(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     assert log_to_file(directory=tmp_path / "file") is None

@@ -17,9 +17,11 @@ from servers import CHAT, QUESTION, connect, raw, serving
 from starlette.testclient import TestClient
 from test_catalogue import TRAVERSALS
 
+from glass_mlx import GlassError
 from glass_mlx.serving import security
 from glass_mlx.serving.app import Api, ApiOptions
 from glass_mlx.serving.engine import Engine, EngineOptions
+from glass_mlx.serving.sockets import parse_origin
 
 # what the model cannot take (unknown tokens, a call's arguments that are no JSON) is valid by the document
 EXCLUDED = [positive_data_acceptance]
@@ -92,12 +94,121 @@ def test_origin(client, origin, allowed):
     assert shared == ("https://my.app" if origin == "https://my.app" else None)
 
 
+# What OpenAI's libraries send, and other clients of theirs.
+SDK_HEADERS = [
+    *(
+        "authorization",
+        "content-type",
+        "user-agent",
+        "openai-organization",
+        "openai-project",
+        "http-referer",
+        "x-title",
+    ),
+    *(f"x-stainless-{name}" for name in ("arch", "async", "helper-method", "lang", "os", "package-version")),
+    *(f"x-stainless-{name}" for name in ("retry-count", "runtime", "runtime-version", "timeout")),
+]
+
+
+def preflight(served: TestClient, origin: str, headers: str = "content-type", **more: str) -> httpx.Response:
+    ask = {"Origin": origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": headers}
+    return served.options(CHAT, headers=ask | more)
+
+
 def test_cors_is_closed(client):
-    ask = {"Origin": "https://my.app", "Access-Control-Request-Method": "POST"}
-    assert client().options(CHAT, headers=ask).status_code == 403
-    response = client(origins=("https://my.app",), api_key="k").options(CHAT, headers=ask)
-    assert response.status_code == 200
-    assert response.headers["access-control-allow-origin"] == "https://my.app"
+    for options in ({}, {"origins": ("https://my.app",)}, {"origins": ("https://my.app",), "api_key": "k"}):
+        response = preflight(client(**options), "https://evil.com")
+        assert is_error(response, 403) and "access-control-allow-origin" not in response.headers
+
+
+@pytest.mark.parametrize("allowed", ["https://my.app", "https://MY.app/", "*"])
+@pytest.mark.parametrize("key", [None, "k"])
+def test_preflight_of_an_allowed_origin(client, allowed, key):
+    """Whatever headers the client sends, and without the key, which browsers leave out."""
+    served = client(origins=("http://localhost:1", allowed), api_key=key)
+    for headers in (", ".join(SDK_HEADERS), *SDK_HEADERS):
+        response = preflight(served, "https://my.app", headers)
+        assert response.status_code == 200
+        assert response.headers["access-control-allow-origin"] == ("*" if allowed == "*" else "https://my.app")
+        assert response.headers["access-control-allow-headers"] == headers
+        assert "POST" in response.headers["access-control-allow-methods"]
+    local = preflight(served, "https://my.app", **{"Access-Control-Request-Private-Network": "true"})
+    assert (local.status_code, local.headers["access-control-allow-private-network"]) == (200, "true")
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "body", "status"),
+    [
+        (CHAT, {"Authorization": "Bearer wrong"}, {"messages": QUESTION}, 401),
+        (CHAT, {"Host": "evil.com"}, {"messages": QUESTION}, 403),
+        (CHAT, {}, {"messages": [{"role": "user", "content": "x" * 20_000}]}, 413),
+        (CHAT, {}, {"messages": QUESTION, "temperature": 9}, 400),
+        (CHAT, {}, {"messages": QUESTION, "model": "nope"}, 404),
+        ("/nope", {}, {}, 404),
+        ("/health", {}, {}, 405),
+        (CHAT, {}, {"messages": QUESTION, "user": "crash"}, 500),
+    ],
+)
+@pytest.mark.parametrize("origins", [("https://my.app",), ("*",)])
+def test_pages_of_an_allowed_origin_can_read_errors(client, engine, monkeypatch, path, headers, body, status, origins):
+    if status == 500:
+        monkeypatch.setattr(engine, "submit", lambda request: 1 / 0)
+    served = client(origins=origins, api_key="k", max_body_bytes=10_000)
+    response = served.post(path, json=body, headers={"Origin": "https://my.app", "Authorization": "Bearer k"} | headers)
+    assert is_error(response, status)
+    assert response.headers["access-control-allow-origin"] in origins
+    assert response.headers["x-content-type-options"] == "nosniff"
+    other = served.post(path, json=body, headers={"Origin": "https://evil.com", "Authorization": "Bearer k"} | headers)
+    if origins != ("*",):
+        assert is_error(other, 403) and "access-control-allow-origin" not in other.headers
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "/v1/status", "/health", "/openapi.json", "/static/app.js", "/favicon.ico"]
+)
+@pytest.mark.parametrize(
+    ("site", "origin", "allowed"),
+    [
+        *((None, None, True), ("none", None, True), ("same-origin", None, True)),
+        *(("cross-site", None, False), ("same-site", None, False), ("nonsense", None, False)),
+        *(("cross-site", "https://my.app", True), ("same-site", "http://localhost:3000", False)),
+    ],
+)
+def test_other_sites(client, path, site, origin, allowed):
+    """Pictures and scripts of other pages come without an Origin, but the browser says where from."""
+    headers = {"Sec-Fetch-Site": site, "Origin": origin}
+    response = client(origins=("https://my.app",)).get(path, headers={k: v for k, v in headers.items() if v})
+    assert (response.status_code != 403) if allowed else is_error(response, 403)
+
+
+def test_links_from_other_sites(client):
+    """Lead to the page, and nowhere else; into no frame."""
+    link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+    assert client().get("/", headers=link).status_code == 200
+    assert is_error(client().get("/v1/models", headers=link), 403)
+    assert is_error(client().get("/", headers=link | {"Sec-Fetch-Dest": "iframe"}), 403)
+
+
+@pytest.mark.parametrize(
+    ("text", "origin"),
+    [
+        *(("*", "*"), (" https://my.app/ ", "https://my.app"), ("HTTPS://My.App", "https://my.app")),
+        *(("http://localhost:3000/", "http://localhost:3000"), ("https://my.app:443", "https://my.app")),
+        *(("http://[::1]:8000", "http://[::1]:8000"), ("chrome-extension://abc", "chrome-extension://abc")),
+        *((text, None) for text in ("", "my.app", "localhost:3000", "https://", "https://my.app/x", "https://a b")),
+        *(
+            (text, None)
+            for text in ("https://*.app", "http://a:99999", "http://a:x", "null", "http://u@a", "http://[::1")
+        ),
+        *((text, None) for text in ("javascript:alert(1)", "http://a?x", "http://a#x", "http://a\\b", "http://\x1b")),
+    ],
+)
+def test_origins_of_the_operator(text, origin):
+    if origin is not None:
+        assert parse_origin(text) == origin
+        return
+    with pytest.raises(GlassError, match="is not a web origin: give one such as"):
+        parse_origin(text)
 
 
 @pytest.mark.parametrize(
