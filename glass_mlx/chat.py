@@ -77,6 +77,7 @@ class Chat:
             adapter_path=args.adapter_path,
             trust_remote_code=args.trust_remote_code,
             **glass_choice(args),
+            quality=None if args.dense else args.quality,
             stats=args.stats,
             stats_repo=args.stats_repo,
             max_session_memory=args.max_session_memory,

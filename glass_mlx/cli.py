@@ -21,6 +21,7 @@ from .decoding.prompt import check_template_args
 from .errors import GlassError, printable, printable_lines
 from .files import write_atomically
 from .model.config import LAYER_BUDGETS, GlassConfig
+from .model.quality import QUALITIES
 from .serving.logs import OneLineFormatter
 
 
@@ -132,6 +133,11 @@ def add_glass_options(parser: argparse.ArgumentParser, build: bool) -> None:
         help=f"share of the FFN neurons to decode with, in (0, 1] (default: {GlassConfig.density})",
     )
     group.add_argument(
+        "--quality",
+        choices=QUALITIES,
+        help="instead of --density: the one that costs about what quantising to 8, 4 or 3 bits does",
+    )
+    group.add_argument(
         "--global-weight",
         type=global_weight,
         default=GlassConfig.global_weight,
@@ -156,8 +162,7 @@ def add_glass_options(parser: argparse.ArgumentParser, build: bool) -> None:
         type=refresh,
         default=GlassConfig.refresh,
         metavar="TOKENS",
-        help="read the answer again densely every so many tokens and choose the neurons again; auto: read every 16, "
-        "choose at some of them; 0: only with the next prompt (default: %(default)s)",
+        help="read the answer densely and choose again every so many tokens, or auto; 0: with the next prompt (default)",
     )
     group.add_argument("--stats", metavar="FILE", help="global ranks (default: looked up)")
     group.add_argument("--stats-repo", metavar="REPO", help="Hub repository of global ranks, owner/name[@revision]")

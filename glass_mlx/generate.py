@@ -75,6 +75,7 @@ def _generate(args: argparse.Namespace, template: dict[str, Any]) -> None:
         model_config={"quantize_activations": args.quantize_activations},
         trust_remote_code=args.trust_remote_code,
         **glass_choice(args),
+        quality=None if args.dense else args.quality,
         stats=False if args.dense and not args.stats else args.stats,
         stats_repo=args.stats_repo,
         max_session_memory=args.max_session_memory,

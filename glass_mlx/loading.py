@@ -16,6 +16,7 @@ from .errors import GlassError
 from .hub import hub_access
 from .model.config import GlassConfig
 from .model.glass_model import GlassModel
+from .model.quality import density_for
 from .model_files import check_model, problem
 from .ranks.format import GlobalStatistics
 from .ranks.lookup import find_statistics
@@ -127,6 +128,7 @@ def load(
     refresh: int | str = GlassConfig.refresh,
     layer_budgets: str = GlassConfig.layer_budgets,
     compensation: bool = GlassConfig.compensation,
+    quality: str | None = None,
     stats: str | Path | bool | None = None,
     stats_repo: str | None = None,
     build: bool = False,
@@ -139,6 +141,8 @@ def load(
         path_or_hf_repo (str): a directory, a Hub repository, an alias (``ALIASES``) or ``demo``.
         tokenizer_config, ..., trust_remote_code: as in ``mlx_lm.load``.
         density, ..., compensation: how neurons are chosen; see :class:`glass_mlx.GlassConfig`.
+        quality (str, optional): ``"high"``, ``"balanced"`` or ``"fast"``: instead of ``density`` the one that costs at
+            most what this says (``model/quality.py``), by what the ranks file knows of the model.
         stats (str or bool, optional): a global-ranks file, or False to use none. Default: the model's own, looked up
             in ``stats/``, the user's cache and ``stats_repo``.
         stats_repo (str, optional): a Hub repository of ranks, ``owner/name`` or ``owner/name@revision``. Default: the
@@ -163,6 +167,8 @@ def load(
     if statistics is None and build and stats is not False:
         statistics = _build(model, tokenizer)
     _use(model, statistics, stats is not False)
+    if quality is not None:
+        model.config = model.config.updated(density=density_for(quality, model.quality))
     return (model, tokenizer, model_config) if return_config else (model, tokenizer)
 
 

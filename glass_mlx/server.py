@@ -185,6 +185,7 @@ def engine_options(args: argparse.Namespace) -> EngineOptions:
         config=GlassConfig(**glass_choice(args)),
         verify={} if args.dense else verify_options(args),
         load={
+            "quality": None if args.dense else args.quality,
             "tokenizer_config": tokenizer,
             "adapter_path": args.adapter_path,
             "trust_remote_code": args.trust_remote_code,

@@ -23,6 +23,7 @@ from .compacting import make_compact
 from .config import GlassConfig
 from .memory import SessionMemory
 from .plan import Plan
+from .quality import QualityPoint
 from .saved_session import check_restored, restore
 from .session import Phase, Session
 
@@ -107,6 +108,11 @@ class GlassModel(nn.Module):
         return self._plan.selector.ranks
 
     @property
+    def quality(self) -> list[QualityPoint]:
+        """What densities cost this model, as its statistics say (``model/quality.py``)."""
+        return self._plan.quality
+
+    @property
     def responses(self) -> list[Response] | None:
         """How the blocks respond to their inputs, to answer for dropped neurons; None where that was not measured."""
         return self._plan.responses
@@ -117,14 +123,17 @@ class GlassModel(nn.Module):
         domains: dict[str, list[mx.array]] | None = None,
         sensitivity: list[float] | None = None,
         responses: list[Response] | None = None,
+        quality: list[QualityPoint] | None = None,
     ) -> None:
         """Use these for the choices to come.
 
         Args:
             ranks, domains, sensitivity: as for :class:`~glass_mlx.model.selection.NeuronSelector`.
             responses (list, optional): of every block, to answer for dropped neurons (``core/compensation.py``).
+            quality (list, optional): what densities cost (``model/quality.py``).
         """
         self._plan.set_statistics(responses, ranks, domains, sensitivity)
+        self._plan.quality = quality or []
 
     def parameters(self) -> dict[str, Any]:
         """The dense model's parameters under its own names, so that what mlx-lm saves of this model it can load."""

@@ -17,6 +17,7 @@ from .compacting import Known
 from .discovery import find_blocks, signature, summarise
 from .evidence import EvidenceLayout
 from .memory import SessionMemory, WeightFiles, default_limit
+from .quality import QualityPoint
 from .selection import NeuronSelector
 from .session import Session
 
@@ -35,6 +36,7 @@ class Plan:
         memory: the sessions' compact weights.
         files: where dense weights that were let go are read again; None where they stay in memory.
         responses: of every block, to answer for dropped neurons; None where they were not measured.
+        quality: what densities cost, of the statistics.
         made_for: the projections and weights that the plan is for (``discovery.signature``).
         draft_schedulers: what verified decoding has learnt, by density.
     """
@@ -47,6 +49,7 @@ class Plan:
     files: WeightFiles | None
     made_for: tuple
     responses: list[Response] | None = None
+    quality: list[QualityPoint] = field(default_factory=list)
     draft_schedulers: dict[float, Any] = field(default_factory=dict)
     _norms: list[mx.array] = field(default_factory=list)
 

@@ -13,7 +13,7 @@ checked before anything is allocated.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from ..core.importance import SIGNALS
 from ..core.ranking import rank
 from ..errors import StatsError, printable
 from ..files import SMALL_HEADER, check_header, write_atomically
+from ..model.quality import QualityPoint
 from .identity import describe, fingerprint
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class GlobalStatistics:
             kind, ``energies``.
         sensitivity: of every block (``sensitivity.sensitivity``); None if it was not measured.
         responses: of every block to its inputs; None if they were not measured.
+        quality: what densities cost; empty if that was not measured.
         metadata: strings: format_version; model, original, revision, model_type, quantization and fingerprint
             (the model it belongs to); sizes (F of each block) and blocks (their paths), as JSON; method, tokens,
             domains and domain_tokens, sequences, length, temperature, seed, stability and tool versions (how it was
@@ -59,6 +61,7 @@ class GlobalStatistics:
     domains: dict[str, list[mx.array]] = field(default_factory=dict)
     sensitivity: list[float] | None = None
     responses: list[Response] | None = None
+    quality: list[QualityPoint] = field(default_factory=list)
 
     def __post_init__(self):
         self.domains = self.domains or {s: [e[None] for e in es] for s, es in self.energies.items()}
@@ -117,7 +120,8 @@ class GlobalStatistics:
             ranks[signal] = [block[0] for block in blocks]
             energies[signal] = [block[1] for block in blocks]
             domains[signal] = [block[2] for block in blocks]
-        return cls(ranks, energies, metadata, domains, _sensitivity(metadata, len(sizes)), _responses(f, names, sizes))
+        sensitivity, quality = _sensitivity(metadata, len(sizes)), _quality(metadata)
+        return cls(ranks, energies, metadata, domains, sensitivity, _responses(f, names, sizes), quality)
 
     def write(self, path: str | Path) -> None:
         """Write a file, completely or not at all."""
@@ -135,11 +139,13 @@ class GlobalStatistics:
         metadata = dict(self.metadata)
         if self.sensitivity is not None:
             metadata["sensitivity"] = json.dumps([float(f"{value:.4g}") for value in self.sensitivity])
+        if self.quality:
+            metadata["quality"] = json.dumps([[float(f"{v:.4g}") for v in astuple(point)] for point in self.quality])
         write_atomically(path, lambda temporary: temporary.write_bytes(save(tensors, metadata=metadata)))
 
     def use_in(self, model: GlassModel) -> None:
         """Let a model choose its neurons by these statistics."""
-        model.set_global_ranks(self.ranks, self.domains, self.sensitivity, self.responses)
+        model.set_global_ranks(self.ranks, self.domains, self.sensitivity, self.responses, self.quality)
 
     def check(self, model: GlassModel) -> GlobalStatistics:
         """Return self if the statistics are this model's, or those of the model that it is a quantised copy of.
@@ -192,6 +198,19 @@ def _sensitivity(metadata: dict[str, str], blocks: int) -> list[float] | None:
     if not numbers or len(values) != blocks:
         raise ValueError("sensitivity is not a list of one number for each layer")
     return [float(v) for v in values]
+
+
+def _quality(metadata: dict[str, str]) -> list[QualityPoint]:
+    values = json.loads(metadata.pop("quality", "[]"))
+    rows = values if isinstance(values, list) else [None]
+    if not all(isinstance(row, list) and len(row) == 3 and all(type(v) in (int, float) for v in row) for row in rows):
+        raise ValueError("quality is not a list of density, KL and agreement")
+    points = [QualityPoint(*map(float, row)) for row in rows]
+    densities = [0.0, *(point.density for point in points), 1.0]
+    ascending = all(a < b for a, b in zip(densities, densities[1:]))
+    if not ascending or not all(0 <= p.kl < 1e3 and 0 <= p.agreement <= 1 for p in points):
+        raise ValueError("quality has values out of range")
+    return points
 
 
 def _read_block(f: Any, names: set[str], prefix: str, size: int, kinds: int) -> tuple[mx.array, mx.array, mx.array]:
@@ -249,8 +268,8 @@ def _responses(f: Any, names: set[str], sizes: list[int]) -> list[Response] | No
 def merge(parts: list[GlobalStatistics]) -> GlobalStatistics:
     """Join the statistics of several files of one model.
 
-    The result has the kinds of text of all parts, and energies over all their tokens. The sensitivity and the responses
-    come from the first part that has them.
+    The result has the kinds of text of all parts, and energies over all their tokens. The sensitivity, the
+    responses and the quality come from the first part that has them.
 
     Raises:
         StatsError: the parts are of different models.
@@ -281,7 +300,8 @@ def merge(parts: list[GlobalStatistics]) -> GlobalStatistics:
     ranks = {signal: [rank(e) for e in energies[signal]] for signal in SIGNALS}
     sensitivity = next((part.sensitivity for part in parts if part.sensitivity is not None), None)
     responses = next((part.responses for part in parts if part.responses is not None), None)
-    return GlobalStatistics(ranks, energies, metadata, domains, sensitivity, responses)
+    quality = next((part.quality for part in parts if part.quality), [])
+    return GlobalStatistics(ranks, energies, metadata, domains, sensitivity, responses, quality)
 
 
 def write_index(directory: Path) -> int:

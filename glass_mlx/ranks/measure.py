@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from .evidence import SplitEvidence
 from .format import FORMAT_VERSION, GlobalStatistics
 from .identity import describe, fingerprint
 from .lookup import cached_file
+from .quality import measure_quality
 from .response import DEFAULT_RANK, measure_responses
 from .sensitivity import sensitivity
 from .sources import Source, null_prompt
@@ -149,7 +151,7 @@ def measure_statistics(
     energies = {signal: _shares(evidence.by_block(signal)) for signal in SIGNALS}
     ranks = {signal: [rank(e) for e in energies[signal]] for signal in SIGNALS}
     by_domain = {signal: [_shares(evidence.by_block(signal, domain=d)) for d in read] for signal in SIGNALS}
-    return GlobalStatistics(
+    statistics = GlobalStatistics(
         ranks=ranks,
         energies=energies,
         domains={signal: [mx.stack(rows) for rows in zip(*found)] for signal, found in by_domain.items()},
@@ -157,6 +159,10 @@ def measure_statistics(
         responses=measure_responses(model, sum(evidence.rows, []), ranks["impact"], response_rank) or None,
         metadata=_metadata(model, source, evidence, read, name),
     )
+    statistics.use_in(model)
+    alternating = [row for rows in zip_longest(*evidence.rows) for row in rows if row is not None]
+    statistics.quality = measure_quality(model, alternating)
+    return statistics
 
 
 def _read(

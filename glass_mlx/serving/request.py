@@ -27,6 +27,7 @@ class Request:
         max_tokens: the most tokens to generate.
         stop: texts that end the answer. They are not part of it.
         seed: with a seed, the answer depends on the request alone; see ``cache_store.py``.
+        quality: instead of a density, the one for this quality.
         density, global_weight, signal, layer_budgets, refresh, compensation, verify: where they differ from the
             engine's.
         logprobs: whether each token comes with its log-probability and with its ``top_logprobs`` most likely rivals.
@@ -44,6 +45,7 @@ class Request:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     density: float | None = None
+    quality: str | None = None
     global_weight: float | str | None = None
     signal: str | None = None
     layer_budgets: str | None = None

@@ -141,6 +141,7 @@ class _Body(_Model):
     n: Literal[1] | None = None
     user: str | None = Field(None, max_length=1000, description="users take turns and have their own caches")
     density: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    quality: Literal["high", "balanced", "fast"] | None = None
     global_weight: Literal["auto"] | _Unit | None = None
     signal: Literal["impact", "activation"] | None = None
     layer_budgets: Literal["measured", "uniform"] | None = None

@@ -22,6 +22,7 @@ from ..decoding.stream import GenerationResponse, stream_generate
 from ..errors import GlassError
 from ..model.config import GlassConfig
 from ..model.glass_model import GlassModel
+from ..model.quality import density_for
 from .cache_store import ConversationStore, message_marks, prompt_call_ends, stays_cuttable
 from .errors import BadRequest
 from .output_parser import OutputParser
@@ -98,8 +99,9 @@ class Worker:
 
     def _config(self, request: Request) -> GlassConfig:
         try:
+            quality = request.quality
             return self.model.config.updated(
-                density=request.density,
+                density=request.density if quality is None else density_for(quality, self.model.quality),
                 global_weight=request.global_weight,
                 signal=request.signal,
                 layer_budgets=request.layer_budgets,
