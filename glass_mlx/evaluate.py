@@ -32,7 +32,7 @@ from .evaluation.free_running import fit_length
 from .evaluation.intervals import windows
 from .evaluation.machine import mlx_backend
 from .evaluation.plot import plot_fidelity
-from .evaluation.prompts import PROMPTS, read_prompts
+from .evaluation.prompts import PROMPTS, SETS, read_prompts
 from .evaluation.selectors import GLOBAL, SELECTORS, choose_selectors
 from .loading import DEFAULT_MODEL, load
 from .model.glass_model import GlassModel
@@ -73,9 +73,10 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 def _add_text_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts",
-        default=str(PROMPTS),
-        metavar="FILE",
-        help="a prompt in each line; or .jsonl with text or messages; or null: BOS alone (default: the bundled ones)",
+        default=PROMPTS,
+        metavar="SET[,SET...]|FILE",
+        help=f"bundled sets ({', '.join(SETS)}); or a file with a prompt in each line; or .jsonl with text or "
+        "messages; or null: BOS alone (default: %(default)s)",
     )
     parser.add_argument("--count", type=positive, help="use the first COUNT prompts (default: all; of null: 32)")
     parser.add_argument(
@@ -152,6 +153,7 @@ def _fidelity(args: argparse.Namespace, model: GlassModel, tokenizer: Any) -> Fi
                 bar.update,
             )
     figures = {
+        "prompt_set": args.prompts,
         "prompts": len(prompts),
         "tokens": args.tokens,
         "temperature": args.temp,

@@ -37,6 +37,7 @@ def test_json(evaluated):
     assert list(result["arms"]) == list(SELECTORS)
     assert list(result["arms"]["dense"]) == ["1"] and list(result["arms"]["glass"]) == ["0.25", "0.5"]
     assert (result["prompts"], result["tokens"], result["windows"]) == (2, 4, [1, 2, 3, 4])
+    assert result["prompt_set"].endswith("prompts.txt")
     row = result["arms"]["glass"]["0.5"]
     assert {"ppl", "kl", "agreement", "jaccard", "ci"} < set(row) and set(row["ci"]) == {
         "ppl",

@@ -76,7 +76,7 @@ def test_how_texts_read(exact):
 
 def test_prompts_are_cut_and_continued(exact):
     model, tokenizer = exact
-    prompts = bundled.read_prompts(str(bundled.PROMPTS), tokenizer, 3)
+    prompts = bundled.read_prompts(bundled.PROMPTS, tokenizer, 3)
     assert fit_length(model, prompts, None, 0, 0) == prompts
     length = len(prompts[0])
     short = fit_length(model, prompts, length + 3, 0, 0)[0]
