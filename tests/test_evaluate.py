@@ -115,7 +115,7 @@ def test_own_precision(evaluated):
         (["--temp", "-1"], 2, "negative"),
         (["--prompt-tokens", "4,0"], 2, "above 0"),
         (["--arms", "glass,magic"], 2, "'magic' is none of"),
-        (["--recall", "--tasks", "x"], 2, "not allowed"),
+        (["--exact", "recall", "--tasks", "x"], 2, "not allowed"),
         (["--prompts", "nowhere.txt"], 1, "nowhere.txt"),
         (["--arms", "static"], 1, "no global ranks"),
         (["--json", "/dev/null/x.json", "--tokens", "2", "--arms", "griffin"], 1, "Cannot write"),
