@@ -1,7 +1,7 @@
 """Tasks with exact answers, for models whose perplexity hides what is lost.
 
 ``recall`` is a conversation in which the user names a city, a date, a time or a place, and the beginning of an answer
-whose next words are that name. ``facts`` asks for something out of a paragraph, ``arithmetic`` for a number,
+whose next words are that name; in ``arithmetic`` the next word is a number. ``facts`` asks for what a paragraph says,
 ``instructions`` for an answer of a certain form, ``code`` for a function in Python. The model answers by itself with
 the most likely tokens, and rules tell whether the answer is right (``checks.py``).
 
@@ -48,7 +48,7 @@ class Task:
 TASKS = {
     "recall": Task(16),
     "facts": Task(24),
-    "arithmetic": Task(32),
+    "arithmetic": Task(8),
     "instructions": Task(80, whole=True),
     "code": Task(128),
 }

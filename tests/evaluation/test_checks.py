@@ -11,11 +11,10 @@ from glass_mlx.evaluation.exact import TASKS, read_questions
 
 CASES = [  # check, argument, right answers, wrong answers
     ("begins", "Santa Rosa", ["Santa Rosa.", " santa rosa, of course"], ["In Santa Rosa", "Santa", ""]),
+    ("begins", "5", ["5", " 5.", "5 apples"], ["54", "= 5", "five", "-5"]),
     ("says", ["7", "seven"], ["It is 7.", "Seven!", "7"], ["It is 17.", "70", "seventy", "7a", ""]),
     ("says", ["May 3rd"], ["on May 3rd."], ["on May 3", "on May 4th"]),
     ("avoids", "hot", ["The sun is a hotplate.", "Bright."], ["It is Hot.", "hot", " "]),
-    ("number", 7, ["7", "3 + 4 = 7.", "The answer is 7.0", "7 apples"], ["8", "7 + 4", "-7", "17", "seven", ""]),
-    ("number", 12, ["6 x 2 = 12", "12."], ["1,2000", "1 2", "12.5"]),
     ("upper", True, ["ROME.", "GOOD NIGHT, ANN!"], ["Rome", "ROMe", "123", ""]),
     (
         "items",
@@ -97,7 +96,7 @@ def test_the_sums_are_right():
             expression = question["messages"][0]["content"].removeprefix("What is ").rstrip("?").replace("times", "*")
             a, sign, b = expression.split()
             expected = {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[sign]
-            assert question["checks"] == {"number": expected}
+            assert question["checks"] == {"begins": str(expected)}
 
 
 def test_the_functions_asked_for_are_named_in_the_questions():
