@@ -23,7 +23,7 @@ from ..decoding.prompt import render
 from ..errors import GlassError
 from ..model.glass_model import GlassModel
 from .checks import is_right
-from .free_running import sample_continuations
+from .free_running import PromptBatch
 from .intervals import interval
 from .selectors import Selector
 from .teacher_forcing import TextBatch, as_masks, collect_evidence
@@ -120,13 +120,14 @@ class QuestionBatch:
     """
 
     def __init__(self, model: GlassModel, tokenizer: Any, task: Task, questions: list[dict[str, Any]]):
-        self.model, self.tokenizer, self.task, self.questions = model, tokenizer, task, questions
+        self.tokenizer, self.task, self.questions = tokenizer, task, questions
         self.prompts, self.begin = map(list, zip(*(_tokens(tokenizer, q) for q in questions)))
+        self._read = PromptBatch(model, self.prompts)
 
     def answer(self, masks: list[mx.array] | None = None) -> list[list[int]]:
         """The most likely answers, with their beginnings, decoded on the neurons of the masks [B, F]."""
         tokens = max(map(len, self.begin)) + self.task.tokens
-        return sample_continuations(self.model, self.prompts, tokens, 0, masks, self.begin)
+        return self._read.sample(tokens, 0, masks, self.begin)
 
     def marks(self, answers: list[list[int]]) -> list[bool]:
         """Whether each answer is right."""
