@@ -16,8 +16,8 @@ _ITEM = re.compile(r"\s*(?:[-*•]|\d+[.)])\s+\S")
 
 
 def begins(text: str, words: str) -> bool:
-    """Whether the text begins with these words, in whatever case."""
-    return re.match(rf"\s*{re.escape(words)}(?!\w)", text, re.IGNORECASE) is not None
+    """Whether the text begins with these words, in whatever case; a number at their end must end there."""
+    return re.match(rf"\s*{re.escape(words)}(?!\d)", text, re.IGNORECASE) is not None
 
 
 def says(text: str, spellings: list[str]) -> bool:

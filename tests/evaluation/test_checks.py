@@ -11,6 +11,7 @@ from glass_mlx.evaluation.exact import TASKS, read_questions
 
 CASES = [  # check, argument, right answers, wrong answers
     ("begins", "Santa Rosa", ["Santa Rosa.", " santa rosa, of course"], ["In Santa Rosa", "Santa", ""]),
+    ("begins", "May 5", ["May 5.", " may 5th"], ["May 54", "on May 5"]),
     ("begins", "5", ["5", " 5.", "5 apples"], ["54", "= 5", "five", "-5"]),
     ("says", ["7", "seven"], ["It is 7.", "Seven!", "7"], ["It is 17.", "70", "seventy", "7a", ""]),
     ("says", ["May 3rd"], ["on May 3rd."], ["on May 3", "on May 4th"]),
