@@ -3,7 +3,7 @@
     python -m glass_mlx.evaluate --model demo
     python -m glass_mlx.evaluate --density 0.3,0.5,0.7 --global-weight 0,0.25,0.5,0.75,1 --plot fidelity.png
     python -m glass_mlx.evaluate --prompt-tokens 4,16,64 --arms griffin,glass
-    python -m glass_mlx.evaluate --recall
+    python -m glass_mlx.evaluate --exact recall,facts --density 0.5,0.7
 
 The dense model samples a continuation of each prompt. For every selector (``--arms``), the prompt is read densely,
 neurons are selected, and the continuation is fed to the sparse model. The figures, over all tokens of the
@@ -11,7 +11,7 @@ continuations, are the perplexity, KL(dense || sparse), how often both find the 
 overlap of the kept neurons with the oracle's, which selects by the continuation itself. Confidence intervals of 95 %
 are over prompts.
 
-``--recall`` and ``--tasks`` measure answers to tasks instead.
+``--exact`` and ``--tasks`` measure answers to tasks instead.
 """
 
 from __future__ import annotations
@@ -27,15 +27,18 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from .cli import add_float32, add_verbose, density, global_weight, list_of, one_of, positive, print_result, run
-from .evaluation import fidelity, lm_eval_tasks, recall
+from .evaluation import exact, fidelity, lm_eval_tasks
 from .evaluation.free_running import fit_length
 from .evaluation.intervals import windows
 from .evaluation.machine import mlx_backend
 from .evaluation.plot import plot_fidelity
-from .evaluation.prompts import PROMPTS, read_prompts
+from .evaluation.prompts import PROMPTS, SETS, read_prompts
 from .evaluation.selectors import GLOBAL, SELECTORS, choose_selectors
 from .loading import DEFAULT_MODEL, load
 from .model.glass_model import GlassModel
+
+# What answers are compared for, if nothing else is asked for.
+_EXACT_SELECTORS = ("griffin", "glass-i", "glass")
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -73,9 +76,10 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 def _add_text_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts",
-        default=str(PROMPTS),
-        metavar="FILE",
-        help="a prompt in each line; or .jsonl with text or messages; or null: BOS alone (default: the bundled ones)",
+        default=PROMPTS,
+        metavar="SET[,SET...]|FILE",
+        help=f"bundled sets ({', '.join(SETS)}); or a file with a prompt in each line; or .jsonl with text or "
+        "messages; or null: BOS alone (default: %(default)s)",
     )
     parser.add_argument("--count", type=positive, help="use the first COUNT prompts (default: all; of null: 32)")
     parser.add_argument(
@@ -94,7 +98,12 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
 def _add_task_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("tasks, instead")
     kind = group.add_mutually_exclusive_group()
-    kind.add_argument("--recall", action="store_true", help="does an answer repeat the city, time or name it was told?")
+    kind.add_argument(
+        "--exact",
+        type=list_of(one_of(exact.TASKS)),
+        metavar="TASK[,TASK...]",
+        help=f"bundled tasks whose answers rules can tell: {', '.join(exact.TASKS)}",
+    )
     kind.add_argument(
         "--tasks",
         type=list_of(str),
@@ -120,7 +129,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     model, tokenizer = load(args.model, stats=args.stats, trust_remote_code=args.trust_remote_code)
     if args.float32:
         model.dense.set_dtype(mx.float32)
-    measure = _recall if args.recall else _tasks if args.tasks else _fidelity
+    measure = _exact if args.exact else _tasks if args.tasks else _fidelity
     figures, table = measure(args, model, tokenizer)
     about = {"model": args.model, "backend": mlx_backend(), "float32": args.float32, "seed": args.seed}
     result = {**about, "seconds": round(time.perf_counter() - tic, 1), **figures}
@@ -152,6 +161,7 @@ def _fidelity(args: argparse.Namespace, model: GlassModel, tokenizer: Any) -> Fi
                 bar.update,
             )
     figures = {
+        "prompt_set": args.prompts,
         "prompts": len(prompts),
         "tokens": args.tokens,
         "temperature": args.temp,
@@ -162,12 +172,17 @@ def _fidelity(args: argparse.Namespace, model: GlassModel, tokenizer: Any) -> Fi
     return figures, fidelity.table
 
 
-def _recall(args: argparse.Namespace, model: GlassModel, tokenizer: Any) -> Figures:
-    questions = recall.read_questions(args.limit)
-    names = args.arms or ["griffin", "glass"]
-    selectors = choose_selectors(names, args.global_weight, model.global_ranks is not None)
-    rows = recall.measure_recall(model, tokenizer, selectors, args.density, questions)
-    return {"questions": len(questions), "recall": rows}, recall.table
+def _exact(args: argparse.Namespace, model: GlassModel, tokenizer: Any) -> Figures:
+    has_statistics = model.global_ranks is not None
+    names = args.arms or [name for name in _EXACT_SELECTORS if has_statistics or name not in GLOBAL]
+    selectors = choose_selectors(names, args.global_weight, has_statistics)
+    questions = {task: exact.read_questions(task, args.limit) for task in args.exact}
+    rows = {}
+    with tqdm(total=sum(map(len, questions.values())), unit="question", file=sys.stderr, disable=None) as bar:
+        for task, some in questions.items():
+            how = exact.TASKS[task]
+            rows[task] = exact.measure_task(model, tokenizer, how, some, selectors, args.density, bar.update)
+    return {"questions": {task: len(some) for task, some in questions.items()}, "exact": rows}, exact.table
 
 
 def _tasks(args: argparse.Namespace, model: GlassModel, tokenizer: Any) -> Figures:

@@ -258,7 +258,7 @@ def _plot(args: argparse.Namespace) -> None:
     if args.model is not None:
         model, tokenizer = _load(args)
         statistics.check(model)
-        prompts = [tokenizer.encode(args.prompt)] if args.prompt else read_prompts(str(PROMPTS), tokenizer)
+        prompts = [tokenizer.encode(args.prompt)] if args.prompt else read_prompts(PROMPTS, tokenizer)
         overlaps = prompt_overlaps(model, prompts, statistics, args.density)
     plot_ranks(statistics, args.out, overlaps, args.density)
     say(args.out)

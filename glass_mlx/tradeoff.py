@@ -45,7 +45,7 @@ from .evaluation.decoders import KINDS, measure_decoders, simulated_decoders, st
 from .evaluation.free_running import fit_length
 from .evaluation.machine import machine, mlx_backend
 from .evaluation.plot import plot_tradeoff
-from .evaluation.prompts import PROMPTS, read_prompts
+from .evaluation.prompts import PROMPTS, SETS, read_prompts
 from .evaluation.shapes import SHAPES, random_model, shape_label
 from .loading import DEFAULT_MODEL, load
 from .model.config import LAYER_BUDGETS, GlassConfig
@@ -88,7 +88,12 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 
 
 def _add_text_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompts", default=str(PROMPTS), metavar="FILE", help="a prompt in each line")
+    parser.add_argument(
+        "--prompts",
+        default=PROMPTS,
+        metavar="SET[,SET...]|FILE",
+        help=f"bundled sets ({', '.join(SETS)}), or a file with a prompt in each line (default: %(default)s)",
+    )
     parser.add_argument("--count", type=int, default=8, help="number of prompts, spread over the file (default: 8)")
     parser.add_argument(
         "--prompt-tokens", type=int, metavar="N", help="cut prompts to this length (default: their own)"
@@ -139,6 +144,7 @@ def _compare(args: argparse.Namespace) -> None:
         "backend": mlx_backend(),
         "float32": args.float32 and not args.shape,
         "simulated_acceptance": bool(args.shape),
+        "prompt_set": None if args.shape else args.prompts,
         "prompts": len(prompts),
         "prompt_tokens": args.prompt_tokens,
         "tokens": args.tokens,

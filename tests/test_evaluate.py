@@ -37,6 +37,7 @@ def test_json(evaluated):
     assert list(result["arms"]) == list(SELECTORS)
     assert list(result["arms"]["dense"]) == ["1"] and list(result["arms"]["glass"]) == ["0.25", "0.5"]
     assert (result["prompts"], result["tokens"], result["windows"]) == (2, 4, [1, 2, 3, 4])
+    assert result["prompt_set"].endswith("prompts.txt")
     row = result["arms"]["glass"]["0.5"]
     assert {"ppl", "kl", "agreement", "jaccard", "ci"} < set(row) and set(row["ci"]) == {
         "ppl",
@@ -114,7 +115,7 @@ def test_own_precision(evaluated):
         (["--temp", "-1"], 2, "negative"),
         (["--prompt-tokens", "4,0"], 2, "above 0"),
         (["--arms", "glass,magic"], 2, "'magic' is none of"),
-        (["--recall", "--tasks", "x"], 2, "not allowed"),
+        (["--exact", "recall", "--tasks", "x"], 2, "not allowed"),
         (["--prompts", "nowhere.txt"], 1, "nowhere.txt"),
         (["--arms", "static"], 1, "no global ranks"),
         (["--json", "/dev/null/x.json", "--tokens", "2", "--arms", "griffin"], 1, "Cannot write"),

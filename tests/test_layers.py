@@ -41,7 +41,8 @@ OPTIONAL = {
     "matplotlib": {"evaluation"},
     "lm_eval": {"evaluation"},
     "torch": {"demo"},
-    "tokenizers": {"demo"},
+    "tokenizers": {"demo", "evaluation"},
+    "gguf": {"evaluation"},
 }
 
 MAX_MODULE, MAX_FUNCTION = 400, 60  # lines

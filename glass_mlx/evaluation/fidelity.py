@@ -121,7 +121,8 @@ def table(result: dict[str, Any]) -> str:
     precision = "float32" if result["float32"] else "own precision"
     lines = [
         f"{result['model']}, {precision}, {result['backend']}: "
-        f"{result['prompts']} prompts, {result['tokens']} tokens each, {result['seconds']:.0f} s; [95 % interval]"
+        f"{result['prompts']} prompts ({result['prompt_set']}), {result['tokens']} tokens each, "
+        f"{result['seconds']:.0f} s; [95 % interval]"
     ]
     for length, selectors in result["prompt_tokens"].items():
         of = "" if length == "own" else f", prompts of {length} tokens"

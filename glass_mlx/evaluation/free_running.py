@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import mlx.core as mx
@@ -43,35 +44,48 @@ def sample_continuations(
     continuations: list[list[int]] = []
     for i in range(0, len(prompts), _BATCH):
         some = slice(i, i + _BATCH)
-        given = np.full((len(prompts[some]), tokens), -1)
-        for b, start in enumerate(begin[some] if begin else []):
-            given[b, : len(start)] = start[:tokens]
         kept = None if masks is None else [mask[some] for mask in masks]
-        continuations += _sample_batch(model, prompts[some], given, temperature, kept)
+        continuations += PromptBatch(model, prompts[some]).sample(tokens, temperature, kept, begin and begin[some])
     return continuations
 
 
-def _sample_batch(
-    model: GlassModel,
-    prompts: list[list[int]],
-    given: np.ndarray,
-    temperature: float,
-    masks: list[mx.array] | None,
-) -> list[list[int]]:
-    """Continuations of prompts; ``given`` [B, tokens] is -1 where a token is to be sampled."""
-    caches, logits = [], []
-    for prompt in prompts:
-        caches.append(make_prompt_cache(model.dense))
-        logits.append(model.dense(mx.array(prompt)[None], cache=caches[-1])[:, -1])
-        mx.eval(logits[-1])
-    if all(hasattr(entry, "merge") for entry in caches[0]):
-        merged = [entries[0].merge(list(entries)) for entries in zip(*caches)]
-        return _decode(model, merged, mx.concatenate(logits), given, temperature, masks)
-    continuations = []  # the family's caches cannot be merged, so neither can the texts
-    for b, cache in enumerate(caches):
-        mask = masks and [m[b : b + 1] for m in masks]
-        continuations += _decode(model, cache, logits[b], given[b : b + 1], temperature, mask)
-    return continuations
+class PromptBatch:
+    """Prompts that the dense model has read, to be continued any number of times, side by side.
+
+    Args:
+        model (GlassModel): the model.
+        prompts (list[list[int]]): tokens.
+    """
+
+    def __init__(self, model: GlassModel, prompts: list[list[int]]):
+        self.model = model
+        self._caches: list[list[Any]] = []
+        self._logits: list[mx.array] = []
+        for prompt in prompts:
+            self._caches.append(make_prompt_cache(model.dense))
+            self._logits.append(model.dense(mx.array(prompt)[None], cache=self._caches[-1])[:, -1])
+            mx.eval(self._logits[-1])
+
+    def sample(
+        self,
+        tokens: int,
+        temperature: float = 1.0,
+        masks: list[mx.array] | None = None,
+        begin: list[list[int]] | None = None,
+    ) -> list[list[int]]:
+        """Continuations of the prompts; arguments and result as in :func:`sample_continuations`."""
+        given = np.full((len(self._caches), tokens), -1)
+        for b, start in enumerate(begin or []):
+            given[b, : len(start)] = start[:tokens]
+        if all(hasattr(entry, "merge") for entry in self._caches[0]):
+            merged = [entries[0].merge(list(entries)) for entries in zip(*self._caches)]
+            return _decode(self.model, merged, mx.concatenate(self._logits), given, temperature, masks)
+        continuations = []  # the family's caches cannot be merged, so neither can the texts
+        for b, cache in enumerate(self._caches):
+            mask = masks and [m[b : b + 1] for m in masks]
+            logits, fixed = self._logits[b], given[b : b + 1]
+            continuations += _decode(self.model, copy.deepcopy(cache), logits, fixed, temperature, mask)
+        return continuations
 
 
 def _decode(
@@ -82,7 +96,8 @@ def _decode(
     temperature: float,
     masks: list[mx.array] | None,
 ) -> list[list[int]]:
-    """Go on from the logits [B, vocabulary] of the prompts' last tokens; ``given`` as in ``_sample_batch``."""
+    """Go on from the logits [B, vocabulary] of the prompts' last tokens; ``given`` [B, tokens] is -1 where a token is
+    to be sampled."""
     masked = {} if masks is None else hooked(model.blocks, lambda i, h: _masked(h, masks[i]))
     sampled: list[mx.array] = []
     for place, fixed in enumerate(mx.array(given.T)):

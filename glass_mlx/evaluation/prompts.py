@@ -10,17 +10,20 @@ from ..decoding.prompt import render
 from ..errors import GlassError
 from ..ranks.sources import start_tokens
 
-PROMPTS = Path(__file__).parent / "prompts.jsonl"
+# The bundled sets: beginnings of prose, requests to an assistant that books and orders, and open instructions.
+SETS = ("prose", "dialogue", "chats")
+PROMPTS = "prose,dialogue"
 # How often the null prompt is read where no number is given.
 _NULL_PROMPTS = 32
 
 
 def read_prompts(source: str, tokenizer: Any, count: int | None = None) -> list[list[int]]:
-    """Read the prompts of a file.
+    """Read the prompts of a file or of bundled sets.
 
     Args:
-        source (str): a ``.jsonl`` file with ``{"text": ...}`` or ``{"messages": [...]}`` in each line, or another file
-            with a text in each line; ``null`` for the BOS token alone, 32 times.
+        source (str): names of ``SETS`` with commas between them; or a ``.jsonl`` file with ``{"text": ...}`` or
+            ``{"messages": [...]}`` in each line, or another file with a text in each line; or ``null`` for the BOS
+            token alone, 32 times.
         tokenizer: renders messages by its chat template; without one, their contents are joined.
         count (int, optional): only the first ``count`` prompts.
 
@@ -32,15 +35,21 @@ def read_prompts(source: str, tokenizer: Any, count: int | None = None) -> list[
     """
     if source == "null":
         return [start_tokens(tokenizer)] * (count or _NULL_PROMPTS)
+    names = source.split(",")
+    files = [str(Path(__file__).with_name(f"{n}.jsonl")) for n in names] if set(names) <= set(SETS) else [source]
+    return [tokens for file in files for tokens in _read(file, tokenizer)][:count]
+
+
+def _read(file: str, tokenizer: Any) -> list[list[int]]:
     try:
-        lines = [line.strip() for line in Path(source).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
-        raise GlassError(f"Cannot read prompts from {source}: {e}") from e
+        raise GlassError(f"Cannot read prompts from {file}: {e}; the bundled sets are {', '.join(SETS)}.") from e
     if not lines:
-        raise GlassError(f"{source} has no prompts: give a file with a text in each line.")
-    if not source.endswith(".jsonl"):
-        return [tokenizer.encode(line) for line in lines[:count]]
-    return [_encode(line, f"{source}:{number}", tokenizer) for number, line in enumerate(lines[:count], 1)]
+        raise GlassError(f"{file} has no prompts: give a file with a text in each line.")
+    if not file.endswith(".jsonl"):
+        return [tokenizer.encode(line) for line in lines]
+    return [_encode(line, f"{file}:{number}", tokenizer) for number, line in enumerate(lines, 1)]
 
 
 def _encode(line: str, place: str, tokenizer: Any) -> list[int]:

@@ -8,7 +8,7 @@ from mlx_lm.models.cache import KVCache
 
 from glass_mlx import GlassConfig, stream_generate
 from glass_mlx.evaluation import prompts as bundled
-from glass_mlx.evaluation.free_running import fit_length, readability, sample_continuations, self_nll
+from glass_mlx.evaluation.free_running import PromptBatch, fit_length, readability, sample_continuations, self_nll
 from glass_mlx.evaluation.selectors import standard_selectors
 from glass_mlx.evaluation.teacher_forcing import TextBatch, as_masks, collect_evidence, score_selectors
 
@@ -56,13 +56,23 @@ def test_caches_that_stay_apart(tiny, monkeypatch):
             self.cache = KVCache()
 
         def __getattr__(self, name):
-            if name == "merge":
+            if name == "merge" or name.startswith("__"):  # the latter for copying
                 raise AttributeError(name)
             return getattr(self.cache, name)
 
     together = sample_continuations(model, PROMPTS, 5, 0)
     monkeypatch.setattr("glass_mlx.evaluation.free_running.make_prompt_cache", lambda m: [Alone() for _ in m.layers])
-    assert sample_continuations(model, PROMPTS, 5, 0) == together
+    batch = PromptBatch(model, PROMPTS)
+    assert batch.sample(5, 0) == batch.sample(5, 0) == together
+
+
+def test_prompts_are_read_once_and_continued_again(tiny):
+    model, _ = tiny
+    batch = PromptBatch(model, PROMPTS)
+    nothing = [mx.zeros((3, block.size), mx.bool_) for block in model.blocks]
+    first, without = batch.sample(6, 0), batch.sample(6, 0, nothing)
+    assert batch.sample(6, 0) == first == sample_continuations(model, PROMPTS, 6, 0) != without
+    assert without == sample_continuations(model, PROMPTS, 6, 0, nothing)
 
 
 def test_how_texts_read(exact):
@@ -76,7 +86,7 @@ def test_how_texts_read(exact):
 
 def test_prompts_are_cut_and_continued(exact):
     model, tokenizer = exact
-    prompts = bundled.read_prompts(str(bundled.PROMPTS), tokenizer, 3)
+    prompts = bundled.read_prompts(bundled.PROMPTS, tokenizer, 3)
     assert fit_length(model, prompts, None, 0, 0) == prompts
     length = len(prompts[0])
     short = fit_length(model, prompts, length + 3, 0, 0)[0]

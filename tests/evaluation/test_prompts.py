@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from glass_mlx.errors import GlassError
-from glass_mlx.evaluation.prompts import PROMPTS, read_prompts
+from glass_mlx.evaluation import prompts
+from glass_mlx.evaluation.prompts import PROMPTS, SETS, read_prompts
 
 
 def test_the_bundled_prompts_are_read_without_a_second_bos(demo):
     _, tokenizer = demo
-    prompts = read_prompts(str(PROMPTS), tokenizer, None)
+    prompts = read_prompts(PROMPTS, tokenizer, None)
     assert len(prompts) == 32 and all(p.count(tokenizer.bos_token_id) == 1 for p in prompts)
+
+
+def test_the_bundled_sets(demo):
+    _, tokenizer = demo
+    sets = {name: read_prompts(name, tokenizer) for name in SETS}
+    assert {name: len(prompts) for name, prompts in sets.items()} == {"prose": 20, "dialogue": 12, "chats": 40}
+    assert read_prompts("chats,prose", tokenizer) == sets["chats"] + sets["prose"]
+    assert read_prompts(PROMPTS, tokenizer, 21) == sets["prose"] + sets["dialogue"][:1]
+    with pytest.raises(GlassError, match="prose,poems.* the bundled sets are prose, dialogue, chats"):
+        read_prompts("prose,poems", tokenizer)
+
+
+def test_the_chats_are_of_many_lengths_and_all_different():
+    lines = (Path(prompts.__file__).with_name("chats.jsonl")).read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["messages"][0]["content"] for line in lines]
+    words = sorted(len(text.split()) for text in texts)
+    assert words[0] < 9 and words[-1] > 100 and len(set(texts)) == len(texts)
 
 
 @pytest.mark.parametrize(
