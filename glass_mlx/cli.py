@@ -162,7 +162,7 @@ def add_glass_options(parser: argparse.ArgumentParser, build: bool) -> None:
         type=refresh,
         default=GlassConfig.refresh,
         metavar="TOKENS",
-        help="read the answer densely and choose again every so many tokens, or auto; 0: with the next prompt (default)",
+        help="read the answer densely and choose again every so many tokens; 0: with the next prompt (default)",
     )
     group.add_argument("--stats", metavar="FILE", help="global ranks (default: looked up)")
     group.add_argument("--stats-repo", metavar="REPO", help="Hub repository of global ranks, owner/name[@revision]")

@@ -16,22 +16,33 @@ from __future__ import annotations
 
 import numpy as np
 
-from .ranking import kept_count
-from .slicing import UNIT
-
 # p above. With p = 1, deep models give too few neurons to their less sensitive layers.
 POWER = 1.75
 # Every block keeps at least this fraction of the density, however insensitive the output is to it.
 FLOOR = 1 / 8
+# Steps from this on are too large to round every block by itself.
+LARGE = 256
 
 
-def uniform_budgets(density: float, sizes: list[int], groups: list[int]) -> list[int]:
-    """Neurons to keep in each block: the same share of every block. ``groups`` is as in ``measured_budgets``."""
-    return [size if density == 1 else kept_count(density, size, group) for size, group in zip(sizes, groups)]
+def uniform_budgets(density: float, sizes: list[int], steps: list[int]) -> list[int]:
+    """Neurons to keep in each block: the same share of every block, in whole steps.
+
+    Where steps are large (``Block.step``), blocks of one size take turns in being rounded up or down, so that what is
+    kept in all is right to a step. ``steps`` is as in ``measured_budgets``.
+    """
+    if density == 1:
+        return list(sizes)
+    kinds = list(zip(sizes, steps))
+    counts = []
+    for i, (size, step) in enumerate(kinds):
+        exact, earlier = density * size / step, kinds[:i].count((size, step))
+        turn = round((earlier + 1) * exact) - round(earlier * exact) if step >= LARGE else round(exact)
+        counts.append(step * min(max(1, turn), size // step))
+    return counts
 
 
 def measured_budgets(
-    density: float, energies: list[np.ndarray], sensitivity: list[float], groups: list[int]
+    density: float, energies: list[np.ndarray], sensitivity: list[float], steps: list[int]
 ) -> list[int]:
     """Neurons to keep in each block: density * sum of F in total, shared out at the least cost.
 
@@ -39,18 +50,17 @@ def measured_budgets(
         density (float): share of the neurons to keep, in (0, 1].
         energies (list[np.ndarray]): the global energies [F] of each block.
         sensitivity (list[float]): of each block, non-negative.
-        groups (list[int]): the quantisation group of each block (``Block.group``); 1 if neurons can be kept one by one.
+        steps (list[int]): the counts of each block are multiples of this (``Block.step``).
 
     Returns:
-        list[int]: counts, each at least ``FLOOR`` * density * F, and a multiple of ``UNIT`` in blocks with groups.
+        list[int]: counts, each at least ``FLOOR`` * density * F.
     """
     sizes = [len(e) for e in energies]
     if density == 1 or not any(sensitivity):
-        return uniform_budgets(density, sizes, groups)
-    floors = uniform_budgets(FLOOR * density, sizes, groups)
+        return uniform_budgets(density, sizes, steps)
+    floors = uniform_budgets(FLOOR * density, sizes, steps)
     saved, owners, widths = [], [], []
-    for i, (energy, weight, group, floor) in enumerate(zip(energies, sensitivity, groups, floors)):
-        step = 1 if group == 1 else UNIT
+    for i, (energy, weight, step, floor) in enumerate(zip(energies, sensitivity, steps, floors)):
         savings = -np.diff(cost(energy, weight)[floor::step]) / step
         saved.append(savings)
         owners.append(np.full(len(savings), i))

@@ -34,6 +34,12 @@ def unit_group(output: nn.Module) -> int:
     return 1
 
 
+def fast_inputs(bits: int) -> int:
+    """Of how many inputs a quantised layer must have a multiple for Metal's fastest matrix-vector product, ``qmv_fast``
+    (mlx/backend/metal/quantized.cpp)."""
+    return 256 if bits in (6, 8) else 512
+
+
 def input_size(linear: nn.Module) -> int:
     """How many inputs a linear layer has."""
     packed = isinstance(linear, nn.QuantizedLinear)

@@ -18,10 +18,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..core.importance import energy
-from ..core.slicing import input_size, plain_class, slice_columns, slice_rows, unit_group
+from ..core.slicing import UNIT, fast_inputs, input_size, plain_class, slice_columns, slice_rows, unit_group
 
 # How a fused projection orders the 2F rows of its two halves. "" means that it is not fused.
 HALVES, INTERLEAVED = "halves", "interleaved"
+
+# In blocks with fewer, the step would be too coarse a choice of density.
+FAST_STEPS = 16
 
 Projection = Callable[[mx.array], mx.array]
 # What a call uses in place of projections, by the projection's id.
@@ -64,6 +67,15 @@ class Block:
     def group(self) -> int:
         """How many neurons share a quantisation group of the output projection (``slicing.unit_group``)."""
         return unit_group(self.module[self.output])
+
+    @property
+    def step(self) -> int:
+        """How many of its neurons are kept is a multiple of this: single neurons, units of a quantisation group, or as
+        many as Metal's fastest matrix-vector product takes, in blocks with at least ``FAST_STEPS`` times as many."""
+        if self.group == 1:
+            return 1
+        fast = fast_inputs(self.module[self.output].bits)
+        return fast if self.size >= FAST_STEPS * fast else UNIT
 
     @property
     def dtype(self) -> mx.Dtype:

@@ -116,5 +116,5 @@ class Plan:
         logger.warning("the model's FFN weights have changed: its blocks and their norms were read again")
 
 
-def _shapes(blocks: list[Block]) -> tuple[list[int], list[int]]:
-    return [block.size for block in blocks], [block.group for block in blocks]
+def _shapes(blocks: list[Block]) -> tuple[list[int], list[int], list[int]]:
+    return [block.size for block in blocks], [block.group for block in blocks], [block.step for block in blocks]

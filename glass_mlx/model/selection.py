@@ -27,6 +27,7 @@ class NeuronSelector:
     Attributes:
         sizes: F of each block.
         groups: how many neurons share a quantisation group, for each block (``Block.group``).
+        steps: how many neurons of each block are kept is a multiple of this (``Block.step``).
         ranks: for each signal the global ranks [F] of every block; None without global statistics.
     """
 
@@ -34,30 +35,32 @@ class NeuronSelector:
         self,
         sizes: list[int],
         groups: list[int],
+        steps: list[int],
         ranks: dict[str, list[mx.array]] | None = None,
         domains: dict[str, list[mx.array]] | None = None,
         sensitivity: list[float] | None = None,
     ):
         """
         Args:
-            sizes, groups (list[int]): of the model's blocks.
+            sizes, groups, steps (list[int]): of the model's blocks.
             ranks (dict, optional): for each signal the global ranks [F] of every block.
             domains (dict, optional): for each signal the energies [K, F] of every block on each kind of text that the
                 ranks come from. Default: made from the ranks, with half the energy at twice the rank.
             sensitivity (list, optional): of every block (``ranks/sensitivity.py``). Default: all alike.
         """
-        self.sizes, self.groups, self.ranks, self._sensitivity = sizes, groups, ranks, sensitivity
+        self.sizes, self.groups, self.steps = sizes, groups, steps
+        self.ranks, self._sensitivity = ranks, sensitivity
         self._domains = domains
         domains = domains or {signal: [_shares(r) for r in rs] for signal, rs in (ranks or {}).items()}
         self._priors = {signal: Prior(rows) for signal, rows in domains.items()}
         self._counts: dict[tuple[float, str], list[int]] = {}
 
-    def of(self, sizes: list[int], groups: list[int]) -> NeuronSelector:
+    def of(self, sizes: list[int], groups: list[int], steps: list[int]) -> NeuronSelector:
         """The selector of the same model with other blocks: what is known of it goes along where the sizes are the
         same."""
         if sizes != self.sizes:
-            return NeuronSelector(sizes, groups)
-        return NeuronSelector(sizes, groups, self.ranks, self._domains, self._sensitivity)
+            return NeuronSelector(sizes, groups, steps)
+        return NeuronSelector(sizes, groups, steps, self.ranks, self._domains, self._sensitivity)
 
     def counts(self, density: float, layer_budgets: str) -> list[int]:
         """How many neurons each block keeps: density * F, rounded to what the block can be cut into; or, with the
@@ -65,10 +68,10 @@ class NeuronSelector:
         key = (density, layer_budgets)
         if key not in self._counts:
             if self._sensitivity is None or layer_budgets == "uniform":
-                self._counts[key] = uniform_budgets(density, self.sizes, self.groups)
+                self._counts[key] = uniform_budgets(density, self.sizes, self.steps)
             else:
                 energies = [np.array(e) for e in self.by_block(self._priors["impact"].posterior_energy(None))]
-                self._counts[key] = measured_budgets(density, energies, self._sensitivity, self.groups)
+                self._counts[key] = measured_budgets(density, energies, self._sensitivity, self.steps)
         return self._counts[key]
 
     def choose(self, config: GlassConfig, energy: mx.array | None, prompt_tokens: int) -> list[mx.array]:

@@ -44,7 +44,7 @@ def test_no_other_budgets_lose_less(seed, density):
 def test_in_units(density):
     rng = np.random.default_rng(0)
     energies = [rng.random(size) for size in (256, 384, 128)]
-    counts = measured_budgets(density, energies, [1.0, 5.0, 0.2], [64, 64, 1])
+    counts = measured_budgets(density, energies, [1.0, 5.0, 0.2], [UNIT, UNIT, 1])
     assert all(count % UNIT == 0 and 0 < count <= len(e) for count, e in zip(counts[:2], energies))
     total = round(density * 768)
     assert total - UNIT < sum(counts) <= max(total, 2 * UNIT + 1)
@@ -54,3 +54,19 @@ def test_uniform_where_nothing_is_known():
     energies = [np.ones(8) / 8] * 2
     assert measured_budgets(0.5, energies, [0.0, 0.0], [1, 1]) == uniform_budgets(0.5, [8, 8], [1, 1]) == [4, 4]
     assert measured_budgets(1, energies, [1.0, 9.0], [1, 1]) == [8, 8]
+
+
+@pytest.mark.parametrize("density", [0.1, 0.3, 0.5, 0.7, 0.95])
+def test_large_steps_are_shared_out_in_turn(density):
+    """All of them together keep what the density says, and each is off by less than a step."""
+    sizes, steps = [14336] * 32 + [9728] * 7, [512] * 39
+    counts = uniform_budgets(density, sizes, steps)
+    assert all(count % 512 == 0 and abs(count - density * size) <= 512 for count, size in zip(counts, sizes))
+    assert abs(sum(counts) - density * sum(sizes)) <= 512
+    assert abs(sum(counts[:16]) - sum(counts[16:32])) <= 512
+
+
+def test_measured_in_large_steps():
+    energies = [np.random.default_rng(i).dirichlet(np.full(8192, 0.3)) for i in range(4)]
+    counts = measured_budgets(0.5, energies, [1.0, 4.0, 0.1, 1.0], [512] * 4)
+    assert all(count % 512 == 0 for count in counts) and sum(counts) == 4 * 4096 and counts[1] > counts[0] > counts[2]
