@@ -21,6 +21,7 @@ from .compacting import make_compact
 from .config import GlassConfig
 from .memory import SessionMemory
 from .plan import Plan
+from .saved_cache import check_entries
 from .saved_session import check_restored, restore
 from .session import Phase, Session
 
@@ -147,9 +148,13 @@ class GlassModel(nn.Module):
 
         The tokens of a cache that plain mlx-lm filled (``mlx_lm.cache_prompt``) left no evidence, so the tokens read
         from now on and the global ranks decide.
+
+        Raises:
+            UnusableCache: it came out of a file and is damaged, or another model's.
         """
         if self._find_session(cache) is not None:
             return cache
+        check_entries(cache, self.dense)
         return [*cache, Session(self.config, max((entry.size() for entry in cache), default=0))]
 
     def session(self, cache: list[Any]) -> Session:

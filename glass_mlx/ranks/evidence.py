@@ -121,6 +121,15 @@ class SplitEvidence:
             and all(type(n) is int and 0 <= n < vocabulary for n in ids)
             and all(len(row) <= SAMPLE_LENGTH for rows in self.samples for row in rows)
             and all(len(rows) <= SAMPLE_ROWS for rows in self.samples)
-            and all(len(row) == 3 and all(type(x) in (int, float) for x in row) for row in self.history)
+            and all(
+                len(row) == 3 and all(type(x) in (int, float) and -1 <= x < 2**40 for x in row) for row in self.history
+            )
             and self.total > 0
+            and self._sums_fit()
         )
+
+    def _sums_fit(self) -> bool:
+        """Whether no block has more energy than the tokens read: each adds at most 1."""
+        blocks = np.split(self.sums, np.cumsum(self.sizes)[:-1], axis=-1)
+        most = np.array(self.tokens, np.float64) * (1 + 1e-3)  # rounding
+        return all((block.sum(axis=-1) <= most).all() for block in blocks)
