@@ -257,6 +257,10 @@ class Session:
         self.energy = self.spans[-1].energy if self.spans else None
         return True
 
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> Session:
+        """It stays as it is: what mlx-lm quantises are keys and values."""
+        return self
+
     def size(self) -> int:
         return self.offset
 

@@ -324,3 +324,8 @@ def test_nbytes_counts_evidence_and_weights():
 
 def test_sessions_do_not_merge():
     assert not hasattr(Session(GlassConfig()), "merge")
+
+
+def test_mlx_lm_may_quantise_every_entry():
+    session = Session(GlassConfig(), 3)
+    assert session.to_quantized(group_size=32, bits=8) is session
