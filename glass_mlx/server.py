@@ -128,8 +128,9 @@ def main() -> None:
         parser.error(
             f"--host {args.host} lets other machines in: give --api-key or {KEY_VARIABLE}, or listen on {DEFAULT_HOST}"
         )
-    for name in ("max_tokens", "max_queue", "max_prompt_tokens", "prefill_step_size", "prompt_cache_size"):
-        if getattr(args, name) < 1:
+    counts = ("max_tokens", "max_queue", "max_prompt_tokens", "prefill_step_size", "prompt_cache_size")
+    for name in (*counts, "kv_bits", "kv_group_size"):
+        if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     run(lambda: serve(args), args.verbose)
 

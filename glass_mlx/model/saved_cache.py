@@ -98,6 +98,8 @@ def _pairs(entry: Any, expected: Any) -> list[tuple[Any, Any]]:
 def _is_like(entry: Any, expected: Any) -> bool:
     """Whether an entry is of a kind, shape and dtype that a model's own entry may have or be turned into."""
     if type(expected) is KVCache and type(entry) is QuantizedKVCache:
+        if any(type(n) is not int for n in (entry.group_size, entry.bits)) or 0 in (entry.group_size, entry.bits):
+            return False  # MLX would divide by it
         expected = expected.to_quantized(entry.group_size, entry.bits)
     elif type(expected) is KVCache and type(entry) is RotatingKVCache:
         rotating = RotatingKVCache(entry.max_size, entry.keep)

@@ -106,6 +106,17 @@ def test_damaged_windows_are_refused(name, value):
         check_entries(cache, dense)
 
 
+@pytest.mark.parametrize("name", ["group_size", "bits"])
+@pytest.mark.parametrize("value", [0, -4, 7, 32.0, 2**40, None])
+def test_damaged_quantisation_is_refused(name, value):
+    """MLX divides by zero, which ends the process."""
+    dense = llama.Model(llama.ModelArgs.from_dict(tiny_config("llama") | {"head_dim": 32}))
+    cache = [entry.to_quantized(32, 4) for entry in filled(dense)]
+    setattr(cache[0], name, value)
+    with pytest.raises(UnusableCache):
+        check_entries(cache, dense)
+
+
 def test_another_models_cache_is_refused(dense):
     for family in ("gpt2", "falcon_h1"):
         with pytest.raises(UnusableCache):
