@@ -461,7 +461,9 @@ def test_nor_are_they_let_in_without_a_key_by_other_ways(served, host):
     assert Server(served.engine, host, 0, ApiOptions(api_key="secret")).url
 
 
-@pytest.mark.parametrize("option", ["--max-queue", "--max-tokens", "--prompt-cache-size", "--kv-bits", "--kv-group-size"])
+@pytest.mark.parametrize(
+    "option", ["--max-queue", "--max-tokens", "--prompt-cache-size", "--kv-bits", "--kv-group-size"]
+)
 def test_bad_options(invoke, option):
     done = invoke(server.main, option, "0")
     assert done.code == 2 and "must be at least 1" in done.err

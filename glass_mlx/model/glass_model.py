@@ -199,6 +199,7 @@ class GlassModel(nn.Module):
             kwargs["input_embeddings"] = input_embeddings
         session = self._find_session(cache)
         if session is None:
+            self._plan.bring_here(self.dense)
             return self.dense(inputs, cache=cache, **kwargs)
         return self.run_phase(session.infer_phase(_length(inputs, kwargs)), inputs, cache, **kwargs)
 
@@ -242,6 +243,7 @@ class GlassModel(nn.Module):
         if session.energy is not None:
             mx.eval(session.energy)  # so that the prefill's time is not counted as selection's
         start = time.perf_counter()
+        plan.bring_here(self.dense)
         kept = self._choose(session)
         compact = make_compact(plan.blocks, kept, plan.files, lambda needed: plan.memory.use(session, needed))
         if plan.files is not None:
@@ -294,6 +296,7 @@ class GlassModel(nn.Module):
 
     def _sparse(self, session: Session, inputs: mx.array, cache: list[Any], kwargs: dict[str, Any]) -> mx.array:
         if session.config.density == 1:
+            self._plan.bring_here(self.dense)
             return self.dense(inputs, cache=cache[:-1], **kwargs)
         if session.compact is None:
             raise GlassError("No neurons are chosen: call model.select(cache) before model.decode.")
@@ -301,6 +304,7 @@ class GlassModel(nn.Module):
 
     def _read(self, session, entries, inputs, length: int, prompt: int, kwargs, choose: bool = True) -> mx.array:
         """The dense model over ``length`` tokens, the last ``prompt`` of them of a prompt; the evidence is recorded."""
+        self._plan.bring_here(self.dense)
         norms = self._plan.norms() if session.config.signal == "impact" else [None] * len(self.blocks)
         logits, energies = recording(self.blocks, norms, self.dense, inputs, cache=entries, **kwargs)
         session.record(mx.concatenate(energies), length, prompt)
