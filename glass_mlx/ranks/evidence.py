@@ -109,6 +109,10 @@ class SplitEvidence:
     def _is_sound(self, empty: SplitEvidence, vocabulary: int) -> bool:
         """Whether all values are ones that measuring leaves."""
         domains = len(empty.samples)
+        if not all(
+            type(part) is list for part in (self.history, self.samples, *self.samples, self.tokens, *self.tokens)
+        ):
+            return False
         counts = [*self.tokens[0], *self.tokens[1], self.sequences, self.batches]
         ids = [token for rows in self.samples for row in rows for token in row]
         return (
@@ -132,4 +136,5 @@ class SplitEvidence:
         """Whether no block has more energy than the tokens read: each adds at most 1."""
         blocks = np.split(self.sums, np.cumsum(self.sizes)[:-1], axis=-1)
         most = np.array(self.tokens, np.float64) * (1 + 1e-3)  # rounding
-        return all((block.sum(axis=-1) <= most).all() for block in blocks)
+        with np.errstate(over="ignore"):
+            return all((block.sum(axis=-1) <= most).all() for block in blocks)
