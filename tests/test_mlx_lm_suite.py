@@ -44,6 +44,10 @@ EXPECTED = {
         *(f"test_models.TestModels.test_all_models [Testing {n}] (model_type='{n}')" for n in _FAMILIES),
     ],
     "names of modules begin with dense": ["test_models.TestModels.test_gemma4_moe_router_quantizes_to_8bit"],
+    "evaluated, mlx-lm's code writes out of bounds for its small vocabulary": [
+        "test_models.TestModels.test_phi3small",
+        "test_models.TestModels.test_all_models [Testing phi3small] (model_type='phi3small')",
+    ],
     "decodes on some of the neurons, and compares with all": ["test_models.TestModels.test_llama4_chunked_kv_cache"],
 }
 
@@ -102,14 +106,13 @@ class Test(unittest.TestCase):
     @unittest.skip("here")
     def test_skipped(self):
         pass
-    def test_zzz_ends_the_process(self):
-        os._exit(0)
+    def test_ends_the_process(self):
+        os._exit(1)
 """
 
 
 def test_runner(tmp_path):
     (tmp_path / "test_models.py").write_text(SOME_TESTS)
-    (tmp_path / "test_server.py").write_text("import no_such_module\n")
     (tmp_path / "test_other.py").write_text("raise SystemExit\n")  # not one of the files
     plain, ours = (suite.run(tmp_path, density, tmp_path / "log") for density in (None, 0.5))
     outcomes = {test.removeprefix("test_models.Test."): outcome for test, outcome in plain.items()}
@@ -123,8 +126,7 @@ def test_runner(tmp_path):
         "test_parts (i=0)": "passed",
         "test_parts (i=1)": "failed",
         "test_skipped": "skipped",
-        "test_zzz_ends_the_process": "crashed",
-        "unittest.loader._FailedTest.test_server": "failed",
+        "test_ends_the_process": "crashed",
     }
     assert outcomes["test_parts (i=1)"].why == "AssertionError: 1 != 0"
     assert sorted(suite.differences(plain, ours)) == ["test_models.Test.test_loaded", "test_models.Test.test_made"]
