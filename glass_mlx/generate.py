@@ -8,13 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import setup_arg_parser as setup_mlx_lm_parser
-from mlx_lm.models.cache import load_prompt_cache
 
 from .cli import (
     add_glass_options,
@@ -29,10 +27,9 @@ from .cli import (
 from .decoding.prompt import render
 from .decoding.stream import GenerationResponse, statistics, stream_generate
 from .errors import GlassError, printable_lines
-from .files import SMALL_HEADER, check_header
 from .loading import DEFAULT_MODEL, load
 from .model.glass_model import GlassModel
-from .model.saved_session import UnusableCache
+from .model.saved_cache import UnusableCache, read_prompt_cache
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -138,21 +135,16 @@ def _options(args: argparse.Namespace, model: GlassModel, tokenizer: Any, cached
 
 def _read_cache(path: str) -> list[Any]:
     try:
-        check_header(Path(path), SMALL_HEADER)
-        return load_prompt_cache(path)
-    except (OSError, RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise GlassError(f"{path} is not a usable prompt cache: {reason}") from e
+        return read_prompt_cache(path)
+    except UnusableCache as e:
+        raise GlassError(f"{path} is not a usable prompt cache: {e.reason}") from e
 
 
 def _with_session(path: str, cached: list[Any], model: GlassModel) -> list[Any]:
     try:
-        cache = model.add_session(cached)
+        return model.add_session(cached)
     except UnusableCache as e:
         raise GlassError(f"{path} is not a usable prompt cache: {e.reason}") from e
-    if len(cache) != len(model.make_cache()):
-        raise GlassError(f"{path} is not a usable prompt cache: it is of another model.")
-    return cache
 
 
 def _prompt(args: argparse.Namespace, tokenizer: Any, template: dict[str, Any], after_cache: bool) -> list[int]:

@@ -214,6 +214,13 @@ def test_kv_bits(demo):
     assert tokens == _dense(demo, **options)
 
 
+@pytest.mark.parametrize("options", [{"kv_bits": 0}, {"kv_bits": 4, "kv_group_size": 0}, {"kv_bits": -1}])
+def test_kv_bits_of_nothing(demo, options):
+    """MLX would divide by zero, which ends the process."""
+    with pytest.raises(GlassError, match="at least 1"):
+        generate(*demo, "Once", max_tokens=2, quantized_kv_start=0, **options)
+
+
 def test_max_kv_size(demo):
     """In a family whose caches mlx-lm makes: of the demo's it ignores the size."""
     model, prompt = wrap(tiny_model("qwen3"), stats=False), list(range(3, 30))

@@ -116,6 +116,8 @@ def stream_generate(
     prompt = prompt if isinstance(prompt, mx.array) else mx.array(prompt, dtype=mx.int32)
     if prompt.size == 0 and kwargs.get("input_embeddings") is None:
         raise GlassError("The prompt is empty: it has no tokens.")
+    if any(kwargs.get(name) is not None and kwargs[name] < 1 for name in ("kv_bits", "kv_group_size")):
+        raise GlassError("kv_bits and kv_group_size must be at least 1.")  # MLX would divide by zero
     if draft_model is not None and any(v is not None for v in (prompt_cache, *choice.values())):
         raise GlassError(
             "With a draft model, start a new conversation at the model's own density: "

@@ -24,6 +24,7 @@ from .config import GlassConfig
 from .memory import SessionMemory
 from .plan import Plan
 from .quality import QualityPoint
+from .saved_cache import check_entries
 from .saved_session import check_restored, restore
 from .session import Phase, Session
 
@@ -170,9 +171,13 @@ class GlassModel(nn.Module):
 
         The tokens of a cache that plain mlx-lm filled (``mlx_lm.cache_prompt``) left no evidence, so the tokens read
         from now on and the global ranks decide.
+
+        Raises:
+            UnusableCache: it came out of a file and is damaged, or another model's.
         """
         if self._find_session(cache) is not None:
             return cache
+        check_entries(cache, self.dense)
         read = max((entry.size() for entry in cache), default=0)
         return [*cache, Session(self.config, read, self._plan.layout.neurons)]
 
@@ -218,6 +223,7 @@ class GlassModel(nn.Module):
             kwargs["input_embeddings"] = input_embeddings
         session = self._find_session(cache)
         if session is None:
+            self._plan.bring_here(self.dense)
             return self.dense(inputs, cache=cache, **kwargs)
         return self.run_phase(session.infer_phase(_length(inputs, kwargs)), inputs, cache, **kwargs)
 
@@ -261,6 +267,7 @@ class GlassModel(nn.Module):
         if session.evidence is not None:
             mx.eval(session.evidence)  # so that the prefill's time is not counted as selection's
         start = time.perf_counter()
+        plan.bring_here(self.dense)
         kept = self._choose(session)
         known = plan.known(session) if session.config.compensation else None
         reserve = partial(plan.memory.use, session)
@@ -315,6 +322,7 @@ class GlassModel(nn.Module):
 
     def _sparse(self, session: Session, inputs: mx.array, cache: list[Any], kwargs: dict[str, Any]) -> mx.array:
         if session.config.density == 1:
+            self._plan.bring_here(self.dense)
             return self.dense(inputs, cache=cache[:-1], **kwargs)
         if session.compact is None:
             raise GlassError("No neurons are chosen: call model.select(cache) before model.decode.")
@@ -322,6 +330,7 @@ class GlassModel(nn.Module):
 
     def _read(self, session, entries, inputs, length: int, prompt: int, kwargs, choose: bool = True) -> mx.array:
         """The dense model over ``length`` tokens, the last ``prompt`` of them of a prompt; the evidence is recorded."""
+        self._plan.bring_here(self.dense)
         norms = self._plan.norms() if session.config.signal == "impact" else [None] * len(self.blocks)
         counted = mx.ones((kwargs.get("input_embeddings", inputs).shape[0], length))
         if session.offset == 0:

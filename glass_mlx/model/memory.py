@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import weakref
 from pathlib import Path
 
@@ -80,6 +81,8 @@ class WeightFiles:
 
     Only arrays that are in a file under their own name, equal to the bit, can be let go: what an adapter or a family's
     code changed while loading stays in memory.
+
+    An array that is still to be read belongs to the thread that asked for it. ``bring_here`` makes it this thread's.
     """
 
     def __init__(self, path: Path, blocks: list[Block]):
@@ -95,6 +98,8 @@ class WeightFiles:
         for block in blocks:
             names = [(name, key) for name in (*block.inputs, block.output) for key, _ in _arrays(block.module[name])]
             self._names.append([n for n in names if self._is_stored(block, n, stored)])
+        self._released: set[tuple[int, str, str]] = set()
+        self._reader: threading.Thread | None = None
         if not any(self._names):
             logger.warning("no FFN weight of this model is in its files as it is in memory: all of them stay there.")
 
@@ -113,7 +118,23 @@ class WeightFiles:
         """
         for name, key in self._names[index]:
             if not isinstance(compact[name], ScatterLinear):
-                dict.__setitem__(block.module[name], key, stored[_path(block, name, key)])
+                self._released.add((index, name, key))
+                _put(block, name, key, stored)
+        self._reader = threading.current_thread()
+
+    def bring_here(self, blocks: list[Block]) -> bool:
+        """Have this thread read what another one let go of, when it is used; returns whether there was anything.
+
+        Args:
+            blocks (list[Block]): the model's.
+        """
+        if self._reader in (None, threading.current_thread()):
+            return False
+        stored = self.read()
+        for index, name, key in self._released:
+            _put(blocks[index], name, key, stored)
+        self._reader = threading.current_thread()
+        return True
 
     @staticmethod
     def _is_stored(block: Block, name: tuple[str, str], stored: dict[str, mx.array]) -> bool:
@@ -121,6 +142,10 @@ class WeightFiles:
         if there is None or there.shape != own.shape or there.dtype != own.dtype:
             return False
         return mx.array_equal(own, there).item()
+
+
+def _put(block: Block, name: str, key: str, stored: dict[str, mx.array]) -> None:
+    dict.__setitem__(block.module[name], key, stored[_path(block, name, key)])
 
 
 def _path(block: Block, name: str, key: str) -> str:

@@ -99,12 +99,18 @@ class Plan:
         """The weights that the model has now are the plan's own doing."""
         self.made_for = signature(dense, self.blocks)
 
+    def bring_here(self, dense: nn.Module) -> None:
+        """Have this thread read the weights that another one let go of (``WeightFiles.bring_here``)."""
+        if self.files is not None and self.files.bring_here(self.blocks):
+            self.accept(dense)
+
     def follow(self, dense: nn.Module) -> None:
         """Plan again if the model's FFNs were quantised, replaced or given other weights.
 
         Raises:
             GlassError: an adapter was put into all of them, or they cannot be sparsified any more.
         """
+        self.bring_here(dense)
         if signature(dense, self.blocks) == self.made_for:
             return
         self.blocks, self.left_dense = find_blocks(dense)

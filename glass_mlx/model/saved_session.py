@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import json
+from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache
 
-from ..errors import GlassError, printable
+from ..errors import GlassError
 from .config import GlassConfig
 from .discovery import vocabulary_size
 from .evidence import EvidenceLayout
+from .saved_cache import UnusableCache, check_entries
 from .selection import NeuronSelector
 from .session import SAVED_AS, EvidenceSpan, Session
 
 _NAME = SAVED_AS.rpartition(" ")[0]
-
-
-class UnusableCache(GlassError):
-    """A prompt cache out of a file is damaged, or another model's; ``reason`` says what is wrong."""
-
-    def __init__(self, reason: str):
-        super().__init__(f"The prompt cache cannot be used: {reason}")
-        self.reason = printable(reason)
 
 
 def restore(entry: Any) -> Session | None:
@@ -33,12 +27,13 @@ def restore(entry: Any) -> Session | None:
     Raises:
         UnusableCache: it is damaged, or another version saved it.
     """
-    if type(entry) is not ArraysCache or not entry.cache or not str(entry.cache[0]).startswith(_NAME):
+    values = entry.cache if type(entry) is ArraysCache else None
+    if not isinstance(values, list) or not values or not str(values[0]).startswith(_NAME):
         return None
-    if entry.cache[0] != SAVED_AS:
+    if values[0] != SAVED_AS:
         raise UnusableCache("another version of glass_mlx saved it.")
     try:
-        return _session(json.loads(entry.cache[1]), entry.cache[2:])
+        return _session(json.loads(values[1]), values[2:])
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, GlassError) as e:
         reason = (str(e).splitlines() or [type(e).__name__])[0][:80]
         raise UnusableCache(f"its session is damaged ({reason}).") from e
@@ -100,12 +95,17 @@ def check_restored(
     session.neurons = layout.neurons
     if any(mx.any(span.evidence[: layout.neurons] < 0).item() for span in session.spans):
         raise UnusableCache("its session has energies below 0.")
-    offsets = {entry.offset for entry in entries if isinstance(getattr(entry, "offset", None), int)}
-    if offsets and session.offset not in offsets:
+    offset, batch = check_entries(entries, dense)
+    if offset not in (None, session.offset):
         raise UnusableCache(f"its session is of {session.offset} tokens, its keys and values are not.")
+    tokens = accumulate(span.tokens + 1 for span in session.spans)  # rounding and cutting included
+    for most, span in zip(tokens, session.spans):  # a token of each sequence adds at most 1 to a block
+        sums = mx.stack([mx.sum(energy) for energy in selector.by_block(span.evidence[: layout.neurons])])
+        if not mx.all(sums <= most * (batch or 1)).item():
+            raise UnusableCache("its session has more evidence than tokens.")
     vocabulary = vocabulary_size(dense)
     for tokens in session.pending_reread:
-        if not mx.all((tokens >= 0) & (tokens < vocabulary)).item():
+        if batch not in (None, tokens.shape[0]) or not mx.all((tokens >= 0) & (tokens < vocabulary)).item():
             raise UnusableCache("it has token ids that the model does not have.")
     if session.kept is not None and not selector.fits(session.kept, session.config):
         session.drop_choice()  # chosen for weights in another quantisation, or damaged

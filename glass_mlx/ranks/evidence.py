@@ -109,6 +109,8 @@ class SplitEvidence:
     def _is_sound(self, empty: SplitEvidence, vocabulary: int) -> bool:
         """Whether all values are ones that measuring leaves."""
         domains = len(empty.rows)
+        if not all(type(part) is list for part in (self.history, self.rows, *self.rows, self.tokens, *self.tokens)):
+            return False
         counts = [*self.tokens[0], *self.tokens[1], self.sequences, self.batches]
         ids = [token for rows in self.rows for row in rows for token in row]
         return (
@@ -120,6 +122,16 @@ class SplitEvidence:
             and all(type(n) is int and 0 <= n < 2**40 for n in counts)
             and all(type(n) is int and 0 <= n < vocabulary for n in ids)
             and [sum(map(len, rows)) for rows in self.rows] == [self.tokens_of(d) for d in range(domains)]
-            and all(len(row) == 3 and all(type(x) in (int, float) for x in row) for row in self.history)
+            and all(
+                len(row) == 3 and all(type(x) in (int, float) and -1 <= x < 2**40 for x in row) for row in self.history
+            )
             and self.total > 0
+            and self._sums_fit()
         )
+
+    def _sums_fit(self) -> bool:
+        """Whether no block has more energy than the tokens read: each adds at most 1."""
+        blocks = np.split(self.sums, np.cumsum(self.sizes)[:-1], axis=-1)
+        most = np.array(self.tokens, np.float64) * (1 + 1e-3)  # rounding
+        with np.errstate(over="ignore"):
+            return all((block.sum(axis=-1) <= most).all() for block in blocks)

@@ -95,7 +95,7 @@ class GlobalStatistics:
         except FileNotFoundError as e:
             raise StatsError(f"There is no ranks file {path}.") from e
         except (SafetensorError, OSError, ValueError, TypeError, KeyError, RecursionError) as e:
-            reason = (str(e).splitlines() or [type(e).__name__])[0]
+            reason = (str(e).splitlines() or [type(e).__name__])[0][:100]
             raise StatsError(f"{path} is not a usable ranks file: {reason}") from e
 
     @classmethod
@@ -180,7 +180,7 @@ def _domain_names(metadata: dict[str, str]) -> list[str]:
     names = json.loads(metadata.get("domains", "null")) or [metadata.get("method", "")]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) > 64:
         raise ValueError("domains is not a list of names")
-    return names
+    return [printable(name) for name in names]
 
 
 def _domain_tokens(metadata: dict[str, str]) -> list[int]:

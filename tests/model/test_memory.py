@@ -169,6 +169,54 @@ def test_without_dense_weights_in_memory(which, request):
     assert active <= model.session(cache).compact_bytes - gone + 200_000  # the KV cache grew
 
 
+ON_THREADS = """
+import json
+from concurrent.futures import ThreadPoolExecutor
+import mlx.core as mx
+from glass_mlx import load, stream_generate
+
+mx.disable_compile()
+
+def elsewhere(call, *args, **options):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call, *args, **options).result()
+
+def answers(low_memory):
+    model, tokenizer = load("demo", stats=False, refresh=0, low_memory=low_memory)
+    caches = [model.make_cache() for _ in range(2)]
+
+    def turn(text, cache, **options):
+        stream = stream_generate(model, tokenizer, text, max_tokens=4, prompt_cache=cache, **options)
+        said = [response.token for response in stream]
+        mx.eval([entry.state for entry in cache])  # the last step may still be running
+        return said
+
+    def step(cache):
+        model.select(cache)
+        return model.decode(mx.array([[8]]), cache).tolist()
+
+    yield from (elsewhere(turn, text, cache) for text in ("The ship", " and then") for cache in caches)
+    yield elsewhere(turn, " to sea", caches[0], verify=True)
+    yield turn(" with a", caches[1])
+    model.session(caches[1]).drop_choice()  # the next one slices weights that the other thread let go of
+    yield elsewhere(step, caches[1])
+    yield elsewhere(turn, " crew", caches[0], density=1.0)
+    yield step(caches[1])
+    yield elsewhere(lambda: model(mx.array([[3, 14, 15]])).tolist())
+
+print(json.dumps([list(answers(low_memory)) for low_memory in (False, True)]))
+"""
+
+
+def test_weights_are_read_on_the_thread_that_uses_them(python):
+    """Conversations take turns on threads, each of which may have ended by the next turn. In a process of its own:
+    checking a graph against Metal's rules ties arrays to a thread."""
+    done = python("-c", ON_THREADS)
+    assert done.code == 0, done.err
+    usual, low = json.loads(done.out)
+    assert usual == low and len(usual) == 10
+
+
 def test_peak_of_making_compact_weights():
     """While they are made, memory holds little beside them and the dense model."""
     model = GlassModel(tiny_model("llama"))

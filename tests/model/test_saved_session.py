@@ -93,6 +93,7 @@ def test_neurons_that_cannot_be_kept_are_chosen_again(model, file, tamper):
         (PENDING, lambda tokens: tokens + 1_000_000),
         (PENDING, lambda tokens: tokens - 1_000),
         (PENDING, lambda tokens: tokens[0]),
+        (PENDING, lambda tokens: tokens.T),
         (PENDING, lambda tokens: mx.zeros((1, 10**4), mx.int32)),
         (PENDING, lambda tokens: tokens.astype(mx.float32)),
         (EVIDENCE, lambda energy: -energy),
@@ -101,6 +102,7 @@ def test_neurons_that_cannot_be_kept_are_chosen_again(model, file, tamper):
         (EVIDENCE, lambda energy: energy[None]),
         (EVIDENCE, lambda energy: energy.astype(mx.float16)),
         (EVIDENCE, lambda energy: "energy"),
+        (EVIDENCE, lambda energy: energy + 3e38),
         (HEADER, lambda header: header[:-5]),
         (HEADER, lambda header: "[]"),
         (HEADER, lambda header: "[" * 100_000),
@@ -151,6 +153,23 @@ def test_another_models_session_is_refused(file):
     cache, _ = loaded(file)
     with pytest.raises(GlassError, match="another model"):
         other.session(cache)
+
+
+def test_a_cache_of_several_sequences(model, tmp_path):
+    cache = model.make_cache()
+    mx.eval(model.prefill(mx.array([PROMPT] * 3), cache))
+    save_prompt_cache(str(tmp_path / "cache.safetensors"), cache)
+    loaded = load_prompt_cache(str(tmp_path / "cache.safetensors"))
+    assert mx.array_equal(model.session(loaded).energy, model.session(cache).energy)
+
+
+def test_values_that_are_no_list(model, file):
+    cache, values = loaded(file)
+    cache[-1].cache = dict(enumerate(values[1:], 1))
+    with pytest.raises(GlassError, match="no session"):
+        model.session(cache)
+    with pytest.raises(GlassError, match="prompt cache cannot be used"):
+        model.add_session(cache)
 
 
 def test_other_entries_are_none_of_its_business():

@@ -189,6 +189,18 @@ def test_control_characters(tiny, written, tmp_path):
         ranks.check(tiny[0])
 
 
+def test_control_characters_in_json(written, tmp_path):
+    metadata = {"domains": r'["a\u001b[2Jb"]', "domain_tokens": "[1]"}
+    ranks = GlobalStatistics.read(changed(written, tmp_path / "x.safetensors", metadata=metadata))
+    assert ranks.domain_names == ["a [2Jb"]
+
+
+def test_a_long_reason_is_cut(written, tmp_path):
+    with pytest.raises(StatsError) as caught:
+        GlobalStatistics.read(changed(written, tmp_path / "x.safetensors", metadata={"format_version": "9" * 9999}))
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
+
+
 def read_or_refuse(path, data):
     path.write_bytes(data)
     try:

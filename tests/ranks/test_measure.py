@@ -238,6 +238,10 @@ DAMAGE = {
     "deep": lambda path: save_file({"sums": np.zeros(3)}, path, metadata={"state": "[" * 99_999}),
     "not a number": lambda path: _state(path, lambda state: state, np.full((2, 2, 1, 192), np.nan)),
     "negative energies": lambda path: _state(path, lambda state: state, np.full((2, 2, 1, 192), -1.0)),
+    "more energy than tokens": lambda path: _state(path, lambda state: state, np.full((2, 2, 1, 192), 1e308)),
+    "no list for the history": lambda path: _state(path, lambda state: state | {"history": ""}),
+    "no list for the samples": lambda path: _state(path, lambda state: state | {"samples": {"": ""}}),
+    "no numbers in the history": lambda path: _state(path, lambda state: state | {"history": [[np.nan] * 3]}),
     "directory": lambda path: (path.unlink(), path.mkdir()),
 }
 
