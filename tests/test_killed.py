@@ -43,7 +43,8 @@ def statistics_file(ranks, tmp_path) -> Writer:
 def partial_file(tmp_path) -> Writer:
     path = tmp_path / "ranks.safetensors.partial"
     sums = np.random.default_rng(0).random((2, 2, 3, 20_000))  # 2 MB
-    versions = [SplitEvidence([20_000], sums / 40_000, [[9 + i] * 3] * 2, [[[1] * (18 + 2 * i)]] * 3, 3, 3) for i in (0, 1)]
+    rows = [[[[1] * (18 + 2 * i)]] * 3 for i in (0, 1)]
+    versions = [SplitEvidence([20_000], sums / 40_000, [[9 + i] * 3] * 2, rows[i], 3, 3) for i in (0, 1)]
     empty = SplitEvidence([20_000], np.zeros_like(sums), [[0] * 3] * 2, [[]] * 3)
 
     def read() -> int:
