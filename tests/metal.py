@@ -2,8 +2,8 @@
 
 MLX is lazy, so the graph that is about to be evaluated can be read first, with what mlx-lm and MLX itself put into it.
 ``enforce`` stands before every evaluation that Python code can ask for (``mx.eval``, ``.item()``, ``np.array(...)``,
-``mx.save...``), lists the graph's primitives with ``mx.export_function`` and holds each against ``RULES``. Of graphs
-that look alike only the first is listed: ``mx.export_to_dot`` takes a tenth of the time.
+``mx.save...``), lists the graph's primitives with ``mx.export_function`` and holds each against ``RULES``. A graph is
+listed only if something in it looks new (``_pieces``): ``mx.export_to_dot`` takes a tenth of the time.
 
 Not seen: what a subprocess evaluates; arrays that reach C code through the buffer protocol alone; and graphs of
 compiled functions, which is why MLX's compiler is off while the rules are on.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
@@ -169,7 +169,9 @@ class Evaluation:
 
 
 _SMALL = 8000  # characters of what ``mx.export_to_dot`` writes: some 60 primitives
-_passed: set[int] = set()
+# Primitives whose rules are about dtypes that show in what is done before, or, of gathers, about the number of inputs.
+_TOLD_BY_LOOKS = {"Gather", "Arange", "ArgReduce", "Sort", "ArgSort", "Partition", "ArgPartition"}
+_passed: set[Hashable] = set()
 _recordings: list[tuple[int, list[Evaluation]]] = []
 
 
@@ -184,47 +186,59 @@ def check(*trees: Any) -> None:
         return
     drawn = io.StringIO()
     mx.export_to_dot(drawn, *arrays)
-    if "label" not in drawn.getvalue() or _is_known(drawn.getvalue(), arrays):
+    if "label" not in (written := drawn.getvalue()) or (whole := _whole(written, arrays)) in _passed:
         return
-    listed: list[dict] = []
+    pieces = _pieces(written, arrays)
+    if not pieces <= _passed:
+        _list(arrays)
+    _passed.update(pieces, [whole])
+
+
+def _list(arrays: list[mx.array]) -> None:
     try:
-        mx.export_function(listed.append, lambda: arrays)
-    except ValueError as e:  # a primitive that MLX does not export; what comes before it is listed
+        mx.export_function(_hold, lambda: arrays)
+    except ValueError as e:  # a primitive that MLX does not export; what comes before it was held
         if "LUF" in str(e):
-            listed.append({"type": "primitive", "name": "LUF", "inputs": [], "outputs": [], "arguments": []})
-    for entry in listed:
-        if entry["type"] != "primitive":
-            continue
-        rules = _RULES_OF.get(entry["name"], ())
-        if any(dtype == mx.float64 for _, _, dtype in (*entry["inputs"], *entry["outputs"])):
-            rules = (_FLOAT64, *rules)
-        for rule in rules:
-            if rule.broken(node := _node(entry)):
-                raise MetalError(f"{rule.name} (mlx/{rule.source}): {_written(node)}")
-    _passed.update(_looks(drawn.getvalue(), arrays))
+            _hold({"type": "primitive", "name": "LUF", "inputs": [], "outputs": [], "arguments": []})
 
 
-def _is_known(drawn: str, arrays: list[mx.array]) -> bool:
-    """Whether a graph is, or looks like, one that was listed."""
-    return any(look in _passed for look in _looks(drawn, arrays))
-
-
-def _looks(drawn: str, arrays: list[mx.array]) -> Iterator[int]:
-    """Numbers that graphs share if listing one of them is enough, given what ``mx.export_to_dot`` writes.
-
-    The first is for graphs with the same primitives on the same arrays, one by one; of small graphs, such as tests of a
-    single function make, also with outputs of the same shapes. The second is for larger graphs, those of models. As no
-    rule asks for a shape, or how often something is done, it is made of the set of primitives, each with its neighbour
-    and the number of arrays that it takes and gives: longer texts and more layers look alike.
-    """
-    dtypes = frozenset(a.dtype for a in arrays)
-    edges = drawn.encode().translate(None, b"0123456789")  # without addresses
-    if len(drawn) < _SMALL:
-        yield hash((edges, *((a.shape, a.dtype) for a in arrays)))
+def _hold(entry: dict) -> None:
+    """Hold an entry of a listing against the rules."""
+    if entry["type"] != "primitive":
         return
-    yield hash((edges, dtypes))
-    primitives = [(text[: text.index('"')], text.count("->")) for text in drawn.split('label ="')[1:]]
-    yield hash((frozenset(zip(primitives, primitives[1:])), dtypes))
+    rules = _RULES_OF.get(entry["name"], ())
+    if any(dtype == mx.float64 for _, _, dtype in (*entry["inputs"], *entry["outputs"])):
+        rules = (_FLOAT64, *rules)
+    for rule in rules:
+        if rule.broken(node := _node(entry)):
+            raise MetalError(f"{rule.name} (mlx/{rule.source}): {_written(node)}")
+
+
+def _whole(drawn: str, arrays: list[mx.array]) -> Hashable:
+    """What graphs share that do the same to the same arrays, one by one, given what ``mx.export_to_dot`` writes."""
+    edges = drawn.encode().translate(None, b"0123456789")  # without addresses
+    return hash((edges, *((a.shape, a.dtype) for a in arrays)))
+
+
+def _pieces(drawn: str, arrays: list[mx.array]) -> set[Hashable]:
+    """What a graph is made of: if all of it was listed, in whatever graphs, there is nothing new in it.
+
+    Of a large graph, such as models make: its primitives, each with its neighbours and the numbers of arrays that it
+    takes, gives and finds evaluated. No rule asks for a shape, or how often something is done, so longer texts and more
+    layers are made of the same. With primitives whose rules ask for more, a large graph is one piece; so is a small
+    one, such as tests of a single function make.
+    """
+    if len(drawn) < _SMALL:
+        return {_whole(drawn, arrays)}
+    dtypes = frozenset(a.dtype for a in arrays)
+    primitives = [
+        (text[: text.index('"')], text.count("->"), text.count("source")) for text in drawn.split('label ="')[1:]
+    ]
+    ruled = {name for name, *_ in primitives} & _RULES_OF.keys()
+    if not ruled <= _TOLD_BY_LOOKS:
+        return {(frozenset(zip(primitives, primitives[1:])), dtypes)}
+    before = [4 if name in ruled else 0 for name, *_ in primitives]
+    return {(*primitives[max(i - n, 0) : i + 2], dtypes) for i, n in enumerate(before)}
 
 
 def _written(node: Node) -> str:
