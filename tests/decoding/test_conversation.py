@@ -15,7 +15,7 @@ from glass_mlx.loading import DEMO_PATH
 TURNS = ["I want to find a restaurant in San Jose.", "Mexican food, please.", "Thank you!"]
 
 
-def _say(conversation, text, tokens=8, **options) -> str:
+def _say(conversation, text, tokens=6, **options) -> str:
     return "".join(r.text for r in conversation.reply(text, max_tokens=tokens, **options))
 
 
@@ -91,7 +91,7 @@ def test_turns(dense):
         messages = [*dense.messages, {"role": "user", "content": text}]
         prompt = dense.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         answer = _say(dense, text)
-        assert answer == mlx_lm.generate(dense.model.dense, dense.tokenizer, prompt, max_tokens=8)
+        assert answer == mlx_lm.generate(dense.model.dense, dense.tokenizer, prompt, max_tokens=6)
         assert dense.tokens[: len(prompt)] == prompt
         assert dense.messages == [*messages, {"role": "assistant", "content": answer}]
         assert len(dense.messages) == 2 * n + 2

@@ -13,15 +13,18 @@ from glass_mlx.evaluation.selectors import by_oracle, standard_selectors
 
 def test_the_demo_model_recalls(demo):
     """Densely it mostly does, and the better the neurons, the more it keeps of that."""
-    questions = recall.read_questions(8)
+    by_length = sorted(recall.read_questions(), key=lambda q: -len(str(q["messages"])))
+    questions = list({q["kind"]: q for q in by_length}.values())  # the shortest of each kind
     assert {q["kind"] for q in questions} == {"city", "date", "time", "name"}
     selectors = {"random": standard_selectors([])["random"], "oracle": by_oracle}
     rows = recall.measure_recall(*demo, selectors, [0.5], questions)
     accuracy = {name: row["accuracy"] for name, by_density in rows.items() for row in by_density.values()}
     assert accuracy["dense"] > 0.6
     assert accuracy["random"] < accuracy["oracle"] <= 1
-    low, high = rows["dense"]["1"]["ci"]
-    assert low < accuracy["dense"] < high
+    for by_density in rows.values():
+        for row in by_density.values():
+            low, high = row["ci"]
+            assert low <= row["accuracy"] <= high
 
 
 def test_the_questions_hold_their_answers(demo):
