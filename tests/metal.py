@@ -169,8 +169,10 @@ class Evaluation:
 
 
 _SMALL = 8000  # characters of what ``mx.export_to_dot`` writes: some 60 primitives
-# Primitives whose rules are about dtypes that show in what is done before, or, of gathers, about the number of inputs.
-_TOLD_BY_LOOKS = {"Gather", "Arange", "ArgReduce", "Sort", "ArgSort", "Partition", "ArgPartition"}
+# Primitives whose rules are about what is done before; and those whose rules are about the number of inputs, which
+# shows, or are held against them at the call.
+_BY_INPUT = {"ArgReduce", "Sort", "ArgSort", "Partition", "ArgPartition"}
+_BY_LOOKS = {"Gather", "Arange", "QuantizedMatmul", "GatherQMM"}
 _passed: set[Hashable] = set()
 _recordings: list[tuple[int, list[Evaluation]]] = []
 
@@ -223,22 +225,24 @@ def _whole(drawn: str, arrays: list[mx.array]) -> Hashable:
 def _pieces(drawn: str, arrays: list[mx.array]) -> set[Hashable]:
     """What a graph is made of: if all of it was listed, in whatever graphs, there is nothing new in it.
 
-    Of a large graph, such as models make: its primitives, each with its neighbours and the numbers of arrays that it
-    takes, gives and finds evaluated. No rule asks for a shape, or how often something is done, so longer texts and more
-    layers are made of the same. With primitives whose rules ask for more, a large graph is one piece; so is a small
-    one, such as tests of a single function make.
+    Of a large graph, such as models make: its primitives, each with the next and the number of arrays that they take
+    and give, and before a sort more of them. No rule asks for a shape, or how often something is done, so longer texts
+    and more layers are made of the same. With primitives whose rules ask for more, a large graph is one piece; so is a
+    small one, such as tests of a single function make.
     """
     if len(drawn) < _SMALL:
         return {_whole(drawn, arrays)}
     dtypes = frozenset(a.dtype for a in arrays)
-    primitives = [
-        (text[: text.index('"')], text.count("->"), text.count("source")) for text in drawn.split('label ="')[1:]
-    ]
-    ruled = {name for name, *_ in primitives} & _RULES_OF.keys()
-    if not ruled <= _TOLD_BY_LOOKS:
-        return {(frozenset(zip(primitives, primitives[1:])), dtypes)}
-    before = [4 if name in ruled else 0 for name, *_ in primitives]
-    return {(*primitives[max(i - n, 0) : i + 2], dtypes) for i, n in enumerate(before)}
+    texts = drawn.split('label ="')[1:]
+    names = [text[: text.index('"')] for text in texts]
+    primitives = [(name, text.count("->")) for name, text in zip(names, texts)]
+    pieces = {(*pair, dtypes) for pair in zip(primitives, primitives[1:])}
+    if not _RULES_OF.keys() & set(names) <= _BY_INPUT | _BY_LOOKS:
+        return {frozenset(pieces)}
+    for i in (i for i, name in enumerate(names) if name in _BY_INPUT):
+        evaluated = texts[i - 1].count("source")  # of the arrays that are sorted
+        pieces.add((*primitives[max(i - 4, 0) : i + 1], evaluated, dtypes))
+    return pieces
 
 
 def _written(node: Node) -> str:
@@ -306,8 +310,9 @@ def _watched() -> list[tuple[Any, str]]:
 
 @contextmanager
 def _calls_checked() -> Iterator[None]:
-    """Rules for calls whose graph is another on a CPU."""
-    load, dequantize = mx.load, mx.dequantize
+    """Rules for calls whose graph is another on a CPU, or does not show their arguments in ``_pieces``."""
+    own = {name: getattr(mx, name) for name in ("load", "dequantize", "quantized_matmul", "gather_qmm")}
+    load, dequantize = own["load"], own["dequantize"]
 
     @wraps(load)
     def checked_load(*args: Any, stream: Any = None, **kwargs: Any) -> Any:
@@ -325,7 +330,22 @@ def _calls_checked() -> Iterator[None]:
         return dequantize(w, scales, biases, group_size=group_size, bits=bits, mode=mode, **kwargs)
 
     mx.load, mx.dequantize = checked_load, checked_dequantize
+    mx.quantized_matmul, mx.gather_qmm = map(_product_checked, (own["quantized_matmul"], own["gather_qmm"]))
     try:
         yield
     finally:
-        mx.load, mx.dequantize = load, dequantize
+        for name, call in own.items():
+            setattr(mx, name, call)
+
+
+def _product_checked(call: Callable) -> Callable:
+    """A product by quantised weights, whose parameters are given by name, as mlx and mlx-lm do."""
+
+    @wraps(call)
+    def checked(*args: Any, group_size=None, bits=None, mode="affine", **kwargs: Any) -> Any:
+        given = (group_size, bits) != (None, None)
+        if given and not _has_kernels(group_size or 64, bits or 4, mode):
+            raise MetalError(f"no other parameters of a quantisation mode: {mode}, {bits} bits, groups of {group_size}")
+        return call(*args, group_size=group_size, bits=bits, mode=mode, **kwargs)
+
+    return checked
