@@ -74,14 +74,6 @@ def demo():
 
 
 @pytest.fixture(scope="session")
-def exact():
-    """The demo model in float32, where it makes no difference in which pieces a text is read."""
-    model, tokenizer = glass_mlx.load("demo")
-    model.dense.set_dtype(mx.float32)
-    return model, tokenizer
-
-
-@pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory) -> Path:
     """A random two-layer Llama with the demo's tokenizer, as a directory of mlx-lm's."""
     path = tmp_path_factory.mktemp("models") / "tiny"
@@ -115,6 +107,20 @@ def tiny(tiny_dir):
 
 
 @pytest.fixture(scope="session")
+def lively_dir(tiny_dir, tmp_path_factory) -> Path:
+    """The random model with weights by which every block matters: what it says is not one token again and again."""
+    path = shutil.copytree(tiny_dir, tmp_path_factory.mktemp("lively") / "lively")
+    shapes = {name: w.shape for name, w in mx.load(str(path / "model.safetensors")).items()}
+    weights = {name: mx.ones(shape) for name, shape in shapes.items() if len(shape) == 1}
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1}
+    for key, (name, shape) in zip(mx.random.split(mx.random.key(0), len(matrices)), sorted(matrices.items())):
+        gain = 1 if "embed" in name else 2
+        weights[name] = gain * mx.random.normal(shape, key=key) * shape[-1] ** -0.5
+    mx.save_safetensors(str(path / "model.safetensors"), weights, metadata={"format": "mlx"})
+    return path
+
+
+@pytest.fixture(scope="session")
 def rows() -> list[list[int]]:
     """Token sequences of unequal length."""
     rng = np.random.default_rng(0)
@@ -125,6 +131,16 @@ def rows() -> list[list[int]]:
 def ranks(tiny, rows) -> GlobalStatistics:
     """The random model's global statistics."""
     return measure.measure_statistics(tiny[0], given_sequences("text", rows, 4), stable_at=None, name="tiny")
+
+
+@pytest.fixture(scope="session")
+def exact(lively_dir, rows):
+    """The lively model with global ranks, and its tokenizer.
+
+    It is in float32, where it makes no difference in which pieces a text is read, and much faster than the demo."""
+    model, tokenizer = glass_mlx.load(lively_dir, stats=False)
+    measure.measure_statistics(model, given_sequences("text", rows, 4), stable_at=None).use_in(model)
+    return model, tokenizer
 
 
 @pytest.fixture(scope="session")

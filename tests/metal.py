@@ -2,8 +2,8 @@
 
 MLX is lazy, so the graph that is about to be evaluated can be read first, with what mlx-lm and MLX itself put into it.
 ``enforce`` stands before every evaluation that Python code can ask for (``mx.eval``, ``.item()``, ``np.array(...)``,
-``mx.save...``), lists the graph's primitives with ``mx.export_function`` and holds each against ``RULES``. Of graphs
-that look alike only the first is listed: ``mx.export_to_dot`` takes a tenth of the time.
+``mx.save...``), lists the graph's primitives with ``mx.export_function`` and holds each against ``RULES``. A graph is
+listed only if something in it looks new (``_pieces``): ``mx.export_to_dot`` takes a tenth of the time.
 
 Not seen: what a subprocess evaluates; arrays that reach C code through the buffer protocol alone; and graphs of
 compiled functions, which is why MLX's compiler is off while the rules are on.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
@@ -169,7 +169,11 @@ class Evaluation:
 
 
 _SMALL = 8000  # characters of what ``mx.export_to_dot`` writes: some 60 primitives
-_passed: set[int] = set()
+# Primitives whose rules are about what is done before; and those whose rules are about the number of inputs, which
+# shows, or are held against them at the call.
+_BY_INPUT = {"ArgReduce", "Sort", "ArgSort", "Partition", "ArgPartition"}
+_BY_LOOKS = {"Gather", "Arange", "QuantizedMatmul", "GatherQMM"}
+_passed: set[Hashable] = set()
 _recordings: list[tuple[int, list[Evaluation]]] = []
 
 
@@ -184,47 +188,61 @@ def check(*trees: Any) -> None:
         return
     drawn = io.StringIO()
     mx.export_to_dot(drawn, *arrays)
-    if "label" not in drawn.getvalue() or _is_known(drawn.getvalue(), arrays):
+    if "label" not in (written := drawn.getvalue()) or (whole := _whole(written, arrays)) in _passed:
         return
-    listed: list[dict] = []
+    pieces = _pieces(written, arrays)
+    if not pieces <= _passed:
+        _list(arrays)
+    _passed.update(pieces, [whole])
+
+
+def _list(arrays: list[mx.array]) -> None:
     try:
-        mx.export_function(listed.append, lambda: arrays)
-    except ValueError as e:  # a primitive that MLX does not export; what comes before it is listed
+        mx.export_function(_hold, lambda: arrays)
+    except ValueError as e:  # a primitive that MLX does not export; what comes before it was held
         if "LUF" in str(e):
-            listed.append({"type": "primitive", "name": "LUF", "inputs": [], "outputs": [], "arguments": []})
-    for entry in listed:
-        if entry["type"] != "primitive":
-            continue
-        rules = _RULES_OF.get(entry["name"], ())
-        if any(dtype == mx.float64 for _, _, dtype in (*entry["inputs"], *entry["outputs"])):
-            rules = (_FLOAT64, *rules)
-        for rule in rules:
-            if rule.broken(node := _node(entry)):
-                raise MetalError(f"{rule.name} (mlx/{rule.source}): {_written(node)}")
-    _passed.update(_looks(drawn.getvalue(), arrays))
+            _hold({"type": "primitive", "name": "LUF", "inputs": [], "outputs": [], "arguments": []})
 
 
-def _is_known(drawn: str, arrays: list[mx.array]) -> bool:
-    """Whether a graph is, or looks like, one that was listed."""
-    return any(look in _passed for look in _looks(drawn, arrays))
-
-
-def _looks(drawn: str, arrays: list[mx.array]) -> Iterator[int]:
-    """Numbers that graphs share if listing one of them is enough, given what ``mx.export_to_dot`` writes.
-
-    The first is for graphs with the same primitives on the same arrays, one by one; of small graphs, such as tests of a
-    single function make, also with outputs of the same shapes. The second is for larger graphs, those of models. As no
-    rule asks for a shape, or how often something is done, it is made of the set of primitives, each with its neighbour
-    and the number of arrays that it takes and gives: longer texts and more layers look alike.
-    """
-    dtypes = frozenset(a.dtype for a in arrays)
-    edges = drawn.encode().translate(None, b"0123456789")  # without addresses
-    if len(drawn) < _SMALL:
-        yield hash((edges, *((a.shape, a.dtype) for a in arrays)))
+def _hold(entry: dict) -> None:
+    """Hold an entry of a listing against the rules."""
+    if entry["type"] != "primitive":
         return
-    yield hash((edges, dtypes))
-    primitives = [(text[: text.index('"')], text.count("->")) for text in drawn.split('label ="')[1:]]
-    yield hash((frozenset(zip(primitives, primitives[1:])), dtypes))
+    rules = _RULES_OF.get(entry["name"], ())
+    if any(dtype == mx.float64 for _, _, dtype in (*entry["inputs"], *entry["outputs"])):
+        rules = (_FLOAT64, *rules)
+    for rule in rules:
+        if rule.broken(node := _node(entry)):
+            raise MetalError(f"{rule.name} (mlx/{rule.source}): {_written(node)}")
+
+
+def _whole(drawn: str, arrays: list[mx.array]) -> Hashable:
+    """What graphs share that do the same to the same arrays, one by one, given what ``mx.export_to_dot`` writes."""
+    edges = drawn.encode().translate(None, b"0123456789")  # without addresses
+    return hash((edges, *((a.shape, a.dtype) for a in arrays)))
+
+
+def _pieces(drawn: str, arrays: list[mx.array]) -> set[Hashable]:
+    """What a graph is made of: if all of it was listed, in whatever graphs, there is nothing new in it.
+
+    Of a large graph, such as models make: its primitives, each with the next and the number of arrays that they take
+    and give, and before a sort more of them. No rule asks for a shape, or how often something is done, so longer texts
+    and more layers are made of the same. With primitives whose rules ask for more, a large graph is one piece; so is a
+    small one, such as tests of a single function make.
+    """
+    if len(drawn) < _SMALL:
+        return {_whole(drawn, arrays)}
+    dtypes = frozenset(a.dtype for a in arrays)
+    texts = drawn.split('label ="')[1:]
+    names = [text[: text.index('"')] for text in texts]
+    primitives = [(name, text.count("->")) for name, text in zip(names, texts)]
+    pieces = {(*pair, dtypes) for pair in zip(primitives, primitives[1:])}
+    if not _RULES_OF.keys() & set(names) <= _BY_INPUT | _BY_LOOKS:
+        return {frozenset(pieces)}
+    for i in (i for i, name in enumerate(names) if name in _BY_INPUT):
+        evaluated = texts[i - 1].count("source")  # of the arrays that are sorted
+        pieces.add((*primitives[max(i - 4, 0) : i + 1], evaluated, dtypes))
+    return pieces
 
 
 def _written(node: Node) -> str:
@@ -292,8 +310,9 @@ def _watched() -> list[tuple[Any, str]]:
 
 @contextmanager
 def _calls_checked() -> Iterator[None]:
-    """Rules for calls whose graph is another on a CPU."""
-    load, dequantize = mx.load, mx.dequantize
+    """Rules for calls whose graph is another on a CPU, or does not show their arguments in ``_pieces``."""
+    own = {name: getattr(mx, name) for name in ("load", "dequantize", "quantized_matmul", "gather_qmm")}
+    load, dequantize = own["load"], own["dequantize"]
 
     @wraps(load)
     def checked_load(*args: Any, stream: Any = None, **kwargs: Any) -> Any:
@@ -311,7 +330,22 @@ def _calls_checked() -> Iterator[None]:
         return dequantize(w, scales, biases, group_size=group_size, bits=bits, mode=mode, **kwargs)
 
     mx.load, mx.dequantize = checked_load, checked_dequantize
+    mx.quantized_matmul, mx.gather_qmm = map(_product_checked, (own["quantized_matmul"], own["gather_qmm"]))
     try:
         yield
     finally:
-        mx.load, mx.dequantize = load, dequantize
+        for name, call in own.items():
+            setattr(mx, name, call)
+
+
+def _product_checked(call: Callable) -> Callable:
+    """A product by quantised weights, whose parameters are given by name, as mlx and mlx-lm do."""
+
+    @wraps(call)
+    def checked(*args: Any, group_size=None, bits=None, mode="affine", **kwargs: Any) -> Any:
+        given = (group_size, bits) != (None, None)
+        if given and not _has_kernels(group_size or 64, bits or 4, mode):
+            raise MetalError(f"no other parameters of a quantisation mode: {mode}, {bits} bits, groups of {group_size}")
+        return call(*args, group_size=group_size, bits=bits, mode=mode, **kwargs)
+
+    return checked

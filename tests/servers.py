@@ -17,9 +17,9 @@ CHAT = "/v1/chat/completions"
 QUESTION = [{"role": "user", "content": "I want to find a restaurant in San Jose."}]
 
 
-def answered(model: Any, tokenizer: Any) -> tuple[str, int, int]:
+def answered(model: Any, tokenizer: Any, messages: list[dict[str, str]] = QUESTION) -> tuple[str, int, int]:
     """What the package itself answers to the question: the text, and the numbers of prompt and generated tokens."""
-    prompt = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     responses = list(stream_generate(model, tokenizer, prompt, 512))
     return "".join(response.text for response in responses), len(prompt), len(responses)
 

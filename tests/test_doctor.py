@@ -26,7 +26,8 @@ def run() -> tuple[diagnosis.Report, str]:
     """A whole run, and the screen."""
     shown = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diagnosis, "RUNS", 1)
+        for number, few in {"PROMPT_TOKENS": 8, "TOKENS": 5, "RUNS": 1}.items():
+            patch.setattr(diagnosis, number, few)
         report = doctor.diagnose(lambda text, end="\n", **_: shown.append(text + end))
     return report, "".join(shown)
 

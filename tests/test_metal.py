@@ -65,6 +65,18 @@ def test_a_planted_violation_is_caught(planted):
             mx.eval({"nested": [make()]})
 
 
+@pytest.mark.parametrize("planted", PLANTED)
+def test_a_planted_violation_is_caught_in_a_model(planted, tiny):
+    """Where all else is known, and so is a sort or a scatter that Metal can do."""
+    make, rule = PLANTED[planted]
+    dense, prompt = tiny[0].dense, mx.array([[5, 6, 7]])
+    for _ in range(2):
+        mx.eval(dense(prompt), mx.argsort(dense(prompt)))
+        mx.eval(dense(prompt), along_axis(mx.int32), assigned(mx.int32), mx.argmax(dense(prompt)))
+    with pytest.raises(metal.MetalError, match=rule):
+        mx.eval(dense(prompt), make())
+
+
 @pytest.mark.parametrize(
     "evaluate",
     [

@@ -17,7 +17,7 @@ from .shapes import activation_dtype
 
 PROMPT = "The old house stood"
 CONTINUATION = " when the morning came the boy"
-TOKENS = 6
+TOKENS = 4
 
 SHIPPED = "bfloat16"
 # The demo model as it is, in another dtype, or quantised.

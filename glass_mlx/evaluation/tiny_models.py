@@ -247,9 +247,11 @@ def tiny_config(model_type: str) -> dict[str, Any]:
 
 def _enliven(model: nn.Module) -> None:
     """Replaces the parameters by float32 ones that are nowhere constant."""
-    parameters = []
-    for name, p in tree_flatten(model.parameters()):
-        shape, dtype, low, high = p.shape, p.dtype, mx.min(p).item(), mx.max(p).item()
+    named, parameters = tree_flatten(model.parameters()), []
+    bounds = [(mx.min(p), mx.max(p)) for _, p in named]
+    mx.eval(bounds)
+    for (name, p), (low, high) in zip(named, bounds):
+        shape, dtype, low, high = p.shape, p.dtype, low.item(), high.item()
         if not mx.issubdtype(dtype, mx.floating):
             if low == high:  # packed weights
                 p = mx.random.randint(0, 2**8, (p.nbytes,)).astype(mx.uint8)

@@ -29,7 +29,7 @@ def model() -> GlassModel:
 @pytest.fixture(scope="module", params=[0.0, 1.0])
 def found(request, model):
     return measure_decoders(
-        model, PROMPTS, standard_decoders([0.25, 1.0], draft_tokens=2), tokens=26, temperature=request.param
+        model, PROMPTS, standard_decoders([0.25, 1.0], draft_tokens=2), tokens=20, temperature=request.param
     )
 
 
@@ -50,7 +50,7 @@ def test_what_is_sparse_does(found):
 def test_only_some_decoders_and_more_refreshes(model):
     decoders = standard_decoders([0.3], refreshes=[8, "auto"], kinds=["refresh", "verified"])
     assert list(decoders) == ["dense", "glass + refresh 8", "glass + refresh", "verified"]
-    row = measure_decoders(model, PROMPTS, decoders, tokens=40)["glass + refresh 8"]["0.3"]
+    row = measure_decoders(model, PROMPTS, decoders, tokens=24)["glass + refresh 8"]["0.3"]
     assert len(row["kl_by_position"]) == 8 and sum(row["kl_by_position"]) / 8 == pytest.approx(row["kl"])
     assert decoders["glass + refresh 8"][0.3].config["refresh"] == 8
 
@@ -90,7 +90,7 @@ def test_simulated_acceptance(model):
     for by_density in decoders.values():
         for decoder in by_density.values():
             decoder.draft_tokens = 3
-    found = measure_decoders(model, PROMPTS, decoders, tokens=80, fidelity=False)
+    found = measure_decoders(model, PROMPTS, decoders, tokens=48, fidelity=False)
     high, low = (found[f"verified, acceptance {a}"]["0.5"] for a in ("0.95", "0.3"))
     assert high["acceptance"] == pytest.approx(0.95, abs=0.05) and low["acceptance"] == pytest.approx(0.3, abs=0.15)
     assert high["tokens_per_pass"] > low["tokens_per_pass"] and "strays" not in high

@@ -21,14 +21,11 @@ def _why_not() -> str | None:
     return done.stderr.strip().splitlines()[-1] if done.returncode else None
 
 
-pytestmark = pytest.mark.skipif(
-    bool(missing := _why_not()), reason=f"no Qt ({missing}): pip install '.[app]', and the libraries of .ci/run"
-)
-
-
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory) -> dict:
     """What the app showed, step by step."""
+    if missing := _why_not():
+        pytest.skip(f"no Qt ({missing}): pip install '.[app]', and the libraries of .ci/run")
     where = tmp_path_factory.mktemp("qt")
     qt = {"TOGA_BACKEND": "toga_qt", "QT_QPA_PLATFORM": "offscreen", "QT_SCALE_FACTOR": "1"}
     own = {name: str(where / "cache") for name in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME", "GLASS_CACHE_DIR")}

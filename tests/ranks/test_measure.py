@@ -246,10 +246,19 @@ DAMAGE = {
 }
 
 
+@pytest.fixture(scope="module")
+def measured(tiny, rows, tmp_path_factory) -> tuple[GlobalStatistics, bytes]:
+    """Statistics, and the file that was kept meanwhile."""
+    partial = tmp_path_factory.mktemp("partial") / "partial"
+    whole = measure_statistics(tiny[0], given_sequences("text", rows, 4), 20, None, partial=partial)
+    return whole, partial.read_bytes()
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_partial(tiny, rows, tmp_path, damage):
+def test_damaged_partial(tiny, rows, tmp_path, damage, measured):
     source, partial = given_sequences("text", rows, 4), tmp_path / "partial"
-    whole = measure_statistics(tiny[0], source, 20, None, partial=partial)
+    whole, data = measured
+    partial.write_bytes(data)
     DAMAGE[damage](partial)
     if damage == "directory":
         with pytest.raises(GlassError, match="Cannot write"):

@@ -40,13 +40,18 @@ def llm(served, tmp_path):
     return llm
 
 
-@pytest.mark.parametrize("way", [[], ["--no-stream"]])
-def test_llm(llm, demo, way):
-    assert llm("-m", "glass", *way, QUESTION[0]["content"]) == answered(*demo)[0].strip()
+def test_llm(llm, demo):
+    messages = [{"role": "system", "content": "You are kind."}, *QUESTION]
+    said = llm("-m", "glass", "-s", "You are kind.", QUESTION[0]["content"])
+    assert said == answered(*demo, messages)[0].strip()
 
 
-def test_llm_goes_on_with_a_conversation(llm, served):
-    llm("-m", "glass", "-s", "You are kind. " * 12, "-o", "max_tokens", "8", QUESTION[0]["content"])
+def test_llm_goes_on_with_a_conversation(llm, demo):
+    """The first answer comes whole, the second one is streamed."""
+    system = "You are kind. " * 12
+    messages = [{"role": "system", "content": system}, *QUESTION]
+    said = llm("-m", "glass", "--no-stream", "-s", system, QUESTION[0]["content"])
+    assert said == answered(*demo, messages)[0].strip()
     assert llm("-c", "-o", "max_tokens", "8", "Italian, please.")
     usage = json.loads(json.loads(llm("logs", "-n", "1", "--json"))[0]["token_details"])
     assert usage["prompt_tokens_details"]["cached_tokens"] > 10  # the server has recognised it

@@ -13,6 +13,7 @@ import threading
 import time
 from concurrent.futures import CancelledError
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import pytest
@@ -61,6 +62,17 @@ def demo_engine(make):
 @pytest.fixture
 def tiny_engine(make, tiny_dir):
     return make(model=str(tiny_dir), load={"stats": False})
+
+
+@pytest.fixture
+def make_lively(make, lively_dir):
+    """Make engines with a random model that says something else to everything it is asked, and soon."""
+    return partial(make, model=str(lively_dir), load={"stats": False})
+
+
+@pytest.fixture
+def lively_engine(make_lively):
+    return make_lively()
 
 
 def busy(engine: Engine, **fields) -> PendingCompletion:
@@ -118,34 +130,32 @@ def test_stop(demo_engine):
     assert chunks[-1].finish_reason == "stop"
 
 
-def test_text_and_tokens(demo_engine):
-    tokens = demo_engine.call(lambda model, tokenizer: tokenizer.encode("The old house")).result()
-    said = [text(demo_engine.submit(Request(prompt=p, max_tokens=9))) for p in ("The old house", tokens)]
+def test_text_and_tokens(lively_engine):
+    tokens = lively_engine.call(lambda model, tokenizer: tokenizer.encode("The old house")).result()
+    said = [text(lively_engine.submit(Request(prompt=p, max_tokens=9))) for p in ("The old house", tokens)]
     assert said[0] == said[1]
 
 
-def test_a_seed_gives_the_same_answer_whatever_else_runs(demo_engine):
+def test_a_seed_gives_the_same_answer_whatever_else_runs(lively_engine, make_lively):
     """Before, between and after: a conversation that the answer could have gone on from, and another one's samples."""
     seeded = ask("Where is the sea?", seed=7, temperature=1.0)
-    alone = text(demo_engine.submit(seeded))
+    alone = text(lively_engine.submit(seeded))
     turn = [*seeded.messages, {"role": "assistant", "content": alone}, USER]
     following = Request(messages=turn, seed=7, temperature=1.0, max_tokens=12)
-    first = text(demo_engine.submit(following))
+    first = text(lively_engine.submit(following))
     for other in (Request(messages=turn, max_tokens=5), ask("Where is the", temperature=2.0), ask("Where is the sea?")):
-        text(demo_engine.submit(other))
-        assert text(demo_engine.submit(seeded)) == alone
-        assert text(demo_engine.submit(following)) == first
-    fresh = Engine()
-    assert text(fresh.submit(following)) == first
-    fresh.close()
+        text(lively_engine.submit(other))
+        assert text(lively_engine.submit(seeded)) == alone
+        assert text(lively_engine.submit(following)) == first
+    assert text(make_lively().submit(following)) == first
 
 
-def test_without_a_seed_answers_differ(demo_engine):
+def test_without_a_seed_answers_differ(lively_engine):
     """Also after a request with one."""
     said = set()
     for _ in range(4):
-        text(demo_engine.submit(ask("Hello", seed=1)))
-        said.add(text(demo_engine.submit(ask("Hello", temperature=1.5))))
+        text(lively_engine.submit(ask("Hello", seed=1)))
+        said.add(text(lively_engine.submit(ask("Hello", temperature=1.5))))
     assert len(said) > 1
 
 
@@ -202,28 +212,28 @@ def test_an_answer_depends_on_its_request_alone(make, tiny_dir):
         assert mixed == alone, f"with room for {room}"
 
 
-def test_verified_answers_are_the_dense_models(demo_engine):
+def test_verified_answers_are_the_dense_models(lively_engine):
     options = {"max_tokens": 24, "temperature": 0.0, "client": "v"}
-    dense = text(demo_engine.submit(ask("I need a hotel.", density=1.0, **options)))
-    *_, end = chunks = list(demo_engine.submit(ask("I need a hotel.", verify=True, **options)))
+    dense = text(lively_engine.submit(ask("I need a hotel.", density=1.0, **options)))
+    *_, end = chunks = list(lively_engine.submit(ask("I need a hotel.", verify=True, **options)))
     assert "".join(chunk.text for chunk in chunks) == dense
     assert end.usage.verified and 0 < end.usage.density < 1
     for request in (ask("Hi", density=1.0, verify=True), ask("Hi", verify=False)):
-        assert not last(demo_engine.submit(request)).usage.verified
+        assert not last(lively_engine.submit(request)).usage.verified
 
 
-def test_drafting(make):
+def test_drafting(make_lively):
     """Whatever it costs."""
-    engine = make(verify={"draft_tokens": 3})
+    engine = make_lively(verify={"draft_tokens": 3})
     usage = last(engine.submit(ask("Hello", max_tokens=30, logit_bias={2: -100.0}, verify=True))).usage
     assert usage.verified and usage.completion_tokens == 30
     assert usage.drafted_tokens > 0
 
 
-def test_a_verified_answer_with_a_seed(demo_engine):
+def test_a_verified_answer_with_a_seed(lively_engine):
     """It does not depend on how much was drafted, which goes by measured times."""
     options = {"verify": True, "seed": 5, "temperature": 0.8, "max_tokens": 24}
-    assert len({text(demo_engine.submit(ask("Tell me of the sea.", **options))) for _ in range(3)}) == 1
+    assert len({text(lively_engine.submit(ask("Tell me of the sea.", **options))) for _ in range(3)}) == 1
 
 
 def test_a_system_prompt_is_shared(tiny_engine):
@@ -267,24 +277,21 @@ def test_tool_calls(make, tool_model, monkeypatch):
     assert chunks[-1].finish_reason == "tool_calls"
 
 
-def test_penalties_see_what_was_cached(demo_engine):
+def test_penalties_see_what_was_cached(lively_engine):
     """mlx-lm shows its processors only what is read now."""
     request = ask("one two one two one two", repetition_penalty=1.5, repetition_context_size=50, max_tokens=8)
-    assert text(demo_engine.submit(request)) == text(demo_engine.submit(request))
+    assert text(lively_engine.submit(request)) == text(lively_engine.submit(request))
 
 
-def test_concurrent_clients_get_what_they_would_get_alone(demo_engine):
+def test_concurrent_clients_get_what_they_would_get_alone(lively_engine, make_lively):
     questions = [f"Tell me of the {thing}." for thing in "sea hill road mill".split()]
-    expected = []
-    for question in questions:
-        alone = Engine()
-        expected.append(text(alone.submit(ask(question))))
-        alone.close()
+    expected = [text(make_lively().submit(ask(question))) for question in questions]
+    assert len(set(expected)) == len(questions)
     said = [""] * len(questions)
 
     def client(i: int) -> None:
         for _ in range(2):
-            said[i] = text(demo_engine.submit(ask(questions[i], client=str(i))))
+            said[i] = text(lively_engine.submit(ask(questions[i], client=str(i))))
 
     threads = [threading.Thread(target=client, args=(i,)) for i in range(len(questions))]
     for thread in threads:
@@ -412,12 +419,12 @@ def test_requests_leave_nothing_behind(make, tiny_dir):
     engine = make(model=str(tiny_dir), load={"stats": False})
     held = []
     for _ in range(3):
-        for i in range(40):
+        for i in range(24):
             options = {"seed": i, "temperature": 0.7, "logprobs": True} if i % 3 == 0 else {}
-            list(engine.submit(ask(f"I need {i} hotels.", client=str(i % 7), max_tokens=5, **options)))
+            list(engine.submit(ask(f"I need {i} hotels.", client=str(i % 7), max_tokens=3, **options)))
         gc.collect()
         held.append((len(gc.get_objects()), engine.status().memory_bytes))
-    assert abs(held[2][0] - held[1][0]) < 40  # less than one object for each request
+    assert abs(held[2][0] - held[1][0]) < 24  # less than one object for each request
     assert abs(held[2][1] - held[1][1]) < 100_000
 
 
@@ -540,22 +547,16 @@ def test_close(make, tiny_dir):
 
 
 @pytest.mark.parametrize("closed", ["engine.close()", ""])
-def test_the_process_ends_cleanly(closed):
+def test_the_process_ends_cleanly_and_needs_no_server_libraries(closed):
     """MLX aborts a process in which a thread has left streams behind."""
     code = (
-        "from glass_mlx.serving.engine import *; engine = Engine()\n"
-        f"list(engine.submit(Request(prompt='x', max_tokens=2)))\n{closed}\nprint('done')"
+        "import sys; from glass_mlx.serving.engine import *; engine = Engine()\n"
+        f"list(engine.submit(Request(prompt='x', max_tokens=2)))\n{closed}\n"
+        "print({'starlette', 'pydantic', 'uvicorn'} & set(sys.modules))"
     )
     root = glass_mlx.__path__[0] + "/.."
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
-
-
-def test_the_engine_needs_no_server_libraries():
-    code = "import sys, glass_mlx.serving.engine; print({'starlette', 'pydantic', 'uvicorn'} & set(sys.modules))"
-    root = glass_mlx.__path__[0] + "/.."
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
-    assert done.stdout == "set()\n"
+    assert (done.returncode, done.stdout) == (0, "set()\n"), done.stderr
 
 
 def test_the_engines_models(make, tiny_dir):

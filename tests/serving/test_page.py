@@ -58,14 +58,6 @@ def _runs(path: str) -> bool:
     return False
 
 
-BROWSER = find_browser()
-in_browser = pytest.mark.skipif(
-    BROWSER is None,
-    reason="no browser: install the test dependencies and chromium (or `playwright install chromium`), or set "
-    "GLASS_BROWSER to the path of one",
-)
-
-
 # ---- The files
 
 
@@ -215,9 +207,14 @@ class Visit:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    if (path := find_browser()) is None:
+        pytest.skip(
+            "no browser: install the test dependencies and chromium (or `playwright install chromium`), or set "
+            "GLASS_BROWSER to the path of one"
+        )
     expect.set_options(timeout=15_000)  # on a busy machine
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--disable-dev-shm-usage"])
+        browser = playwright.chromium.launch(executable_path=path, args=["--disable-dev-shm-usage"])
         yield browser
         browser.close()
 
@@ -266,7 +263,6 @@ def endless(visit: Visit) -> None:
     visit.page.route(f"**{CHAT}", longer)
 
 
-@in_browser
 def test_opens_quietly(visit):
     expect(visit.page).to_have_title("glass_mlx")
     expect(visit.page.get_by_role("heading", name="What is on your mind?")).to_be_visible()
@@ -274,7 +270,6 @@ def test_opens_quietly(visit):
     expect(visit.page.get_by_label("Model")).to_have_value("demo")
 
 
-@in_browser
 def test_answers_with_its_speed(visit):
     text = visit.ask("I want to find a restaurant in San Jose.")
     assert len(text) > 5
@@ -291,7 +286,6 @@ def test_answers_with_its_speed(visit):
     assert second and visit.asked[1]["messages"][1]["content"].strip() == text
 
 
-@in_browser
 def test_markdown_arrives_in_pieces(visit):
     answer_with(
         visit, body=events("# A ti", "tle\n\n- o", "ne\n- two\n\n```py", "thon\nprint(", "1)\n```\n\n|a|\n|-|\n|b|")
@@ -308,7 +302,6 @@ def test_markdown_arrives_in_pieces(visit):
     assert visit.page.evaluate("navigator.clipboard.readText()").startswith("# A title\n\n- one")
 
 
-@in_browser
 @pytest.mark.parametrize("way", ["button", "Escape"])
 def test_stop_reaches_the_server(visit, server, way):
     endless(visit)
@@ -331,7 +324,6 @@ def test_stop_reaches_the_server(visit, server, way):
     assert [m["role"] for m in visit.asked[-1]["messages"]] == ["user", "assistant", "user"]
 
 
-@in_browser
 def test_side_by_side(visit):
     visit.mode("Side by side")
     visit.ask("I need a hotel in London.")
@@ -350,7 +342,6 @@ def test_side_by_side(visit):
     assert visit.asked[2]["user"] != visit.asked[3]["user"]  # and with a cache of its own
 
 
-@in_browser
 def test_density_is_sent_and_kept(visit):
     visit.page.get_by_role("button", name="Fast").click()
     visit.ask("Hello")
@@ -365,7 +356,6 @@ def test_density_is_sent_and_kept(visit):
     expect(visit.page.locator("#density-words")).to_have_text("65 %")
 
 
-@in_browser
 def test_conversations_are_kept(visit):
     page = visit.page
     first = visit.ask("I want to find a restaurant in San Jose.")
@@ -386,7 +376,6 @@ def test_conversations_are_kept(visit):
     expect(chats).to_have_count(2)
 
 
-@in_browser
 def test_tabs_know_of_each_other(visit):
     with visit.page.context.expect_page() as opened:
         visit.page.evaluate("window.open('/', '_blank', 'noopener')")
@@ -397,7 +386,6 @@ def test_tabs_know_of_each_other(visit):
     assert not other.problems
 
 
-@in_browser
 def test_answer_goes_on_while_another_chat_is_open(visit):
     endless(visit)
     visit.say("Tell me a long story.")
@@ -412,7 +400,6 @@ def test_answer_goes_on_while_another_chat_is_open(visit):
     expect(visit.page.locator("#chats .open")).to_have_count(0)
 
 
-@in_browser
 def test_settings(visit):
     page = visit.page
     page.get_by_role("button", name="Settings").click()
@@ -458,7 +445,6 @@ HOSTILE = r"""<img src=x onerror="window.harmed=1"><script>window.harmed=1</scri
 """
 
 
-@in_browser
 def test_markdown_can_do_no_harm(visit):
     answer_with(visit, body=events(*(HOSTILE[i : i + 7] for i in range(0, len(HOSTILE), 7))))
     visit.ask("<img src=x onerror=window.harmed=1>")
@@ -492,7 +478,6 @@ FAILURES = [
 ]
 
 
-@in_browser
 def test_failures_have_words(visit):
     page = visit.page
     for status, body, words in FAILURES:
@@ -510,7 +495,6 @@ def test_failures_have_words(visit):
     assert said == ["Hello", "Half an ans", "Hello"]  # turns without any answer are left out
 
 
-@in_browser
 def test_server_that_goes_and_comes_back(visit):
     context: BrowserContext = visit.page.context
     context.set_offline(True)
@@ -524,7 +508,6 @@ def test_server_that_goes_and_comes_back(visit):
     visit.refused()
 
 
-@in_browser
 def test_asks_for_the_key(browser):
     with (
         serving(ApiOptions(api_key="open sesame", defaults={"max_tokens": 8})) as server,
@@ -545,7 +528,6 @@ def test_asks_for_the_key(browser):
         visit.refused()
 
 
-@in_browser
 def test_waits_with_words(visit):
     """A model that loads slowly, and a queue."""
     page, held = visit.page, []
@@ -576,7 +558,6 @@ DAMAGED = {
 }
 
 
-@in_browser
 def test_damaged_storage(visit):
     page = visit.page
     page.evaluate("items => { for (const [k, v] of Object.entries(items)) localStorage.setItem(k, v) }", DAMAGED)
@@ -588,7 +569,6 @@ def test_damaged_storage(visit):
     visit.ask("Hello")
 
 
-@in_browser
 @pytest.mark.parametrize("how", ["full", "off"])
 def test_no_room_in_the_browser(visit, how):
     page = visit.page
@@ -603,7 +583,6 @@ def test_no_room_in_the_browser(visit, how):
     visit.ask("Hello again")
 
 
-@in_browser
 def test_by_keyboard_alone(visit):
     page = visit.page
     for _ in range(9):  # back from the message, which has the focus at first, to the top
@@ -637,7 +616,6 @@ def test_by_keyboard_alone(visit):
     expect(visit.answers).to_have_count(0)
 
 
-@in_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_accessible(browser, server, scheme):
     with visiting(browser, server.url, color_scheme=scheme, reduced_motion="reduce") as visit:
@@ -672,7 +650,6 @@ def _violations(page: Page) -> list[str]:
     return [f"{rule['id']}: {node['html'][:200]} {node['failureSummary']}" for rule in found for node in rule["nodes"]]
 
 
-@in_browser
 @pytest.mark.parametrize("width", [320, 390])
 def test_small_screens(browser, server, width):
     with visiting(browser, server.url, viewport={"width": width, "height": 640}, has_touch=True) as visit:
