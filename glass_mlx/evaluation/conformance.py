@@ -12,12 +12,13 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 
+from ..core.compensation import SHRINKAGE, Response
 from ..core.importance import dense_weight
 from ..core.ranking import kept_count, rank, select
 from ..core.slicing import UNIT, ScatterLinear
 from ..decoding.stream import generate
 from ..loading import DEMO_PATH, wrap
-from ..model.blocks import Block, hooked, run_with
+from ..model.blocks import Block, hooked, run_with, watching_inputs
 from ..ranks.format import GlobalStatistics
 from ..ranks.lookup import STATS_DIR
 from ..serving.engine import Engine
@@ -161,23 +162,53 @@ def check_selection(case: Case) -> str:
 
 
 def check_sparse(case: Case) -> str:
-    """Decoding on compact weights equals the dense model with the dropped neurons' hidden values set to zero."""
+    """Decoding on compact weights equals the dense model with the dropped neurons' hidden values as NumPy predicts
+    them."""
     model, cache = case.model, case.prefilled(refresh=0)
-    masked, dense = copy.deepcopy(cache[:-1]), copy.deepcopy(cache[:-1])
+    replaced, dense = copy.deepcopy(cache[:-1]), copy.deepcopy(cache[:-1])
+    kept, predictions = model.kept_neurons(cache).values(), _numpy_predictions(case)
+    masks = [np.isin(np.arange(b.size), np.array(k)) for b, k in zip(model.blocks, kept)]
+    inputs: dict[int, mx.array] = {}
 
-    kept = model.kept_neurons(cache).values()
-    masks = [mx.array(np.isin(np.arange(b.size), np.array(k))) for b, k in zip(model.blocks, kept)]
-    zeroed = hooked(model.blocks, lambda i, h: mx.where(masks[i], h, mx.zeros((), h.dtype)))
+    def predicted(i: int, h: mx.array) -> mx.array:
+        return mx.where(mx.array(masks[i]), h, mx.array(predictions[i](_numpy(inputs[i])).astype(np.float32)))
 
     def logits(run: Callable, cache: list[Any]) -> mx.array:
         return mx.concatenate([run(mx.array([[token]]), cache=cache) for token in case.continuation[:4]])
 
-    found, unmasked = logits(model.decode, cache), logits(case.dense, dense)
-    expected = run_with(zeroed, logits, case.dense, masked)
-    error, effect = distance(found, expected), distance(unmasked, expected)
-    _near("logits against the dense model with neurons zeroed", error, case.tolerance)
+    found, unchanged = logits(model.decode, cache), logits(case.dense, dense)
+    hooks = watching_inputs(model.blocks, inputs.__setitem__) | hooked(
+        model.blocks, lambda i, h: predicted(i, h).astype(h.dtype)
+    )
+    expected = run_with(hooks, logits, case.dense, replaced)
+    error, effect = distance(found, expected), distance(unchanged, expected)
+    _near("logits against the dense model with neurons predicted", error, case.tolerance)
     _differs("logits against the dense model", effect, case.tolerance)
     return f"relative error {error:.1g}, dense {effect:.1g}"
+
+
+def _numpy(array: mx.array) -> np.ndarray:
+    return np.array(array.astype(mx.float32), np.float64)
+
+
+def _numpy_predictions(case: Case) -> list[Callable[[np.ndarray], np.ndarray]]:
+    """For each block what NumPy expects of its hidden vectors by its inputs, after the prompt; the formula is that of
+    ``core/compensation.py``."""
+    model = case.model
+    seen: list[list[np.ndarray]] = [[] for _ in model.blocks]
+
+    def keep(i: int, vectors: mx.array) -> None:
+        seen[i].append(_numpy(vectors).reshape(len(case.prompt), -1)[1:])  # the first token does not count
+
+    run_with(watching_inputs(model.blocks, keep) | hooked(model.blocks, keep), case.dense, mx.array([case.prompt]))
+
+    def prediction(response: Response, x: np.ndarray, h: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+        mu, a = _numpy(response.input_mean), _numpy(response.hidden_mean)
+        map_ = _numpy(response.directions) @ _numpy(response.coefficients)
+        e = (h - a - (x - mu) @ map_).sum(axis=0) / (len(h) + SHRINKAGE)
+        return lambda inputs: a + e + (inputs - mu) @ map_
+
+    return [prediction(response, *pair) for response, pair in zip(model.responses, seen)]
 
 
 def _keys_and_values(cache: list[Any], tokens: int) -> list[mx.array]:
@@ -253,7 +284,7 @@ CHECKS: dict[str, tuple[Callable[[Case], str], str, Iterable[str]]] = {
     "wrap": (check_wrap, "GLASS wraps all FFN blocks", FORMATS),
     "density 1": (check_density_1, "mlx-lm's own tokens", FORMATS),
     "selection": (check_selection, "NumPy keeps the same neurons", FORMATS),
-    "sparse": (check_sparse, "equals dense with neurons zeroed", FORMATS),
+    "sparse": (check_sparse, "equals dense with neurons predicted", FORMATS),
     "refresh": (check_refresh, "generated tokens are reread densely", FORMATS),
     "saved": (check_saved, "a loaded prompt cache continues alike", FORMATS),
     "verified": (check_verified, "the dense model's tokens", FORMATS),
