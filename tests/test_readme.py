@@ -100,7 +100,7 @@ def test_links(page):
 @by_path(CURRENT)
 def test_commands(page):
     for module, arguments in filter(None, map(glass_command, shell_commands(page))):
-        assert module.removeprefix("glass_mlx.") in (*COMMANDS, "demo.train", "evaluation.from_gguf")
+        assert module.removeprefix("glass_mlx.") in (*COMMANDS, "demo.train", "evaluation.from_gguf", "evaluation.soak")
         try:
             parser_of(module).parse_args(arguments)
         except SystemExit:

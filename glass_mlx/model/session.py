@@ -266,6 +266,10 @@ class Session:
         self.evidence = self.spans[-1].evidence if self.spans else None
         return True
 
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> Session:
+        """It stays as it is: what mlx-lm quantises are keys and values."""
+        return self
+
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> None:
         """A session is no layer's cache, but mlx-lm's speculative decoding takes it for the draft model's first one."""
         raise GlassError("A session is not a layer's cache. With a draft model, leave out prompt_cache.")

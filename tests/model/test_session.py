@@ -326,9 +326,9 @@ def test_nbytes_counts_evidence_and_weights():
     assert session.nbytes == evidence_bytes + 2 * 4 + (2 * 3 + 3) * 4
 
 
-@pytest.mark.parametrize("name", ["merge", "extend", "filter", "extract", "prepare", "to_quantized"])
+@pytest.mark.parametrize("name", ["merge", "extend", "filter", "extract", "prepare"])
 def test_what_mlx_lm_must_not_find(name):
-    """What it finds by its name: an entry that can be batched, or quantised."""
+    """What it finds by its name: an entry that can be batched."""
     assert not hasattr(Session(GlassConfig()), name)
 
 
