@@ -233,14 +233,14 @@ def _pieces(drawn: str, arrays: list[mx.array]) -> set[Hashable]:
     if len(drawn) < _SMALL:
         return {_whole(drawn, arrays)}
     dtypes = frozenset(a.dtype for a in arrays)
-    texts = drawn.split('label ="')[1:]
+    head, *texts = drawn.split('label ="')
     names = [text[: text.index('"')] for text in texts]
     primitives = [(name, text.count("->")) for name, text in zip(names, texts)]
     pieces = {(*pair, dtypes) for pair in zip(primitives, primitives[1:])}
     if not _RULES_OF.keys() & set(names) <= _BY_INPUT | _BY_LOOKS:
         return {frozenset(pieces)}
     for i in (i for i, name in enumerate(names) if name in _BY_INPUT):
-        evaluated = texts[i - 1].count("source")  # of the arrays that are sorted
+        evaluated = [head, *texts][i].count("source")  # of the arrays that are sorted: they are written before it
         pieces.add((*primitives[max(i - 4, 0) : i + 1], evaluated, dtypes))
     return pieces
 

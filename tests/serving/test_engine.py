@@ -66,7 +66,7 @@ def tiny_engine(make, tiny_dir):
 
 @pytest.fixture
 def make_lively(make, lively_dir):
-    """Make engines with a random model that says something else to everything it is asked, and soon."""
+    """Make engines with a small model that says something else to everything it is asked."""
     return partial(make, model=str(lively_dir), load={"stats": False})
 
 
