@@ -35,7 +35,8 @@ def test_densities_are_decoded_as_asked(tiny, monkeypatch):
         assert low <= row["speedup"] <= high
         assert row["speedup"] == result["speedup"][name]
         assert result["fraction_of_ceiling"][name] == pytest.approx(row["speedup"] / result["ceiling"][name])
-        assert row["compact_bytes"] == pytest.approx(float(name) * sum(map(ffn_bytes, model.blocks)))
+        answers = sum(4 * block.output_size for block in model.blocks)  # the mean of what is dropped
+        assert row["compact_bytes"] == pytest.approx(float(name) * sum(map(ffn_bytes, model.blocks)) + answers)
     assert result["ceiling"]["0.25"] > result["ceiling"]["0.5"] > 1
 
 
@@ -102,7 +103,8 @@ def test_a_spread_projection_is_read_whole():
     time_run(model, mx.arange(1, 9), 4, cache)
     saved = bytes_per_token(model, cache, False) - bytes_per_token(model, cache, True)
     inputs = sum(a.nbytes for b in model.blocks for n in b.inputs for a in b.module[n].parameters().values())
-    assert saved == inputs / 2
+    answers = sum(a.nbytes for answer in model.session(cache).compact.answers for a in answer.arrays)
+    assert saved == inputs / 2 - answers
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_the_null_prompt(evaluated):
 def test_without_global_ranks(invoke, prompts, tiny_dir):
     common = ["--model", tiny_dir, "--prompts", prompts, "--tokens", 3]
     outcome = invoke(main, *common, "--json")
-    assert set(json.loads(outcome.out)["arms"]) == set(SELECTORS) - {"static", "glass-a", "glass-i"}
+    assert set(json.loads(outcome.out)["arms"]) == set(SELECTORS) - {"static", "glass-a", "glass-i", "glass-i+"}
     assert "without static, glass-a, glass-i" in outcome.err
     with pytest.raises(GlassError, match="no global ranks"):
         choose_selectors(["griffin", "static"], [0.5], False)

@@ -9,7 +9,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..core.compensation import Response
 from ..model.glass_model import GlassModel
+from ..ranks.response import DEFAULT_RANK
 
 BITS = (4, 8, 16, 32)
 
@@ -100,8 +102,15 @@ def random_model(shape: str, layers: int | None = None, bits: int = 4, seed: int
     model = GlassModel(dense.eval())
     key = mx.random.key(seed)
     ranks = [mx.random.permutation(block.size, key=key) + 1 for block in model.blocks]
-    model.set_global_ranks({"impact": ranks, "activation": ranks})
+    responses = [_no_response(block.input_size, block.size) for block in model.blocks]
+    model.set_global_ranks({"impact": ranks, "activation": ranks}, responses=responses)
     return model
+
+
+def _no_response(inputs: int, size: int) -> Response:
+    """What costs as much as a measured response, and predicts nothing."""
+    shapes = ((inputs,), (size,), (inputs, DEFAULT_RANK), (DEFAULT_RANK, size))
+    return Response(*map(mx.zeros, shapes))
 
 
 def _random(layer: nn.Module, name: str, array: mx.array, key: mx.array) -> mx.array:

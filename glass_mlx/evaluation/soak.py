@@ -35,7 +35,7 @@ from mlx.utils import tree_flatten
 
 from ..loading import DEFAULT_MODEL, DEMO_PATH
 from ..serving.engine import Engine, EngineOptions
-from ..serving.errors import BadRequest, EngineFailed, RequestError, UnknownModel
+from ..serving.errors import BadRequest, RequestError, UnknownModel
 from ..serving.request import Chunk, PendingCompletion, Request
 from .machine import machine, versions
 from .tiny_models import tiny_config
@@ -214,7 +214,7 @@ class Traffic:
         self.engine.unload().result()
         hidden = file.rename(file.with_suffix(".hidden"))
         try:
-            self._refused(EngineFailed, prompt="a ship")
+            self._refused(UnknownModel, prompt="a ship")
         finally:
             hidden.rename(file)
 

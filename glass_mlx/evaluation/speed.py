@@ -62,9 +62,11 @@ def bytes_per_token(model: GlassModel, cache: list[Any], sparse: bool) -> int:
     total += sum(a.nbytes for entry in cache[:-1] for _, a in tree_flatten(entry.state) if isinstance(a, mx.array))
     if sparse:
         model.select(cache)  # the last token may have been one to reread at
-        for block, projections in zip(model.blocks, model.session(cache).compact.projections):
-            for name, compact in projections.items():
-                read = model_bytes(compact.projection if isinstance(compact, ScatterLinear) else compact)
+        compact = model.session(cache).compact
+        total += sum(array.nbytes for answer in compact.answers if answer is not None for array in answer.arrays)
+        for block, projections in zip(model.blocks, compact.projections):
+            for name, own in projections.items():
+                read = model_bytes(own.projection if isinstance(own, ScatterLinear) else own)
                 total += read - model_bytes(block.module[name])
     return total
 

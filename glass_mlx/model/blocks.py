@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar, copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from types import MappingProxyType
 from typing import Any
@@ -141,11 +141,13 @@ class CompactWeights:
         projections: for each block its compact projections by name.
         replacements: these, or what computes with them, as ``run_with`` takes it.
         nbytes: their size, without what a ``ScatterLinear`` only refers to.
+        answers: for each block what answers for its dropped neurons (``dropped.Answer``), or None.
     """
 
     projections: list[dict[str, nn.Module]]
     replacements: dict[int, Projection]
     nbytes: int
+    answers: list[Any] = field(default_factory=list)
 
 
 class Hook:

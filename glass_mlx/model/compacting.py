@@ -58,7 +58,7 @@ def make_compact(
     replacements: dict[int, Projection] = {}
     for block, projections, answer in zip(blocks, made, answers):
         replacements |= block.replacing(projections if answer is None else answer.replacing(block, projections))
-    return CompactWeights(made, replacements, needed)
+    return CompactWeights(made, replacements, needed, answers)
 
 
 def _arrays(projections: dict[str, nn.Module]) -> list[mx.array]:

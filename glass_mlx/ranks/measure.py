@@ -159,9 +159,10 @@ def measure_statistics(
         responses=measure_responses(model, sum(evidence.rows, []), ranks["impact"], response_rank) or None,
         metadata=_metadata(model, source, evidence, read, name),
     )
-    statistics.use_in(model)
+    judged = GlassModel(model.dense)  # the model itself keeps the statistics that it has
+    statistics.use_in(judged)
     alternating = [row for rows in zip_longest(*evidence.rows) for row in rows if row is not None]
-    statistics.quality = measure_quality(model, alternating)
+    statistics.quality = measure_quality(judged, alternating)
     return statistics
 
 

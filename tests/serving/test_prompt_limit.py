@@ -63,8 +63,8 @@ def test_tokens_are_counted_without_a_model():
 @settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.sampled_from(["the ", " ", "\n", "a", "é", "漢", "😀", "house", "<s>", "\x00", "0"]), max_size=400))
 def test_what_fits_is_never_refused(tiny, monkeypatch, parts):
-    monkeypatch.setattr(prompt_limit, "_PIECE", 50)
-    monkeypatch.setattr(prompt_limit, "_SLACK", 4)
+    monkeypatch.setattr(prompt_limit, "_PIECE", 200)
+    monkeypatch.setattr(prompt_limit, "_SLACK", 16)
     text = "".join(parts)
     for request in (Request(prompt=text), chat(text)):
         limit = PromptLimit(10**9, tiny[1])
