@@ -16,7 +16,7 @@ from .errors import GlassError
 from .hub import hub_access
 from .model.config import GlassConfig
 from .model.glass_model import GlassModel
-from .model.quality import density_for
+from .model.quality import costs_more_than, density_for
 from .model_files import check_model, problem
 from .ranks.format import GlobalStatistics
 from .ranks.lookup import find_statistics
@@ -169,6 +169,12 @@ def load(
     _use(model, statistics, stats is not False)
     if quality is not None:
         model.config = model.config.updated(density=density_for(quality, model.quality))
+    elif costs_more_than("fast", model.config.density, model.quality):
+        logger.warning(
+            "density %g costs this model more than quantising it to 3 bits would; --quality fast gives density %g",
+            model.config.density,
+            density_for("fast", model.quality),
+        )
     return (model, tokenizer, model_config) if return_config else (model, tokenizer)
 
 

@@ -15,6 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import GlassError
 from ..model.glass_model import GlassModel
+from ..model.quality import agreement_at
 from ..model.session import Session
 from .prompt import encode
 from .speculative import stream_verified
@@ -30,6 +31,8 @@ class GenerationResponse(DenseResponse):
         total_neurons (int): FFN neurons of these layers.
         global_weight (float): weight that the global ranks had in the choice.
         signal (str): what the neurons were ranked by.
+        expected_agreement (float | None): how often the sparse model's most likely token is the dense one's, as the
+            model's ranks say; None if that was not measured.
     """
 
     density: float = 1.0
@@ -37,6 +40,7 @@ class GenerationResponse(DenseResponse):
     total_neurons: int = 0
     global_weight: float = 0.0
     signal: str = ""
+    expected_agreement: float | None = None
 
 
 class PhasedModel(nn.Module):
@@ -187,6 +191,7 @@ def _describe(model: GlassModel, session: Session) -> dict[str, Any]:
         "total_neurons": sum(block.size for block in model.blocks),
         "global_weight": model.global_weight(session),
         "signal": config.signal,
+        "expected_agreement": agreement_at(config.density, model.quality),
     }
 
 
@@ -206,8 +211,9 @@ def statistics(r: GenerationResponse) -> str:
         f"Peak memory: {r.peak_memory:.3f} GB",
     ]
     if r.total_neurons:
+        expected = "" if r.expected_agreement is None else f", same top token {r.expected_agreement:.0%}"
         lines.append(
             f"GLASS: density {r.density:g}, {r.kept_neurons:,} of {r.total_neurons:,} FFN neurons, "
-            f"global weight {r.global_weight:g}, signal {r.signal or 'none'}"
+            f"global weight {r.global_weight:g}, signal {r.signal or 'none'}{expected}"
         )
     return "\n".join(lines)

@@ -10,7 +10,7 @@ from ..errors import GlassError
 
 # The largest KL in nats that a quality may cost: about what quantising to 8, 4 and 3 bits costs the models that it was
 # measured on (evaluation/README.md).
-QUALITIES = {"high": 0.01, "balanced": 0.1, "fast": 0.3}
+QUALITIES = {"high": 0.002, "balanced": 0.06, "fast": 0.28}
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,11 @@ def density_for(quality: str, points: list[QualityPoint]) -> float:
     better = [p for i, p in enumerate(points) if all(p.kl < before.kl for before in points[:i])]
     logs = -np.log(np.maximum([p.kl for p in better], 1e-9))
     return round(float(np.interp(-np.log(limit), logs, [p.density for p in better])), 2)
+
+
+def costs_more_than(quality: str, density: float, points: list[QualityPoint]) -> bool:
+    """Whether a density is known to cost more than a quality may."""
+    return bool(points) and density < density_for(quality, points)
 
 
 def agreement_at(density: float, points: list[QualityPoint]) -> float | None:

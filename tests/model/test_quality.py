@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from glass_mlx import GlassError
-from glass_mlx.model.quality import QUALITIES, QualityPoint, agreement_at, density_for
+from glass_mlx.model.quality import QUALITIES, QualityPoint, agreement_at, costs_more_than, density_for
 
 POINTS = [
     QualityPoint(0.3, 1.0, 0.5),
@@ -43,3 +43,9 @@ def test_agreement():
 def test_errors(quality, points, reason):
     with pytest.raises(GlassError, match=reason):
         density_for(quality, points)
+
+
+def test_a_density_that_costs_much(monkeypatch):
+    monkeypatch.setitem(QUALITIES, "fast", 0.2)
+    assert costs_more_than("fast", 0.5, POINTS) and not costs_more_than("fast", 0.7, POINTS)
+    assert not costs_more_than("fast", 0.1, [])
