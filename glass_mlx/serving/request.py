@@ -26,7 +26,7 @@ class Request:
         template_args: further arguments of the chat template.
         max_tokens: the most tokens to generate.
         stop: texts that end the answer. They are not part of it.
-        seed: with a seed, the answer depends on the request alone; see ``cache_store.py``.
+        seed: of the random numbers that tokens are sampled with. Without one they are new for every request.
         quality: instead of a density, the one for this quality.
         density, global_weight, signal, layer_budgets, refresh, compensation, verify: where they differ from the
             engine's.

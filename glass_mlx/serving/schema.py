@@ -139,7 +139,7 @@ class _Body(_Model):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = None
-    user: str | None = Field(None, max_length=1000, description="users take turns and have their own caches")
+    user: str | None = Field(None, max_length=1000, description="users take turns in the queue")
     density: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
     quality: Literal["high", "balanced", "fast"] | None = None
     global_weight: Literal["auto"] | _Unit | None = None
