@@ -60,7 +60,9 @@ class Response:
             directions = self.directions.astype(mx.float32)
             offset = mx.concatenate([-self.input_mean @ directions, mx.ones((1,))])
             directions = mx.concatenate([directions, mx.zeros((len(directions), 1))], axis=1)
-            made[dtype] = directions.astype(dtype), offset.astype(dtype)
+            pair = directions.astype(dtype), offset.astype(dtype)
+            mx.eval(pair)  # what is not evaluated belongs to this thread
+            made[dtype] = pair
         return made[dtype]
 
     def predict(self, x: mx.array) -> mx.array:

@@ -77,7 +77,7 @@ class Plan:
     @property
     def layout(self) -> EvidenceLayout:
         """How evidence is laid out."""
-        return EvidenceLayout(self.selector.sizes, [block.input_size for block in self.blocks])
+        return EvidenceLayout([block.size for block in self.blocks], [block.input_size for block in self.blocks])
 
     def known(self, session: Session) -> list[Known]:
         """For each block what a conversation's dropped neurons are answered for by."""
@@ -113,7 +113,10 @@ class Plan:
         self.bring_here(dense)
         if signature(dense, self.blocks) == self.made_for:
             return
+        layout = self.layout
         self.blocks, self.left_dense = find_blocks(dense)
+        if self.layout != layout:  # what is known is of other blocks
+            self.responses, self.quality = None, []
         self.selector = self.selector.of(*_shapes(self.blocks))
         self.files = WeightFiles(self.path, self.blocks) if self.files is not None else None
         self._norms = []

@@ -164,6 +164,12 @@ class GlobalStatistics:
                 raise StatsError(
                     f"The ranks are for {made_for} with {got} neurons in FFN layer {i}; this model has {want}."
                 )
+        for i, (response, block) in enumerate(zip(self.responses or [], model.blocks)):
+            if len(response.input_mean) != block.input_size:
+                raise StatsError(
+                    f"The ranks are for {made_for} with {len(response.input_mean)} inputs of FFN layer {i}; "
+                    f"this model has {block.input_size}."
+                )
         if self.metadata.get("fingerprint") == fingerprint(model):
             return self
         ours, theirs = describe(model)["original"], self.metadata.get("original")

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 import glass_mlx
 from glass_mlx import GlassError, GlassModel, StatsError, wrap
 from glass_mlx.core.importance import SIGNALS
+from glass_mlx.model.quality import QualityPoint
 from glass_mlx.ranks.format import GlobalStatistics, index_entry, merge, write_index
 from glass_mlx.ranks.identity import describe, fingerprint
 from glass_mlx.ranks.lookup import STATS_DIR
@@ -274,6 +275,9 @@ def test_other_model_refused(tiny, demo, ranks):
         ranks.check(demo[0])
     with pytest.raises(StatsError, match="for tiny with 95 neurons in FFN layer 1; this model has 96"):
         altered(ranks, sizes="[96, 95]").check(tiny[0])
+    narrow = [replace(response, input_mean=response.input_mean[:63]) for response in ranks.responses]
+    with pytest.raises(StatsError, match="with 63 inputs of FFN layer 0; this model has 64"):
+        replace(ranks, responses=narrow).check(tiny[0])
     for original in ("", "owner/tiny"):
         with pytest.raises(StatsError, match="for tiny, whose weights differ"):
             wrap(tiny[0].dense, stats=altered(ranks, fingerprint=OTHER, original=original))
@@ -478,3 +482,54 @@ def test_merge(tiny, tmp_path):
 
 
 PARTS = {"a": [[1, 5, 7, 9], [1, 3, 4]], "b": [[1, 100, 200]]}
+
+
+@pytest.mark.parametrize(
+    "name, change, reason",
+    [
+        ("directions", lambda a: a[:, :5], "wrong shapes"),
+        ("coefficients", lambda a: a[:, 1:], "wrong shapes"),
+        ("hidden_mean", lambda a: a[:-1], "wrong shapes"),
+        ("directions", lambda a: a.reshape(-1), "wrong shapes"),
+        ("coefficients", lambda a: a.astype(np.float32), "wrong dtype"),
+        ("input_mean", lambda a: np.full_like(a, np.nan), "not finite"),
+        ("directions", lambda a: np.full_like(a, np.inf), "not finite"),
+    ],
+)
+def test_damaged_responses(written, tmp_path, name, change, reason):
+    with safe_open(str(written), "numpy") as f:
+        metadata = f.metadata()
+    tensors, name = load_file(written), f"layers.1.response.{name}"
+    tensors[name] = np.ascontiguousarray(change(tensors[name]))
+    save_file(tensors, tmp_path / "x.safetensors", metadata=metadata)
+    with pytest.raises(StatsError, match=f"layers.1.response.directions .*{reason}"):
+        GlobalStatistics.read(tmp_path / "x.safetensors")
+
+
+def test_a_response_that_is_missing(written, tmp_path):
+    with safe_open(str(written), "numpy") as f:
+        metadata = f.metadata()
+    tensors = load_file(written)
+    del tensors["layers.1.response.hidden_mean"]
+    save_file(tensors, tmp_path / "x.safetensors", metadata=metadata)
+    with pytest.raises(StatsError, match="layers.1.response.hidden_mean is missing"):
+        GlobalStatistics.read(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    "quality",
+    [
+        *("3", "[1]", "[[0.5, 1]]", '[["a", 1, 1]]', "[[0.5, -1, 0.5]]", "[[0.5, 1, 2]]", "[[1, 0, 1]]"),
+        *("[[0.5, 1, 1], [0.4, 1, 1]]", "[[0.5, NaN, 1]]"),
+    ],
+)
+def test_damaged_quality(ranks, tmp_path, quality):
+    replace(altered(ranks, quality=quality), quality=[]).write(tmp_path / "x.safetensors")
+    with pytest.raises(StatsError, match="quality"):
+        GlobalStatistics.read(tmp_path / "x.safetensors")
+
+
+def test_quality_in_a_file(ranks, tmp_path):
+    points = [QualityPoint(0.3, 0.5, 0.6), QualityPoint(0.9, 0.01, 0.95)]
+    replace(ranks, quality=points).write(tmp_path / "x.safetensors")
+    assert GlobalStatistics.read(tmp_path / "x.safetensors").quality == points
