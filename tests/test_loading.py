@@ -16,6 +16,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from glass_mlx import GlassConfig, GlassError, GlassModel, StatsError, loading
 from glass_mlx.loading import ALIASES, DEMO_PATH, load, resolve_model, wrap
+from glass_mlx.model.quality import QUALITIES, density_for
 from glass_mlx.ranks import lookup
 from glass_mlx.ranks.format import write_index
 from glass_mlx.ranks.lookup import STATS_DIR
@@ -235,3 +236,19 @@ def test_bad_adapter(tiny_dir, adapter, config):
     (adapter / "adapter_config.json").write_text(config)
     _error(load, tiny_dir, adapter_path=str(adapter))
     assert "adapter" in _error(load, tiny_dir, adapter_path="/no/adapter")
+
+
+def test_density_by_quality():
+    model, _ = load("demo", quality="balanced")
+    assert model.config.density == density_for("balanced", model.quality) < 1
+    assert load("demo", quality="high")[0].config.density > model.config.density
+    with pytest.raises(GlassError, match="was not measured"):
+        load("demo", stats=False, quality="fast")
+
+
+def test_a_density_that_costs_much_is_said(caplog, monkeypatch):
+    monkeypatch.setitem(QUALITIES, "fast", 0.01)
+    load("demo", density=0.9)
+    assert not caplog.text
+    load("demo", density=0.3)
+    assert "density 0.3 costs this model more" in caplog.text

@@ -106,6 +106,7 @@ def test_settings_of_a_request(demo_engine):
     assert (usage.density, usage.kept_neurons, usage.global_weight, usage.signal) == (0.25, 1536, 1.0, "activation")
     last(demo_engine.submit(ask("Hello " * 40, layer_budgets="uniform")))
     assert demo_engine._worker.store._conversations[-1].session.config.layer_budgets == "uniform"
+    assert last(demo_engine.submit(ask("Hello", quality="fast"))).usage.density == 0.35
     usage = last(demo_engine.submit(ask("Hello", density=1.0))).usage
     assert (usage.kept_neurons, usage.selection_ms) == (6144, 0)
     assert last(demo_engine.submit(ask("Hello"))).usage.density == 0.5  # the next one has the engine's again
