@@ -195,7 +195,7 @@ def test_an_answer_depends_on_its_request_alone(make, tiny_dir):
         opening, options = conversations[i]
         follow_ups = [opening, "And then?", "Go on, tell me more of it."]
         messages = turns(*[text for pair in zip(follow_ups, said) for text in pair], follow_ups[len(said)])
-        chunks = list(engine.submit(Request(messages=messages, max_tokens=5, logprobs=True, **options)))
+        chunks = list(engine.submit(Request(messages=messages, max_tokens=3, logprobs=True, **options)))
         return "".join(c.text for c in chunks), [c.token.logprob for c in chunks if c.token is not None]
 
     engine = make(**kinds, max_conversations=0)
