@@ -19,6 +19,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..core.compensation import Sums
 from ..decoding.prompt import render
 from ..errors import GlassError
 from ..model.glass_model import GlassModel
@@ -101,7 +102,8 @@ def measure_task(
         for evidence.density in densities:
             for name, selector in selectors.items():
                 masks = as_masks(model, selector(evidence))
-                right[name][evidence.density] += batch.marks(batch.answer(masks))
+                sums = evidence.sums if getattr(selector, "compensated", False) else None
+                right[name][evidence.density] += batch.marks(batch.answer(masks, sums))
         progress(len(batch.prompts))
     marks = {name: {d: np.array(r) for d, r in rows.items()} for name, rows in right.items()}
     kinds = [q["kind"] for q in questions]
@@ -124,10 +126,11 @@ class QuestionBatch:
         self.prompts, self.begin = map(list, zip(*(_tokens(tokenizer, q) for q in questions)))
         self._read = PromptBatch(model, self.prompts)
 
-    def answer(self, masks: list[mx.array] | None = None) -> list[list[int]]:
-        """The most likely answers, with their beginnings, decoded on the neurons of the masks [B, F]."""
+    def answer(self, masks: list[mx.array] | None = None, sums: list[Sums] | None = None) -> list[list[int]]:
+        """The most likely answers, with their beginnings, decoded on the neurons of the masks [B, F]; with the prompts'
+        sums, the others are predicted."""
         tokens = max(map(len, self.begin)) + self.task.tokens
-        return self._read.sample(tokens, 0, masks, self.begin)
+        return self._read.sample(tokens, 0, masks, self.begin, sums)
 
     def marks(self, answers: list[list[int]]) -> list[bool]:
         """Whether each answer is right."""

@@ -8,11 +8,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..core.compensation import Sums
 from ..model.glass_model import GlassModel
 from .free_running import readability, sample_continuations, self_nll
 from .intervals import interval, window_means
 from .selectors import Selector
-from .teacher_forcing import Scores, score_selectors
+from .teacher_forcing import Scores, prompt_sums, score_selectors
 
 
 def measure_fidelity(
@@ -55,24 +56,33 @@ def measure_fidelity(
         for name, rows in scores.items()
     }
     if free:
+        compensated = {name for name, selector in selectors.items() if getattr(selector, "compensated", False)}
+        sums = prompt_sums(model, prompts) if compensated else None
         for name, rows in scores.items():
             for d, row in rows.items():
                 mx.random.seed(seed)
-                result[name][f"{d:g}"]["free"] = run_freely(model, prompts, row, tokens, temperature)
+                own = sums if name in compensated else None
+                result[name][f"{d:g}"]["free"] = run_freely(model, prompts, row, tokens, temperature, own)
     return result
 
 
 def run_freely(
-    model: GlassModel, prompts: list[list[int]], scores: Scores, tokens: int, temperature: float
+    model: GlassModel,
+    prompts: list[list[int]],
+    scores: Scores,
+    tokens: int,
+    temperature: float,
+    sums: list[Sums] | None = None,
 ) -> dict[str, Any]:
-    """Let the model continue each prompt on the neurons that a selector kept.
+    """Let the model continue each prompt on the neurons that a selector kept; with the prompts' sums, the others are
+    predicted.
 
     Returns:
         dict: ``repetition``, ``distinct-1``, ``distinct-2`` (:func:`free_running.readability`); ``self_ppl``, the
         perplexity of the continuations under the dense model; ``ci`` of each.
     """
     masks = [mx.array(rows) for rows in scores.kept]
-    continuations = sample_continuations(model, prompts, tokens, temperature, masks)
+    continuations = sample_continuations(model, prompts, tokens, temperature, masks, sums=sums)
     values = readability(continuations)
     nll = self_nll(model, prompts, continuations)
     return {

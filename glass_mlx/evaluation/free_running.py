@@ -9,9 +9,10 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
-from ..model.blocks import hooked, run_with
+from ..core.compensation import Sums
+from ..model.blocks import run_with
 from ..model.glass_model import GlassModel
-from .teacher_forcing import TextBatch
+from .teacher_forcing import TextBatch, without_dropped
 
 # Prompts whose continuations are sampled together.
 _BATCH = 32
@@ -24,6 +25,7 @@ def sample_continuations(
     temperature: float = 1.0,
     masks: list[mx.array] | None = None,
     begin: list[list[int]] | None = None,
+    sums: list[Sums] | None = None,
 ) -> list[list[int]]:
     """Sample a continuation of each prompt. The dense model reads every prompt.
 
@@ -37,6 +39,7 @@ def sample_continuations(
         masks (list[mx.array], optional): for each block the neurons [prompts, F] (bool) to decode with, as
             ``teacher_forcing.as_masks`` makes them. Default: all.
         begin (list[list[int]], optional): the given first tokens of each continuation.
+        sums (list[Sums], optional): what the prompts add up to, to predict the dropped neurons by.
 
     Returns:
         list[list[int]]: the continuations, with their given first tokens.
@@ -45,7 +48,9 @@ def sample_continuations(
     for i in range(0, len(prompts), _BATCH):
         some = slice(i, i + _BATCH)
         kept = None if masks is None else [mask[some] for mask in masks]
-        continuations += PromptBatch(model, prompts[some]).sample(tokens, temperature, kept, begin and begin[some])
+        own = sums and [Sums(s.hidden[some], s.inputs[some], s.tokens[some]) for s in sums]
+        batch = PromptBatch(model, prompts[some])
+        continuations += batch.sample(tokens, temperature, kept, begin and begin[some], own)
     return continuations
 
 
@@ -72,6 +77,7 @@ class PromptBatch:
         temperature: float = 1.0,
         masks: list[mx.array] | None = None,
         begin: list[list[int]] | None = None,
+        sums: list[Sums] | None = None,
     ) -> list[list[int]]:
         """Continuations of the prompts; arguments and result as in :func:`sample_continuations`."""
         given = np.full((len(self._caches), tokens), -1)
@@ -79,12 +85,14 @@ class PromptBatch:
             given[b, : len(start)] = start[:tokens]
         if all(hasattr(entry, "merge") for entry in self._caches[0]):
             merged = [entries[0].merge(list(entries)) for entries in zip(*self._caches)]
-            return _decode(self.model, merged, mx.concatenate(self._logits), given, temperature, masks)
+            return _decode(self.model, merged, mx.concatenate(self._logits), given, temperature, masks, sums)
         continuations = []  # the family's caches cannot be merged, so neither can the texts
         for b, cache in enumerate(self._caches):
-            mask = masks and [m[b : b + 1] for m in masks]
-            logits, fixed = self._logits[b], given[b : b + 1]
-            continuations += _decode(self.model, copy.deepcopy(cache), logits, fixed, temperature, mask)
+            one = slice(b, b + 1)
+            mask = masks and [m[one] for m in masks]
+            own = sums and [Sums(s.hidden[one], s.inputs[one], s.tokens[one]) for s in sums]
+            logits, fixed = self._logits[b], given[one]
+            continuations += _decode(self.model, copy.deepcopy(cache), logits, fixed, temperature, mask, own)
         return continuations
 
 
@@ -95,10 +103,11 @@ def _decode(
     given: np.ndarray,
     temperature: float,
     masks: list[mx.array] | None,
+    sums: list[Sums] | None,
 ) -> list[list[int]]:
     """Go on from the logits [B, vocabulary] of the prompts' last tokens; ``given`` [B, tokens] is -1 where a token is
     to be sampled."""
-    masked = {} if masks is None else hooked(model.blocks, lambda i, h: _masked(h, masks[i]))
+    masked = {} if masks is None else without_dropped(model, masks, sums)
     sampled: list[mx.array] = []
     for place, fixed in enumerate(mx.array(given.T)):
         if place:
@@ -108,10 +117,6 @@ def _decode(
         sampled.append(mx.where(fixed < 0, token.astype(mx.int32), fixed.astype(mx.int32)))
         mx.async_eval(sampled[-1])
     return mx.stack(sampled, axis=1).tolist()
-
-
-def _masked(h: mx.array, mask: mx.array) -> mx.array:
-    return h * mask.astype(h.dtype).reshape(mask.shape[0], *[1] * (h.ndim - 2), mask.shape[1])
 
 
 def fit_length(

@@ -187,6 +187,33 @@ def teacher_forced(
     return _run(model, batch, observe, observe_input)
 
 
+def without_dropped(model: GlassModel, masks: list[mx.array], sums: list[Sums] | None) -> dict[int, Any]:
+    """Replacements that decode on the kept neurons only: what the others add is predicted, or nothing.
+
+    Args:
+        model (GlassModel): the model.
+        masks, sums: as for :func:`teacher_forced`.
+    """
+    inputs: dict[int, mx.array] = {}
+
+    def observe(i: int, h: mx.array) -> mx.array:
+        texts, x = masks[i].shape[0], inputs.pop(i)
+        others = mx.array(0, h.dtype)
+        if sums is not None:
+            response = model.responses[i] if model.responses else None
+            others = expected_hidden(response, sums[i], x.reshape(texts, -1, x.shape[-1])).astype(h.dtype)
+        return mx.where(masks[i][:, None], h.reshape(texts, -1, h.shape[-1]), others).reshape(h.shape)
+
+    return watching_inputs(model.blocks, inputs.__setitem__) | hooked(model.blocks, observe)
+
+
+def prompt_sums(model: GlassModel, prompts: list[list[int]]) -> list[Sums]:
+    """What prompts add up to in each block, as in ``Evidence.sums``; they are read one by one."""
+    found = [collect_evidence(model, TextBatch([prompt], [[0, 0]]))[0].sums for prompt in prompts]
+    parts = [zip(*((s.hidden, s.inputs, s.tokens) for s in block)) for block in zip(*found)]
+    return [Sums(*map(mx.concatenate, part)) for part in parts]
+
+
 def expected_hidden(response: Response | None, sums: Sums, x: mx.array) -> mx.array:
     """The hidden vectors [B, L, F] (float32) to expect of inputs [B, L, H] after prompts that add up to ``sums``."""
     prompts = [Sums(*row) for row in zip(sums.hidden, sums.inputs, sums.tokens)]

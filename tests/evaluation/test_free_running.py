@@ -10,7 +10,7 @@ from glass_mlx import GlassConfig, stream_generate
 from glass_mlx.evaluation import prompts as bundled
 from glass_mlx.evaluation.free_running import PromptBatch, fit_length, readability, sample_continuations, self_nll
 from glass_mlx.evaluation.selectors import standard_selectors
-from glass_mlx.evaluation.teacher_forcing import TextBatch, as_masks, collect_evidence, score_selectors
+from glass_mlx.evaluation.teacher_forcing import TextBatch, as_masks, collect_evidence, prompt_sums, score_selectors
 
 PROMPTS = [[1, 300, 400, 500, 600], [1, 7], [1, 900, 31, 31, 2000, 77, 8, 9]]
 CONTINUATIONS = [[12, 700, 41, 5, 99, 3000], [8, 8, 1500, 23, 610, 4], [444, 10, 32, 2, 1, 650]]
@@ -22,8 +22,13 @@ def test_speaking_equals_generating(exact):
     evidence, _ = collect_evidence(model, TextBatch(PROMPTS, CONTINUATIONS))
     evidence.density = 0.5
     masks = as_masks(model, standard_selectors([])["glass"](evidence))
-    for given, config in ((None, GlassConfig(1.0)), (masks, GlassConfig(0.5, compensation=False))):
-        said = sample_continuations(model, PROMPTS, 12, 0, given)
+    sums = prompt_sums(model, PROMPTS)
+    for ours, theirs in zip(sums, evidence.sums):
+        np.testing.assert_allclose(ours.hidden, theirs.hidden, rtol=1e-3, atol=1e-3)
+        assert ours.tokens.tolist() == theirs.tokens.tolist()
+    ways = [(None, None, GlassConfig(1.0)), (masks, None, GlassConfig(0.5, compensation=False))]
+    for given, own, config in (*ways, (masks, sums, GlassConfig(0.5))):
+        said = sample_continuations(model, PROMPTS, 12, 0, given, sums=own)
         for prompt, row in zip(PROMPTS, said):
             cache = model.make_cache(**vars(config))
             alone = [r.token for r in stream_generate(model, tokenizer, prompt, 12, prompt_cache=cache)]
