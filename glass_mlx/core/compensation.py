@@ -12,8 +12,8 @@ shrunk by ``SHRINKAGE`` tokens of zero. The first token of a text is in none of 
 
 P spans the directions that say most about what the dropped neurons add. With the covariances of x with itself, Cxx, and
 with y_S = W_S h_S, Cxy, for the neurons S that global ranks drop, reduced-rank regression (Izenman 1975) gives
-P = Cxx^-1 Cxy V_r, where V_r are the first eigenvectors of Cxy^T Cxx^-1 Cxy. C_S W_S^T is made for any kept set: it is
-the total less the kept neurons' part. The form and its constants are this project's own, and measured.
+P = Cxx^-1 Cxy V_r, where V_r are the first eigenvectors of Cxy^T Cxx^-1 Cxy. C_S W_S^T is made for any kept set.
+The form and its constants are this project's own, and measured.
 """
 
 from __future__ import annotations
@@ -84,6 +84,10 @@ class Sums:
     hidden: mx.array
     inputs: mx.array
     tokens: mx.array
+
+    def __getitem__(self, rows: slice) -> Sums:
+        """Those of some prompts, where the arrays have a leading axis of prompts."""
+        return Sums(self.hidden[rows], self.inputs[rows], self.tokens[rows])
 
 
 def mean_hidden(response: Response | None, sums: Sums | None) -> mx.array:

@@ -48,7 +48,7 @@ def sample_continuations(
     for i in range(0, len(prompts), _BATCH):
         some = slice(i, i + _BATCH)
         kept = None if masks is None else [mask[some] for mask in masks]
-        own = sums and [Sums(s.hidden[some], s.inputs[some], s.tokens[some]) for s in sums]
+        own = sums and [s[some] for s in sums]
         batch = PromptBatch(model, prompts[some])
         continuations += batch.sample(tokens, temperature, kept, begin and begin[some], own)
     return continuations
@@ -90,7 +90,7 @@ class PromptBatch:
         for b, cache in enumerate(self._caches):
             one = slice(b, b + 1)
             mask = masks and [m[one] for m in masks]
-            own = sums and [Sums(s.hidden[one], s.inputs[one], s.tokens[one]) for s in sums]
+            own = sums and [s[one] for s in sums]
             logits, fixed = self._logits[b], given[one]
             continuations += _decode(self.model, copy.deepcopy(cache), logits, fixed, temperature, mask, own)
         return continuations

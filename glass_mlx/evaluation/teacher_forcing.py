@@ -170,39 +170,32 @@ def teacher_forced(
         masks (list[mx.array]): the kept neurons of each block, bool [B, F].
         sums (list[Sums], optional): what the prompts add up to, to predict the dropped neurons by; None: they are zero.
     """
-    sparse = batch.in_continuation[:, :, None]
-    inputs: dict[int, mx.array] = {}
-
-    def observe_input(i: int, x: mx.array) -> None:
-        inputs[i] = x.reshape(*batch.tokens.shape, -1)
-
-    def observe(i: int, h: mx.array) -> mx.array:
-        h, x, mask = h.reshape(*batch.tokens.shape, -1), inputs.pop(i), masks[i][:, None]
-        if sums is None:
-            others = mx.array(0, h.dtype)
-        else:
-            others = expected_hidden(model.responses[i] if model.responses else None, sums[i], x).astype(h.dtype)
-        return mx.where(mx.logical_and(sparse, mx.logical_not(mask)), others, h)
-
-    return _run(model, batch, observe, observe_input)
+    replacements = without_dropped(model, masks, sums, batch.in_continuation[:, :, None])
+    return run_with(replacements, model.dense, batch.tokens)
 
 
-def without_dropped(model: GlassModel, masks: list[mx.array], sums: list[Sums] | None) -> dict[int, Any]:
-    """Replacements that decode on the kept neurons only: what the others add is predicted, or nothing.
+def without_dropped(
+    model: GlassModel, masks: list[mx.array], sums: list[Sums] | None, sparse: mx.array | None = None
+) -> dict[int, Any]:
+    """Replacements that compute with the kept neurons only: what the others add is predicted, or nothing.
 
     Args:
         model (GlassModel): the model.
         masks, sums: as for :func:`teacher_forced`.
+        sparse (mx.array, optional): the tokens that this holds for, bool [B, L, 1]. Default: all.
     """
     inputs: dict[int, mx.array] = {}
+    responses = model.responses or [None] * len(masks)
 
     def observe(i: int, h: mx.array) -> mx.array:
         texts, x = masks[i].shape[0], inputs.pop(i)
         others = mx.array(0, h.dtype)
         if sums is not None:
-            response = model.responses[i] if model.responses else None
-            others = expected_hidden(response, sums[i], x.reshape(texts, -1, x.shape[-1])).astype(h.dtype)
-        return mx.where(masks[i][:, None], h.reshape(texts, -1, h.shape[-1]), others).reshape(h.shape)
+            others = expected_hidden(responses[i], sums[i], x.reshape(texts, -1, x.shape[-1])).astype(h.dtype)
+        dropped = mx.logical_not(masks[i])[:, None]
+        if sparse is not None:
+            dropped = mx.logical_and(sparse, dropped)
+        return mx.where(dropped, others, h.reshape(texts, -1, h.shape[-1])).reshape(h.shape)
 
     return watching_inputs(model.blocks, inputs.__setitem__) | hooked(model.blocks, observe)
 
