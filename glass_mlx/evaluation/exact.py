@@ -26,7 +26,7 @@ from ..model.glass_model import GlassModel
 from .checks import is_right
 from .free_running import PromptBatch
 from .intervals import interval
-from .selectors import Selector
+from .selectors import Selector, is_compensated
 from .teacher_forcing import TextBatch, as_masks, collect_evidence
 
 # Questions that are answered together.
@@ -102,7 +102,7 @@ def measure_task(
         for evidence.density in densities:
             for name, selector in selectors.items():
                 masks = as_masks(model, selector(evidence))
-                sums = evidence.sums if getattr(selector, "compensated", False) else None
+                sums = evidence.sums if is_compensated(selector) else None
                 right[name][evidence.density] += batch.marks(batch.answer(masks, sums))
         progress(len(batch.prompts))
     marks = {name: {d: np.array(r) for d, r in rows.items()} for name, rows in right.items()}

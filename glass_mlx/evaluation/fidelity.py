@@ -12,7 +12,7 @@ from ..core.compensation import Sums
 from ..model.glass_model import GlassModel
 from .free_running import readability, sample_continuations, self_nll
 from .intervals import interval, window_means
-from .selectors import Selector
+from .selectors import Selector, is_compensated
 from .teacher_forcing import Scores, prompt_sums, score_selectors
 
 
@@ -56,7 +56,7 @@ def measure_fidelity(
         for name, rows in scores.items()
     }
     if free:
-        compensated = {name for name, selector in selectors.items() if getattr(selector, "compensated", False)}
+        compensated = {name for name, selector in selectors.items() if is_compensated(selector)}
         sums = prompt_sums(model, prompts) if compensated else None
         for name, rows in scores.items():
             for d, row in rows.items():

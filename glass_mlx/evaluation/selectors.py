@@ -107,6 +107,11 @@ def compensated(choose: Selector) -> Selector:
     return choose
 
 
+def is_compensated(choose: Selector) -> bool:
+    """Whether what a selector's dropped neurons would add is predicted."""
+    return getattr(choose, "compensated", False)
+
+
 def choose_selectors(names: list[str] | None, weights: list[float | str], has_statistics: bool) -> dict[str, Selector]:
     """The selectors with these names.
 

@@ -20,7 +20,7 @@ from ..core.importance import SIGNALS, energy, output_norms
 from ..core.metrics import kl_divergence
 from ..model.blocks import hooked, run_with, watching_inputs
 from ..model.glass_model import GlassModel
-from .selectors import Evidence, Selector, by_oracle
+from .selectors import Evidence, Selector, by_oracle, is_compensated
 
 # Logits to hold at once; 2**24 are 64 MB in float32.
 _MAX_LOGITS = 2**24
@@ -121,7 +121,7 @@ def score_selectors(
             best = as_masks(model, by_oracle(evidence))
             for name, selector in selectors.items():
                 masks = as_masks(model, selector(evidence))
-                sums = evidence.sums if getattr(selector, "compensated", False) else None
+                sums = evidence.sums if is_compensated(selector) else None
                 sparse = batch.predictions(teacher_forced(model, batch, masks, sums))
                 parts[name][evidence.density].append(_score(batch, dense, sparse, masks, best))
         progress(len(batch.prompts))

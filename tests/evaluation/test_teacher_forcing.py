@@ -16,6 +16,7 @@ from glass_mlx.evaluation.selectors import (
     by_chance,
     by_oracle,
     by_session,
+    is_compensated,
     standard_selectors,
 )
 from glass_mlx.evaluation.teacher_forcing import TextBatch, as_masks, collect_evidence, score_selectors, teacher_forced
@@ -72,7 +73,7 @@ def assert_equals_decoding(model, texts: tuple[TextBatch, Evidence], selector, c
     kept = selector(evidence)
     masks = as_masks(model, kept)
     sums = evidence.sums if config.compensation else None
-    assert config.compensation == getattr(selector, "compensated", False)
+    assert config.compensation == is_compensated(selector)
     logits = batch.predictions(teacher_forced(model, batch, masks, sums))
     for b, (prompt, said) in enumerate(zip(PROMPTS, CONTINUATIONS)):
         expected, neurons = decoded(model, prompt, said, config)
