@@ -181,8 +181,8 @@ def add_glass_options(parser: argparse.ArgumentParser, build: bool) -> None:
     )
     group.add_argument(
         "--low-memory",
-        action="store_true",
-        help="decode without the dense FFN weights in memory; they are read again for each prompt",
+        action=argparse.BooleanOptionalAction,
+        help="decode without the dense FFN weights; each prompt reads them again (default: where memory is short)",
     )
     group.add_argument("--dense", action="store_true", help="decode with all neurons, as mlx-lm does")
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 
 from ..core.slicing import ScatterLinear, input_size
 from ..model.blocks import Block
@@ -27,8 +27,6 @@ from .draft_scheduler import MAX_DRAFT, tokens_per_pass
 _TILE = 32
 # Densely read tokens in one call when a prompt, or the answer before it, is read.
 _PREFILL = 512
-# By how many tokens mlx-lm's caches grow.
-_CACHE_STEP = KVCache.step
 
 
 @dataclass(frozen=True)
@@ -155,18 +153,20 @@ def unread_embedding(dense: nn.Module) -> int:
 
 
 def cache_bytes(model: GlassModel, context: int) -> int:
-    """Bytes of a prompt cache that ``context`` tokens fill: those of two fillings, drawn on. Nothing is evaluated."""
-    sizes = []
-    for tokens in (_CACHE_STEP, 2 * _CACHE_STEP):
-        cache = make_prompt_cache(model.dense)
-        model.dense(mx.zeros((1, tokens), mx.int32), cache=cache)
-        sizes.append([_state_bytes(entry) for entry in cache])
-    total = 0
-    for entry, one, two in zip(cache, *sizes):
-        per_token = (two - one) // _CACHE_STEP
-        total += one - per_token * _CACHE_STEP  # a state that does not grow
-        total += per_token * min(context, getattr(entry, "max_size", None) or context)
-    return total
+    """Bytes of a prompt cache that ``context`` tokens fill, drawn on from one token. Nothing is evaluated."""
+    cache = make_prompt_cache(model.dense)
+    model.dense(mx.zeros((1, 1), mx.int32), cache=cache)
+    return sum(_filled(entry, context) for entry in cache)
+
+
+def _filled(entry: Any, context: int) -> int:
+    """Bytes of a layer's cache: keys and values for each token, up to a window, or a state of one size."""
+    if hasattr(entry, "caches"):
+        return sum(_filled(part, context) for part in entry.caches)
+    keys = getattr(entry, "keys", None)
+    if not isinstance(keys, mx.array):
+        return _state_bytes(entry)
+    return _state_bytes(entry) // keys.shape[2] * min(context, getattr(entry, "max_size", None) or context)
 
 
 def _state_bytes(entry: Any) -> int:

@@ -209,6 +209,8 @@ def verified_generate_step(
         token = accepted[-1][0]
         for i, one in enumerate(accepted):
             emitted += 1
+            if emitted % 256 == 0:
+                mx.clear_cache()  # as mlx-lm's own loop does
             try:
                 yield one
             except GeneratorExit:

@@ -69,13 +69,11 @@ class GlassModel(nn.Module):
             GlassError: the model has no FFN block that can be sparsified.
         """
         super().__init__()
-        if low_memory and path is None:
-            raise GlassError("low_memory needs the model's directory, to read its weights again.")
         self.dense = dense
         self.config = config or GlassConfig()
-        if low_memory and self.config.refresh == "auto":
-            self.config = self.config.updated(refresh=0)  # each would read all weights from the disk
-        self._plan = Plan.make(dense, path, max_session_memory, low_memory)
+        self._plan = Plan.make(dense, path, max_session_memory)
+        if low_memory:
+            self.let_go_of_dense_weights()
         self.set_global_ranks(global_ranks)
 
     @property
@@ -87,6 +85,23 @@ class GlassModel(nn.Module):
     def left_dense(self) -> dict[str, str]:
         """FFN blocks that stay dense: {path: reason}."""
         return self._plan.left_dense
+
+    @property
+    def low_memory(self) -> bool:
+        """Whether the dense FFN weights are let go of while decoding."""
+        return self._plan.files is not None
+
+    def let_go_of_dense_weights(self) -> None:
+        """From the next choice of neurons on, as ``low_memory`` of the constructor.
+
+        Raises:
+            GlassError: the model's directory is not known.
+        """
+        if self.path is None:
+            raise GlassError("low_memory needs the model's directory, to read its weights again.")
+        if self.config.refresh == "auto":
+            self.config = self.config.updated(refresh=0)  # each would read all weights from the disk
+        self._plan.let_go()
 
     @property
     def memory(self) -> SessionMemory:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from concurrent.futures import CancelledError
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -573,3 +574,25 @@ def test_names_of_one_model_do_not_load_it_again(make, model_copy, monkeypatch):
         text(served.submit(ask("x", model=name)))
     assert len(loads) == 1
     shutil.rmtree(model_copy)
+
+
+def test_memory_is_given_back_after_each_answer_and_wired_while_a_model_is_loaded(tiny_dir, monkeypatch):
+    """On a Mac what is not wired is paged out while the server waits."""
+    held = []
+
+    @contextmanager
+    def wired(model, streams):
+        held.append(model)
+        yield
+        held.remove(model)
+
+    monkeypatch.setattr(engine_module, "wired_limit", wired)
+    engine = Engine(EngineOptions(str(tiny_dir), load={"stats": False}))
+    try:
+        assert not held
+        list(engine.submit(Request(prompt="The old house", max_tokens=3)))
+        assert len(held) == 1 and mx.get_cache_memory() == 0
+        engine.unload().result()
+        assert not held
+    finally:
+        engine.close()
