@@ -127,7 +127,6 @@ def load(
     density: float = GlassConfig.density,
     global_weight: float | str = GlassConfig.global_weight,
     signal: str = GlassConfig.signal,
-    refresh: int | str = GlassConfig.refresh,
     layer_budgets: str = GlassConfig.layer_budgets,
     compensation: bool = GlassConfig.compensation,
     quality: str | None = None,
@@ -161,7 +160,7 @@ def load(
         GlassError: the model cannot be found, loaded or sparsified, or an argument is out of range.
         StatsError: the ranks file is damaged or belongs to another model.
     """
-    config = GlassConfig(density, global_weight, signal, refresh, layer_budgets, compensation)
+    config = GlassConfig(density, global_weight, signal, layer_budgets, compensation)
     path = resolve_model(path_or_hf_repo, revision)
     options = {"model_config": model_config, "lazy": lazy, "trust_remote_code": trust_remote_code}
     options["tokenizer_config"] = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}

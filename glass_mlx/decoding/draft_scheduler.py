@@ -10,6 +10,17 @@ _STRETCH, MAX_STRETCH = 64, 1024
 # Recent measurements of a time. The least of them counts, because warming up and interruptions only add to it.
 _RECENT = 5
 
+# Neurons are chosen again after so many tokens of an answer, after three times as many, and then every _CHOICE_GAP.
+_FIRST_CHOICE, _CHOICE_GAP = 32, 128
+
+
+def next_choice(generated: int) -> int:
+    """After how many generated tokens neurons are chosen again, at or after ``generated``."""
+    due = _FIRST_CHOICE
+    while due < generated:
+        due = min(3 * due, due + _CHOICE_GAP)
+    return due
+
 
 def tokens_per_pass(drafted: int, acceptance: float) -> float:
     """How many tokens a pass emits on average if each drafted one is accepted with this probability (Leviathan et al.,

@@ -36,7 +36,7 @@ def time_run(model: nn.Module, prompt: mx.array, tokens: int, cache: list[Any], 
 
     Returns:
         dict: ``prompt_seconds`` to the first token, without ``select_seconds`` for choosing neurons and slicing;
-        ``step_seconds`` of a decode step, with rereads; ``peak_memory`` in bytes.
+        ``step_seconds`` of a decode step; ``peak_memory`` in bytes.
     """
     session = model.session(cache) if isinstance(model, GlassModel) else None
     driven = model if session is None else PhasedModel(model, prompt.size)

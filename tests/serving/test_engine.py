@@ -184,7 +184,7 @@ def test_an_answer_depends_on_its_request_alone(make, tiny_dir):
         {"density": 1.0},
         {"density": 0.3, "layer_budgets": "uniform"},
         {"density": 0.5, "verify": True},
-        {"density": 0.5, "refresh": "auto", "signal": "activation"},
+        {"density": 0.5, "signal": "activation"},
         {"density": 0.5, "seed": 3, "temperature": 1.0},
     ]
     openings = [f"{'Read this first. ' * 9} What of the {thing}?" for thing in ("sea", "hill")]
