@@ -159,6 +159,13 @@ def small_builds(monkeypatch):
 
 
 @pytest.fixture
+def small_steps(monkeypatch):
+    """Ranks that are measured take several small steps."""
+    monkeypatch.setattr(measure, "null_prompt", partial(measure.null_prompt, sequences=2, length=4))
+    monkeypatch.setattr(measure, "build_ranks", partial(measure.build_ranks, tokens=60, stable_at=None))
+
+
+@pytest.fixture
 def model_copy(tiny_dir, tmp_path) -> Path:
     """A copy of the random model's directory, to be damaged."""
     return shutil.copytree(tiny_dir, tmp_path / "model")

@@ -23,6 +23,7 @@ from glass_mlx.model.config import GlassConfig
 from glass_mlx.serving.catalogue import Catalogue
 from glass_mlx.serving.engine import Engine, EngineOptions
 from glass_mlx.serving.errors import UnknownModel
+from glass_mlx.serving.measuring import MeasuringStopped
 from glass_mlx.serving.request import Usage
 
 from . import jobs
@@ -63,7 +64,6 @@ class Controller:
         self._ranked = {DEFAULT_MODEL}  # comes with its ranks; other models show theirs once they are loaded
         self._usage: Usage | None = None
         self._download: Job | None = None
-        self._ranks: Job | None = None
         self.closing = False
         self._engine = self._new_engine()
 
@@ -87,7 +87,6 @@ class Controller:
                 server=self._server.view(self.settings.port),
                 models=self._fitting(),
                 download=self._download.task if self._download else None,
-                ranks=self._ranks.task if self._ranks else None,
                 speeds=speeds,
                 notices=tuple(self._notices),
                 ranked=frozenset(self._ranked),
@@ -151,7 +150,6 @@ class Controller:
         was_serving = self._server.stop()
         self._engine.close(timeout=1)
         with self._lock:
-            self._ranks = None
             self._engine = self._new_engine()
         if was_serving:
             self.start_server()
@@ -223,31 +221,19 @@ class Controller:
             job.cancel()
 
     def build_ranks(self) -> None:
-        """Measure the global ranks of the selected model, on the engine's thread."""
+        """Measure the global ranks of the selected model while nobody waits for an answer."""
+
+        def ended(future: Future) -> None:
+            if error := _error_of(future.result):
+                self.notify(f"The ranks could not be measured. {error}")
+
         with self._lock:
-            if self._ranks is not None:
-                return
-            job = Job(self.settings.model)
-
-            def ended(future: Future) -> None:
-                error = _error_of(future.result)
-                with self._lock:
-                    if self._ranks is job:
-                        self._ranks = None
-                    if error:
-                        self._add_notice(f"The ranks could not be measured. {error}")
-
-            try:
-                future = self._engine.call(jobs.build_ranks(job))
-            except GlassError as e:
-                return self._add_notice(str(e))
-            self._ranks = job
-        future.add_done_callback(ended)
+            if self._engine.status().measuring is None:
+                self._try(lambda: self._engine.measure().add_done_callback(ended))
 
     def cancel_ranks(self) -> None:
         """Stop measuring. What has been measured is kept for the next attempt."""
-        if (job := self._ranks) is not None:
-            job.cancel()
+        self._engine.stop_measuring()
 
     def _fitting(self) -> tuple[Model, ...]:
         memory, density = memory_size(), self.settings.effective_density
@@ -322,9 +308,7 @@ class Controller:
         """Stop everything and free the memory."""
         with self._lock:
             self.closing = True
-            running = [job for job in (self._download, self._ranks) if job]
-        for job in running:
-            job.cancel()
+        self.cancel_download()
         self._server.stop()
         self._engine.close()
 
@@ -343,7 +327,7 @@ def _error_of(work: Callable[[], Any]) -> str | None:
     """Do some work. Returns None on success, "" if it was cancelled, or else an error message."""
     try:
         work()
-    except (Cancelled, CancelledError):
+    except (Cancelled, CancelledError, MeasuringStopped):
         return ""
     except GlassError as e:
         return str(e)

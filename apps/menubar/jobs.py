@@ -1,11 +1,9 @@
-"""Jobs that take minutes, show their progress and can be cancelled: downloads, and measurements of ranks."""
+"""Downloads: jobs that take minutes, show their progress and can be cancelled."""
 
 from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,6 @@ from glass_mlx.errors import GlassError
 from glass_mlx.hub import hub_access
 from glass_mlx.loading import ALIASES, MODEL_FILES
 from glass_mlx.model_files import problem
-from glass_mlx.ranks import measure
-from glass_mlx.ranks.format import GlobalStatistics
-from glass_mlx.ranks.sources import null_prompt
 
 from .state import Task, size
 
@@ -85,36 +80,6 @@ def download(job: Job) -> None:
         path = Path(snapshot_download(repo, allow_patterns=MODEL_FILES, tqdm_class=_bar(job)))
         if (reason := problem(path)) is not None:
             raise GlassError(f"{repo} {reason}. Look for a conversion of it in mlx-community.")
-
-
-def build_ranks(job: Job) -> Callable[[Any, Any], None]:
-    """Make the function that measures a model's ranks and gives them to the model.
-
-    A cancelled measurement goes on from where it stopped.
-
-    Returns:
-        callable: takes the model and its tokenizer; for ``Engine.call``.
-    """
-
-    def work(model: Any, tokenizer: Any) -> None:
-        if model.global_ranks is not None:
-            return
-        source = null_prompt(model, tokenizer)
-
-        def batch(number: int) -> list[list[int]]:
-            job.check()
-            rows = source.batch(number)
-            job.check()
-            return rows
-
-        def on_tokens(tokens: int) -> None:
-            job.done = min(job.total, tokens)
-
-        file = measure.build_ranks(model, tokenizer, source=replace(source, batch=batch), on_tokens=on_tokens)
-        GlobalStatistics.read(file).use_in(model)
-
-    job.total = measure.DEFAULT_TOKENS
-    return work
 
 
 def _check_room(repo: str, need: int) -> None:

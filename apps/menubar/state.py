@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from .settings import Settings
 
 if TYPE_CHECKING:
-    from glass_mlx.serving.engine import EngineStatus
+    from glass_mlx.serving.engine_status import EngineStatus
+    from glass_mlx.serving.measuring import Progress
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Task:
-    """A running download (in bytes) or measurement of ranks (in tokens). ``total`` is 0 while it is unknown."""
+    """A running download, in bytes. ``total`` is 0 while it is unknown."""
 
     model: str
     done: int = 0
@@ -54,7 +55,7 @@ class Snapshot:
         alive: whether the engine takes requests.
         server: the server.
         models: the models that can be chosen.
-        download, ranks: the running download and measurement of ranks.
+        download: the running download.
         speeds: (density, tokens/s) of the chosen model's last answers.
         notices: messages that the user has not dismissed.
         ranked: models that are known to have ranks.
@@ -68,7 +69,6 @@ class Snapshot:
     server: ServerView = ServerView()
     models: tuple[Model, ...] = ()
     download: Task | None = None
-    ranks: Task | None = None
     speeds: tuple[tuple[float, float], ...] = ()
     notices: tuple[str, ...] = ()
     ranked: frozenset[str] = frozenset()
@@ -79,6 +79,11 @@ class Snapshot:
     def model(self) -> str:
         """The model that is loaded, or else the chosen one."""
         return self.engine.model or self.settings.model
+
+    @property
+    def ranks(self) -> Progress | None:
+        """The measurement of ranks that is running, or goes on when nobody waits."""
+        return self.engine.measuring
 
     @property
     def busy(self) -> bool:
@@ -123,13 +128,13 @@ def status(s: Snapshot) -> Status:
     if e.state == "failed":
         detail = e.error or "See the log."
         return Status("load failed", f"{model} · cannot be loaded", detail, Fix("Try again", "load"))
-    if s.ranks is not None:
-        return Status("measuring", f"{model} · {progress(s.ranks)}", "Requests wait until it is done.")
     if e.state == "loading":
         return Status("loading", f"{model} · loading…", choice(s))
     if e.state == "generating":
         waiting = f" · {e.queued} waiting" if e.queued else ""
         return Status("generating", f"{model} · answering · {speed(e.tokens_per_second)}{waiting}", choice(s))
+    if s.ranks is not None:
+        return Status("measuring", f"{s.ranks.model} · {progress(s.ranks)}", "Answers go first, between two steps.")
     detail = ". ".join(filter(None, [choice(s), e.error]))
     if server.state == "stopped":
         return Status("stopped", f"{model} · server stopped", detail)
@@ -156,11 +161,20 @@ def choice(s: Snapshot) -> str:
     return ", ".join(parts)
 
 
-def progress(task: Task) -> str:
-    """The progress of a measurement."""
-    if task.stopping:
+def progress(ranks: Progress) -> str:
+    """The progress of a measurement. It may end before all tokens are read."""
+    if ranks.stopping:
         return "stopping the measurement…"
-    return f"measuring ranks · {task.share:.0%}" if task.done else "measuring ranks…"
+    left = ranks.seconds_left
+    rest = "" if left is None else f" (at most {duration(left)} left)" if left > 0 else " (the last steps)"
+    return f"measuring ranks · {ranks.share:.0%}{rest}" if ranks.tokens else "measuring ranks…"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words, not more exact than what is left is known."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{round(seconds / 3600)} h"
 
 
 def download_progress(task: Task) -> str:

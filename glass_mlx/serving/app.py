@@ -17,6 +17,7 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from .catalogue import DEFAULT_NAME
 from .engine import Engine
 from .errors import RequestError, UnknownModel
 from .http_errors import EXCEPTION_HANDLERS, error_response
@@ -77,6 +78,8 @@ class Api:
                 Route("/v1/models/{id:path}", self.model),
                 Route("/v1/status", self.status),
                 Route("/v1/unload", self.unload, methods=["POST"]),
+                Route("/v1/measure", self.measure, methods=["POST"]),
+                Route("/v1/measure", self.stop_measuring, methods=["DELETE"]),
                 Route("/health", self.health),
                 Route("/openapi.json", self.openapi),
                 Route("/", self.page),
@@ -106,7 +109,16 @@ class Api:
         return _json(found)
 
     async def status(self, request: Request) -> Response:
-        return JSONResponse(asdict(self.engine.status()))
+        host = request.client.host if request.client else ""
+        return JSONResponse(asdict(self.engine.status(f"{host} {request.query_params.get('user', '')}")))
+
+    async def measure(self, request: Request) -> Response:
+        self.engine.measure(request.query_params.get("model", DEFAULT_NAME))
+        return await self.status(request)
+
+    async def stop_measuring(self, request: Request) -> Response:
+        self.engine.stop_measuring()
+        return await self.status(request)
 
     async def unload(self, request: Request) -> Response:
         return JSONResponse(asdict(await asyncio.wrap_future(self.engine.unload())))

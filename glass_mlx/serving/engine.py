@@ -20,92 +20,27 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import generation_stream, wired_limit
 
 from ..errors import GlassError
-from ..loading import DEFAULT_MODEL, load
-from ..model.config import GlassConfig
+from ..loading import load
 from ..model.memory import available_memory, default_limit
 from .cache_store import ConversationStore
 from .catalogue import DEFAULT_NAME, Catalogue, ModelInfo, Source
-from .errors import EngineFailed, QueueFull, RequestError
+from .engine_options import EngineOptions
+from .engine_status import EngineStatus, ModelFacts
+from .errors import BadRequest, EngineFailed, QueueFull, RequestError
+from .measuring import Measurement
 from .prompt_limit import PromptLimit
 from .queue import RoundRobinQueue
 from .request import Chunk, PendingCompletion, Request, Usage
 from .worker import Worker
 
 logger = logging.getLogger("glass_mlx")
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How to serve.
-
-    Attributes:
-        model: what ``default_model`` stands for. It is loaded at the first request for it.
-        config: how neurons are chosen, for requests that do not set it.
-        verify: ``verify`` and its options of :func:`glass_mlx.stream_generate`, for requests that do not set it.
-        load: further arguments of :func:`glass_mlx.load`.
-        template_args: default arguments of the chat template.
-        allow_paths: directories whose models requests may name.
-        allow_download: whether a requested model that is not in the Hub cache is downloaded.
-        max_queue: how many requests may wait. More are refused.
-        max_prompt_tokens: longer prompts are refused.
-        max_cache_bytes, max_conversations: limits of what is kept of past conversations. The least recently used goes
-            first. By default a quarter of the memory that the model leaves.
-        idle_timeout: seconds without a request until the model is unloaded; None for never.
-        prefill_step_size: prompt tokens that are read in one call, at most. The next turn may read one call again.
-        kv: mlx-lm's ``kv_bits``, ``kv_group_size`` and ``quantized_kv_start``, to quantise the KV cache.
-    """
-
-    model: str = DEFAULT_MODEL
-    config: GlassConfig = GlassConfig()
-    verify: dict[str, Any] = field(default_factory=dict)
-    load: dict[str, Any] = field(default_factory=dict)
-    template_args: dict[str, Any] = field(default_factory=dict)
-    allow_paths: tuple[Path, ...] = ()
-    allow_download: bool = False
-    max_queue: int = 64
-    max_prompt_tokens: int = 131_072
-    max_cache_bytes: int | None = None
-    max_conversations: int = 10
-    idle_timeout: float | None = 600.0
-    prefill_step_size: int = 512
-    kv: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class EngineStatus:
-    """What the engine is doing.
-
-    Attributes:
-        state: "unloaded", "loading", "ready", "generating", or "failed" if the last model could not be loaded.
-        model: the model that is loaded or being loaded.
-        has_ranks: whether it has global ranks.
-        tokens_per_second: speed of the present completion, or of the last one.
-        queued: how many requests are waiting.
-        memory_bytes: bytes that MLX holds in arrays.
-        conversations, cache_bytes: how many conversations are kept, and their bytes.
-        error: why loading or generating failed last; None once it has succeeded again.
-        usage: what the last completion cost.
-    """
-
-    state: str
-    model: str | None = None
-    has_ranks: bool = False
-    tokens_per_second: float = 0.0
-    queued: int = 0
-    memory_bytes: int = 0
-    conversations: int = 0
-    cache_bytes: int = 0
-    error: str | None = None
-    usage: Usage | None = None
 
 
 class Engine:
@@ -123,6 +58,7 @@ class Engine:
         self._current: PendingCompletion | None = None
         self._closing = False
         self._worker: Worker | None = None
+        self._measurement: Measurement | None = None
         self._source: Source | None = None
         self._state, self._error, self._speed, self._usage = "unloaded", None, 0.0, None
         self._stored = (0, 0)  # conversations, bytes
@@ -199,19 +135,51 @@ class Engine:
 
         return self._run_job(job)
 
+    def measure(self, model: str = DEFAULT_NAME) -> Future:
+        """Measure a model's global ranks while nobody waits for an answer; an earlier measurement goes on.
+
+        Returns:
+            Future: ends with the measurement, which may raise :class:`measuring.MeasuringStopped` or a GlassError.
+
+        Raises:
+            UnknownModel: the model may not be served.
+            BadRequest: another model's ranks are being measured.
+            EngineFailed: the engine is closed.
+        """
+        source = self.catalogue.resolve(model)
+        with self._condition:
+            self._check_open()
+            measurement = self._measurement = self._measurement or Measurement(source)
+            if measurement.source.key != source.key:
+                raise BadRequest(f"The ranks of {measurement.source.id} are being measured: wait, or stop that first.")
+            self._condition.notify()
+        return measurement.future
+
+    def stop_measuring(self) -> None:
+        """End the measurement, if there is one. What was measured is kept for the next one."""
+        with self._condition:
+            if self._measurement is not None:
+                self._measurement.stop()
+                self._condition.notify()
+
     def models(self) -> list[ModelInfo]:
         """All models that requests may name, the default model first."""
         return self.catalogue.models()
 
-    def status(self) -> EngineStatus:
-        """What the engine is doing now."""
-        worker, source = self._worker, self._source
+    def status(self, client: str = "") -> EngineStatus:
+        """What the engine is doing now. ``place`` is that of this client."""
+        worker, source, measurement = self._worker, self._source, self._measurement
+        with self._condition:
+            before = self._queue.place(client)
         return EngineStatus(
             state=self._state,
             model=source.id if source else None,
             has_ranks=worker is not None and worker.model.global_ranks is not None,
+            facts=ModelFacts.of(worker) if worker is not None else None,
+            measuring=measurement.progress if measurement is not None else None,
             tokens_per_second=self._speed,
             queued=len(self._queue),
+            place=None if before is None else before + (self._current is not None),
             memory_bytes=mx.get_active_memory(),
             conversations=self._stored[0],
             cache_bytes=self._stored[1],
@@ -279,6 +247,8 @@ class Engine:
             pending.put(EngineFailed("The engine was closed."))
         for _, future in self._jobs:
             future.cancel()
+        if self._measurement is not None:
+            self._measurement.future.cancel()
         self._unload()
         mx.clear_streams()  # streams of a thread that has ended would abort the process at exit
 
@@ -294,6 +264,8 @@ class Engine:
                     return partial(self._complete, pending), Future()
                 if self._worker is not None and self._worker.answered is not None:
                     return self._read_ahead, Future()
+                if self._measurement is not None and self._measurement.may_go_on(self._source):
+                    return self._measure, Future()
                 idle = self.options.idle_timeout if self._worker is not None else None
                 if not self._condition.wait(idle):
                     logger.info("idle: unloading %s", self._source.id)
@@ -325,11 +297,29 @@ class Engine:
     def _read_ahead(self) -> None:
         """Read the last answer while nobody waits; what comes in goes first."""
         try:
-            self._worker.read_ahead(lambda: self._closing or bool(self._jobs) or len(self._queue) > 0)
+            self._worker.read_ahead(self._is_awaited)
         except Exception:  # it was only to save time
             logger.exception("the answer could not be read ahead")
         self._stored = len(self._worker.store), self._worker.store.nbytes
         mx.clear_cache()
+
+    def _is_awaited(self) -> bool:
+        return self._closing or bool(self._jobs) or len(self._queue) > 0
+
+    def _measure(self) -> None:
+        """Measure until the end, or until somebody waits."""
+        measurement = self._measurement
+
+        def loaded() -> tuple[Any, Any]:
+            worker = self._ensure_loaded(measurement.source)
+            self._state = "measuring"
+            return worker.model, worker.tokenizer
+
+        if measurement.run(loaded, self._is_awaited):
+            self._measurement = None
+        if self._worker is not None:
+            self._state = "ready"
+            mx.clear_cache()
 
     def _set_speed(self, speed: float) -> None:
         self._speed = speed

@@ -75,13 +75,19 @@ def _paths(refs: dict[type, dict]) -> dict[str, Any]:
     model = operation("One model", Model, (*_FORBIDDEN, "404"))
     model["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}]
     unload = operation("Free the model's memory, after the present completion", EngineStatus, (*_FORBIDDEN, "500"))
+    user = {"name": "user", "in": "query", "schema": {"type": "string"}, "description": "whose place is asked for"}
+    status = operation("What the engine is doing", EngineStatus, _FORBIDDEN) | {"parameters": [user]}
+    name = {"name": "model", "in": "query", "schema": {"type": "string"}}
+    measure = operation("Measure a model's global ranks while nobody waits", EngineStatus, ("400", *_FORBIDDEN, "404"))
+    stop = operation("End that, and keep what was measured", EngineStatus, _FORBIDDEN)
     complete = operation("Continue a text", TextCompletion, _COMPLETING, CompletionBody, TextCompletion)
     return {
         "/v1/chat/completions": {"post": operation("Answer a chat", ChatCompletion, _COMPLETING, ChatBody, ChatChunk)},
         "/v1/completions": {"post": complete},
         "/v1/models": {"get": operation("The models that requests may name", ModelList, _FORBIDDEN)},
         "/v1/models/{id}": {"get": model},
-        "/v1/status": {"get": operation("What the engine is doing", EngineStatus, _FORBIDDEN)},
+        "/v1/status": {"get": status},
+        "/v1/measure": {"post": measure | {"parameters": [name]}, "delete": stop},
         "/v1/unload": {"post": unload},
         "/health": {"get": operation("Whether the server takes requests", Health, ("403",))},
     }

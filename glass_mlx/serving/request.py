@@ -89,6 +89,7 @@ class Usage:
         selection_ms: milliseconds of choosing the neurons and copying their weights.
         density, kept_neurons, total_neurons, global_weight, signal: how the model decoded; see
             :class:`glass_mlx.GenerationResponse`.
+        expected_agreement: how often the sparse model's most likely token is the dense one's; None if not known.
         verified: whether the dense model checked the completion.
         drafted_tokens: tokens of a verified completion that the sparse model drafted. The dense model made the others.
         peak_memory: GB that MLX held at most.
@@ -105,6 +106,7 @@ class Usage:
     total_neurons: int = 0
     global_weight: float = 0.0
     signal: str = ""
+    expected_agreement: float | None = None
     verified: bool = False
     drafted_tokens: int = 0
     peak_memory: float = 0.0

@@ -350,6 +350,7 @@ class _Completion:
             total_neurons=response.total_neurons,
             global_weight=response.global_weight,
             signal=response.signal,
+            expected_agreement=response.expected_agreement,
             verified=self.verified,
             drafted_tokens=self.drafted,
             peak_memory=response.peak_memory,

@@ -45,6 +45,7 @@ class GlassUsage(_Out):
     total_neurons: int
     global_weight: float
     signal: str
+    expected_agreement: float | None
     verified: bool
     drafted_tokens: int
     prompt_tps: float

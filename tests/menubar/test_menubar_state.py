@@ -9,6 +9,7 @@ from apps.menubar.settings import Settings, load_settings, save_settings
 from apps.menubar.state import Model, ServerView, Snapshot, Task, fit, needs_attention, size, status
 from glass_mlx import GlassError
 from glass_mlx.serving.engine import EngineStatus
+from glass_mlx.serving.measuring import Progress
 
 RUNNING = ServerView("running", 8080, "http://127.0.0.1:8080")
 READY = EngineStatus("ready", "demo", has_ranks=True, memory_bytes=2_000_000_000)
@@ -24,6 +25,10 @@ def engine(state: str, **changes) -> EngineStatus:
     return replace(READY, state=state, **changes)
 
 
+def measuring(tokens: int, **changes) -> EngineStatus:
+    return engine("measuring", measuring=Progress("demo", tokens, 64, **changes))
+
+
 UNLOADED = EngineStatus("unloaded")
 GENERATING = engine("generating", tokens_per_second=87.61, queued=2)
 TROUBLED = (ServerView("no port", 8080, detail="Another program."), ServerView("failed", 8080, detail="It ended."))
@@ -37,7 +42,7 @@ TROUBLED = (ServerView("no port", 8080, detail="Another program."), ServerView("
         ({"engine": GENERATING}, True),
         ({"engine": engine("loading")}, True),
         ({"engine": engine("ready", queued=1)}, True),
-        ({"ranks": Task("demo", 1, 2)}, True),
+        ({"engine": measuring(1)}, True),
         ({"download": Task("demo", 1, 2)}, True),
     ],
 )
@@ -72,9 +77,10 @@ STATES = {
     "crashed": (dict(alive=False), "crashed", "has stopped", "restart", "log quit server", "chat copy unload ranks"),
     "no ranks": (dict(engine=engine("ready", has_ranks=False)), "ready", "ready", None, "ranks", ""),
     "ranked": (dict(engine=UNLOADED, ranked=frozenset({"demo"})), "unloaded", "asked", None, "chat", "unload ranks"),
-    "measuring": (dict(ranks=Task("demo", 32, 64)), "measuring", "measuring ranks · 50%", None, "chat", "unload ranks"),
-    "begun": (dict(ranks=Task("demo", 0, 64)), "measuring", "measuring ranks…", None, "chat", "unload ranks"),
-    "stopping": (dict(ranks=Task("demo", 32, 64, True)), "measuring", "stopping", None, "chat", "cancel-ranks"),
+    "measuring": (dict(engine=measuring(32)), "measuring", "measuring ranks · 50%", None, "chat", "unload ranks"),
+    "time left": (dict(engine=measuring(9, seconds_left=130.0)), "measuring", "at most 2 min left", None, "", "ranks"),
+    "begun": (dict(engine=measuring(0)), "measuring", "measuring ranks…", None, "chat", "unload ranks"),
+    "stopping": (dict(engine=measuring(32, stopping=True)), "measuring", "stopping", None, "chat", "cancel-ranks"),
     "downloading": (dict(download=Task("q", 5, 10)), "ready", "ready", None, "chat cancel-download", "download"),
     "closing": (dict(closing=True), "closing", "freeing the memory", None, "", "chat server unload glass quit window"),
 }
@@ -108,7 +114,7 @@ def test_every_menu_is_sound(name):
 
 
 def test_what_keeps_everything_from_working_comes_first():
-    snapshot = replace(BASE, alive=False, server=TROUBLED[0], engine=engine("failed"), ranks=Task("demo"))
+    snapshot = replace(BASE, alive=False, server=TROUBLED[0], engine=replace(measuring(1), state="failed"))
     assert status(snapshot).key == "crashed"
     assert status(replace(snapshot, alive=True)).key == "no port"
     assert status(replace(snapshot, closing=True)).key == "closing"

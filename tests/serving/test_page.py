@@ -246,6 +246,11 @@ def events(*pieces: str, end: bool = True) -> str:
     return "".join(f"data: {line}\n\n" for line in lines)
 
 
+def ended(text: str, reason: str) -> str:
+    """A streamed answer that ends for a reason."""
+    return events(text).replace('"stop"', json.dumps(reason))
+
+
 def answer_with(visit: Visit, status: int = 200, body: str | dict = "") -> None:
     """Have this answered instead of what the server would say."""
     text = body if isinstance(body, str) else json.dumps(body)
@@ -274,16 +279,32 @@ def test_answers_with_its_speed(visit):
     text = visit.ask("I want to find a restaurant in San Jose.")
     assert len(text) > 5
     expect(visit.last.locator(".figures")).to_have_text(
-        re.compile(r"^[\d.,]+ tokens/s · 50 % of neurons · \d+ tokens?( · cut.*)?$")
+        re.compile(r"^[\d.,]+ tokens/s · demo · 50 % of neurons · same top token about \d+ % · \d+ tokens?( · cut.*)?$")
     )
     expect(visit.page.locator("#spoken")).to_contain_text(text[:20])  # once, when it is complete
     expect(visit.page.locator("#state")).to_contain_text("demo is ready")
     (asked,) = visit.asked
-    assert asked["model"] == "demo" and asked["density"] == 0.5 and asked["stream"]
+    assert asked["model"] == "demo" and "density" not in asked and asked["stream"]  # it is the server's
     assert asked["messages"] == [{"role": "user", "content": "I want to find a restaurant in San Jose."}]
     second = visit.ask("Italian, please.")
     assert [m["role"] for m in visit.asked[1]["messages"]] == ["user", "assistant", "user"]
     assert second and visit.asked[1]["messages"][1]["content"].strip() == text
+
+
+def test_code_has_colours_and_formulas_are_formulas(visit):
+    said = "It is $E=mc^2$, not \\(\\frac{a}{b}\\), for $5 and $6.\n\n"
+    said += "$$\n\\begin{aligned}a&=b\\\\\n=c\\end{aligned}\n$$\n\n"
+    said += "$\\nothing{$ \\[x^2\\] `$y$`\n\n```python\ndef f(x): return 'a' # b\n```\n\n```odd\n<b>x</b>\n```"
+    answer_with(visit, body=events(*(said[i : i + 5] for i in range(0, len(said), 5))))
+    visit.ask("Show me.")
+    text = visit.last.locator("> .markdown")
+    expect(text.locator("math")).to_have_count(4)
+    expect(text.locator("math[display=block]")).to_have_count(2)
+    expect(text.locator("p").first).to_contain_text("for $5 and $6.")
+    expect(text.locator("code")).to_contain_text(["$\\nothing{$", "$y$", "def f(x)", "<b>x</b>"])
+    expect(text.locator(".hljs-keyword")).to_have_text(["def", "return"])
+    colours = text.locator("pre span").evaluate_all("all => all.map(e => getComputedStyle(e).color)")
+    assert len(set(colours)) > 2
 
 
 def test_markdown_arrives_in_pieces(visit):
@@ -332,28 +353,37 @@ def test_side_by_side(visit):
     left, right = sparse.bounding_box(), dense.bounding_box()
     assert left["x"] + left["width"] <= right["x"] and left["y"] == right["y"]
     expect(sparse.locator(".figures")).to_have_text(
-        re.compile(r"tokens/s · \d+\.\d\d× dense · 50 % of neurons · \d+ token")
+        re.compile(r"tokens/s · \d+\.\d\d× dense · demo · 50 % of neurons · same top token about \d+ % · \d+ token")
     )
-    expect(dense.locator(".figures")).to_have_text(re.compile(r"tokens/s · 1× dense · all neurons · \d+ token"))
-    assert [body["density"] for body in visit.asked] == [0.5, 1]
+    expect(dense.locator(".figures")).to_have_text(re.compile(r"tokens/s · 1× dense · demo · all neurons · \d+ token"))
+    assert [body.get("density") for body in visit.asked] == [None, 1]
     visit.ask("For two people.")  # each column goes on with its own answers
     said = [body["messages"][1]["content"].strip() for body in visit.asked[2:]]
     assert said == [answer.locator("> .markdown").inner_text().strip() for answer in (sparse, dense)]
     assert visit.asked[2]["user"] != visit.asked[3]["user"]  # and with a cache of its own
 
 
-def test_density_is_sent_and_kept(visit):
-    visit.page.get_by_role("button", name="Fast").click()
+def test_how_to_answer_is_sent_and_kept(visit):
+    page = visit.page
+    page.get_by_role("button", name="Fast").click()
     visit.ask("Hello")
-    visit.page.get_by_label("Density", exact=True).fill("65")
+    density = int(re.search(r"(\d+) % of neurons", visit.last.inner_text())[1])
+    expect(page.locator("#density-words")).to_have_text(f"{density} %")  # once the model is loaded
+    expect(page.locator("#agreement")).to_have_text(re.compile(r"same top token about \d\d %"))
+    page.get_by_label("Density", exact=True).fill("65")
+    page.get_by_label("Verified").check()
+    expect(page.locator("#agreement")).to_have_text("the dense model's answer")
     visit.ask("Hello")
+    expect(visit.last.locator(".figures")).to_have_text(re.compile(r"dense model's own words, \d+ % of them drafted"))
     visit.mode("Dense")
-    expect(visit.page.get_by_label("Density", exact=True)).to_be_disabled()
+    expect(page.get_by_label("Density", exact=True)).to_be_disabled()
     visit.ask("Hello")
-    assert [body["density"] for body in visit.asked] == [0.3, 0.65, 1]
-    visit.page.reload()
-    expect(visit.page.get_by_role("radio", name="Dense")).to_be_checked()
-    expect(visit.page.locator("#density-words")).to_have_text("65 %")
+    how = [[body.get(name) for name in ("quality", "density", "verify")] for body in visit.asked]
+    assert how == [["fast", None, None], [None, 0.65, True], [None, 1, False]]
+    page.reload()
+    expect(page.get_by_role("radio", name="Dense")).to_be_checked()
+    expect(page.locator("#density-words")).to_have_text("65 %")
+    expect(page.get_by_role("checkbox", name="Verified")).to_be_checked()
 
 
 def test_conversations_are_kept(visit):
@@ -439,6 +469,9 @@ HOSTILE = r"""<img src=x onerror="window.harmed=1"><script>window.harmed=1</scri
 </code></pre><img src=x onerror=window.harmed=1>
 ```
 
+$\href{javascript:window.harmed=1}{x}$ \(\text{<img src=x onerror=window.harmed=1>}\) $\class{a" onclick="x}{b}$
+$$\html{<script>window.harmed=1</script>}$$
+
 | <img src=x onerror=window.harmed=1> | b |
 |:-:|--:|
 | [x](javascript:1) | <script>window.harmed=1</script> |
@@ -456,8 +489,9 @@ def test_markdown_can_do_no_harm(visit):
         return [all.map(e => e.localName), all.flatMap(e => e.getAttributeNames()), [...document.querySelectorAll(
         ".markdown a[href]")].map(a => [a.protocol, a.rel, a.target])] }"""
     )
-    assert not set(tags) & {"img", "script", "iframe", "style", "svg", "form", "input", "math", "b", "object", "base"}
+    assert not set(tags) & {"img", "script", "iframe", "style", "svg", "form", "input", "b", "object", "base"}
     assert not [name for name in attributes if name.startswith("on") or name in ("style", "id", "src", "name")]
+    assert page.locator(".markdown [href]:not(a)").count() == 0
     assert {tuple(link) for link in links} == {("https:", "noopener noreferrer", "_blank")} and len(links) >= 6
     expect(visit.last.get_by_role("link", name="picture")).to_have_attribute("href", "https://evil.test/p.png")
     assert "<script>window.harmed=1</script>" in visit.last.inner_text()  # shown, as what it is
@@ -487,7 +521,7 @@ def test_failures_have_words(visit):
         expect(page.locator("#spoken")).to_contain_text(words)
         page.unroute(f"**{CHAT}")
     visit.refused()
-    page.get_by_role("button", name="Try again").last.click()
+    page.get_by_role("button", name="Answer again").last.click()
     visit.finish()
     expect(visit.last.locator(".error")).to_be_hidden()
     expect(visit.last.locator(".figures")).to_contain_text("tokens/s")
@@ -529,21 +563,127 @@ def test_asks_for_the_key(browser):
 
 
 def test_waits_with_words(visit):
-    """A model that loads slowly, and a queue."""
-    page, held = visit.page, []
-    state = {"state": "loading", "model": "big", "queued": 0, "tokens_per_second": 0, "error": None}
-    page.route("**/v1/status", lambda route: route.fulfill(json=state))
+    """A model that is downloaded and loads slowly, a queue, a measurement, and a model that cannot be loaded."""
+    page, held, changes = visit.page, [], []
+    facts = {"context_tokens": 2048, "density": 0.6, "densities": [], "qualities": None}
+    state = {"state": "loading", "model": "big", "queued": 0, "place": None, "tokens_per_second": 0, "error": None}
+    state |= {"facts": None, "measuring": None, "has_ranks": True}
+
+    def changed(route: Route) -> None:
+        changes.append((route.request.method, route.request.url))
+        route.fulfill(json=state)
+
+    page.route("**/v1/status?*", lambda route: route.fulfill(json=state))
+    page.route("**/v1/measure*", changed)
     page.route(f"**{CHAT}", lambda route: held.append(route))
+    head = page.locator("#state")
     visit.say("Hello")
     expect(visit.last).to_contain_text("Loading big…")
-    expect(page.locator("#state")).to_contain_text("loading big…")
-    state |= {"state": "generating", "queued": 3}
-    expect(visit.last).to_contain_text("Waiting for its turn…")
-    expect(page.locator("#state")).to_contain_text("big is answering, 3 waiting")
-    state |= {"state": "failed", "queued": 0, "error": "big cannot be loaded. See the log."}
-    expect(page.locator("#state")).to_contain_text("big cannot be loaded. See the log.")
+    expect(head).to_contain_text("loading big…")
+    state |= {"state": "generating", "queued": 3, "place": 2, "facts": facts}
+    expect(visit.last).to_contain_text("2 answers come first…")
+    expect(head).to_contain_text("big is answering, 3 waiting")
+    expect(page.get_by_role("button", name="Balanced")).to_be_disabled()  # not measured
+    expect(page.locator("#density-words")).to_have_text("60 %")
+    state |= {"state": "ready", "queued": 0, "place": 0, "has_ranks": False}
+    expect(head).to_contain_text("big is ready, no ranks yet")
+    visit.expect_notice("big has no global ranks yet")
+    page.get_by_role("button", name="Measure now").click()
+    state |= {"state": "measuring"}
+    measuring = {"model": "big", "tokens": 400, "most_tokens": 1000, "seconds_left": 130, "stopping": False}
+    state |= {"measuring": measuring}
+    expect(head).to_contain_text("measuring big, 40 % (at most 2 min left)")
+    expect(visit.last).to_contain_text("big is being measured, and answers between two steps…")
+    expect(page.get_by_role("alert")).to_be_empty()
+    page.get_by_role("button", name="Stop measuring").click()
+    assert [(method, url.removeprefix(visit.url)) for method, url in changes] == [
+        ("POST", "/v1/measure?model=big"),
+        ("DELETE", "/v1/measure"),
+    ]
+    state |= {"state": "failed", "measuring": None, "facts": None, "error": "big cannot be loaded. See the log."}
+    expect(head).to_contain_text("big cannot be loaded. See the log.")
     held[0].fulfill(body=events("Here I am."), content_type="text/event-stream")
     expect(visit.last.locator("> .markdown")).to_have_text("Here I am.")
+
+
+def test_two_chats_at_once(visit):
+    page = visit.page
+    endless(visit)
+    visit.say("Tell me a long story.")
+    expect(visit.last.locator("> .markdown")).to_contain_text(re.compile(r"\S+ \S+ \S+"))
+    page.get_by_role("button", name="New chat").click()
+    visit.say("And another one.")
+    expect(visit.last).to_contain_text("One answer comes first…")
+    busy = page.locator("#chats .open.busy")
+    expect(busy).to_have_count(2)
+    page.keyboard.press("Escape")  # stops what is seen
+    expect(visit.last.locator(".figures")).to_have_text("stopped")
+    expect(busy).to_have_text(re.compile("Tell me a long story"))
+    busy.click()
+    before = visit.last.inner_text()
+    expect(visit.last).not_to_have_text(before, use_inner_text=True)  # it goes on
+    page.get_by_role("button", name="Stop").click()
+    expect(busy).to_have_count(0)
+
+
+def test_what_was_said_is_changed(visit):
+    """Edit a message, bring back what was before, answer again, and go on with an answer that was cut."""
+    page, texts = visit.page, visit.page.locator(".answer > .markdown")
+    bodies = [ended("One", "length"), *map(events, (" two.", "Other", "Again"))]
+    page.route(f"**{CHAT}", lambda route: route.fulfill(body=bodies.pop(0), content_type="text/event-stream"))
+    visit.ask("Count.")
+    page.get_by_role("button", name="Continue this answer").click()
+    expect(texts).to_have_text(["One two."])
+    asked = visit.asked[1]
+    assert asked["messages"][-1] == {"role": "assistant", "content": "One"} and asked["continue_final_message"] is True
+    assert asked["add_generation_prompt"] is False and "continue_final_message" not in visit.asked[0]
+    expect(page.get_by_role("button", name="Continue this answer")).to_have_count(0)
+    page.get_by_role("button", name="Edit this message").click(force=True)
+    field = page.get_by_label("Edit your message")
+    expect(field).to_have_value("Count.")
+    page.keyboard.press("Escape")
+    expect(page.locator(".said")).to_contain_text("Count.")
+    page.keyboard.press("Enter")  # the button has the focus again
+    field.fill("Spell.")
+    field.press("Enter")
+    expect(texts).to_have_text(["Other"])
+    assert [message["content"] for message in visit.asked[2]["messages"]] == ["Spell."]
+    visit.page.get_by_label("Density", exact=True).fill("30")
+    page.get_by_role("button", name="Answer again").click()
+    expect(texts).to_have_text(["Again"])
+    assert visit.asked[3]["density"] == 0.3
+    page.get_by_role("button", name="Undo").click()
+    expect(texts).to_have_text(["One two."])
+    expect(page.locator(".said")).to_contain_text("Count.")
+
+
+def test_chats_are_found_named_and_carried_off(visit, tmp_path):
+    page, names = visit.page, visit.page.locator("#chats .open")
+    answer_with(visit, body=events("A *rare* word."))
+    visit.ask("First")
+    page.get_by_role("button", name="New chat").click()
+    visit.ask("Second")
+    page.get_by_role("button", name="Rename First").click(force=True)
+    page.get_by_label("New name of First").fill("Renamed")
+    page.keyboard.press("Enter")
+    expect(names).to_have_text(["Renamed", "Second"])
+    search = page.get_by_label("Search conversations")
+    for words, found in (("rare  WORD", ["Renamed", "Second"]), ("second", ["Second"]), ("nowhere", [])):
+        search.fill(words)
+        expect(names).to_have_text(found)
+    expect(page.locator("#none")).to_be_visible()
+    search.fill("")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export conversations").click()
+    download.value.save_as(file := tmp_path / "chats.json")
+    page.get_by_role("button", name="Delete Renamed").click(force=True)
+    (wrong := tmp_path / "wrong.json").write_text('["<b>"]')
+    for chosen, words in ((wrong, "holds no conversations"), (file, "One conversation was imported.")):
+        page.locator("#import-file").set_input_files(chosen)
+        visit.expect_notice(words)
+    expect(names).to_have_text(["Renamed", "Second"])
+    names.first.click()
+    expect(visit.last.locator("> .markdown")).to_have_text("A rare word.")
 
 
 DAMAGED = {
@@ -585,7 +725,7 @@ def test_no_room_in_the_browser(visit, how):
 
 def test_by_keyboard_alone(visit):
     page = visit.page
-    for _ in range(9):  # back from the message, which has the focus at first, to the top
+    for _ in range(14):  # back from the message, which has the focus at first, to the top
         page.keyboard.press("Shift+Tab")
         if page.evaluate("document.activeElement.className") == "skip":
             break
@@ -616,6 +756,24 @@ def test_by_keyboard_alone(visit):
     expect(visit.answers).to_have_count(0)
 
 
+EVERYTHING = """# T
+
+text `code` [link](https://a.test) $x$
+
+```py
+@a
+def f(x: int = 1, *y): return 'a', None, print(x)  # b
+```
+
+$$x^2$$
+
+|a|b|
+|-|-|
+|1|2|
+
+> q"""
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_accessible(browser, server, scheme):
     with visiting(browser, server.url, color_scheme=scheme, reduced_motion="reduce") as visit:
@@ -628,10 +786,7 @@ def test_accessible(browser, server, scheme):
         log = page.get_by_role("log", name="Messages")
         expect(log).to_have_attribute("aria-live", "off")
         violations = _violations(page)
-        answer_with(
-            visit,
-            body=events("# T\n\ntext `code` [link](https://a.test)\n\n```py\nx\n```\n\n|a|b|\n|-|-|\n|1|2|\n\n> q"),
-        )
+        answer_with(visit, body=events(EVERYTHING))
         visit.ask("Markdown")
         page.unroute(f"**{CHAT}")
         visit.mode("Side by side")

@@ -29,8 +29,18 @@ export function setKey(key) {
   }
 }
 
-export async function getStatus() {
-  return (await ask("/v1/status", { signal: AbortSignal.timeout(10_000) })).json();
+/** The server's status, with the place in its queue of who asks as this user. */
+export async function getStatus(user) {
+  return (await ask(`/v1/status?${new URLSearchParams({ user })}`, { signal: AbortSignal.timeout(10_000) })).json();
+}
+
+/** Have a model's ranks measured, or end that. */
+export async function measure(model) {
+  return (await ask(`/v1/measure?${new URLSearchParams({ model })}`, { method: "POST" })).json();
+}
+
+export async function stopMeasuring() {
+  return (await ask("/v1/measure", { method: "DELETE" })).json();
 }
 
 export async function getModels() {

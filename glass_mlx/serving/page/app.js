@@ -1,8 +1,14 @@
-// The chat page: what is shown, what is asked of the server, and the keyboard.
+// The chat page: what is shown, what one does with it, and the keyboard.
 
-import { Failure, chat as stream, getModels, getStatus, setKey } from "./api.js";
+import { ask, jobOf, jobs, stop } from "./asking.js";
+import * as chats from "./chats.js";
+import { copied } from "./clipboard.js";
+import { notice, passing } from "./notices.js";
+import * as server from "./server.js";
+import { plans, set, settings, wire as wireSettings } from "./settings.js";
 import * as store from "./store.js";
-import { make, turnView } from "./view.js";
+import { button, make, turnView } from "./view.js";
+import { number, percent } from "./words.js";
 
 const $ = (id) => document.getElementById(id);
 const APPLE = /Mac|iPhone|iPad/.test(navigator.platform);
@@ -13,12 +19,8 @@ const EXAMPLES = [
 ];
 
 store.load();
-const settings = store.settings();
 let chat = store.current() ?? store.create(settings.system);
 let views = new Map(); // of the answers that are shown
-let running = null; // {chat, answer, controller, since} while an answer is awaited
-let status = null; // the server's, null while it cannot be had
-let reachable = true;
 
 // ---- What is shown
 
@@ -30,13 +32,14 @@ function showChat(chosen) {
   const system = chat.system.trim();
   if (system) $("turns").prepend(make("p", { className: "system" }, `System prompt: ${system}`));
   showWelcome();
-  showList();
+  showRunning();
+  showContext(chat.turns.at(-1)?.answers[0]);
   scrollDown();
-  if (running?.chat === chat) views.get(running.answer)?.update(waiting());
+  if (jobOf(chat)) paint(jobOf(chat).answer);
 }
 
 function addViews(turn) {
-  const view = turnView(turn, again);
+  const view = turnView(turn, { edit, again, goOn });
   turn.answers.forEach((answer, i) => views.set(answer, view.views[i]));
   return view.element;
 }
@@ -47,38 +50,23 @@ function showWelcome() {
 }
 
 function showList() {
-  const items = store.all().map((one) => {
-    const title = one.title || "New chat";
-    const open = make("button", { type: "button", className: "open", onclick: () => openChat(one) }, title);
-    if (one === chat) open.setAttribute("aria-current", "true");
-    if (running?.chat === one) open.append(make("span", { className: "hidden" }, " (answering)"));
-    open.classList.toggle("busy", running?.chat === one);
-    const remove = make("button", { type: "button", className: "icon delete", onclick: () => removeChat(one) }, "×");
-    remove.setAttribute("aria-label", `Delete ${title}`);
-    return make("li", {}, open, remove);
-  });
-  $("chats").replaceChildren(...items);
+  chats.showList(chat, (one) => jobs.has(one.id), { open: openChat, remove: removeChat, keep: renamed });
 }
 
 function showRunning() {
-  $("send").hidden = running !== null;
-  $("stop").hidden = running === null;
-  $("log").setAttribute("aria-busy", String(running !== null));
+  const answering = jobOf(chat) !== undefined;
+  $("send").hidden = answering;
+  $("stop").hidden = !answering;
+  $("log").setAttribute("aria-busy", String(answering));
   showList();
 }
 
-// Messages about the page itself, one for each topic, until they are over.
-const notices = new Map();
-
-function notice(topic, words, action) {
-  if (notices.get(topic)?.words === words) return;
-  if (words) notices.set(topic, { words, action });
-  else if (!notices.delete(topic)) return;
-  const lines = [...notices].map(([topic, { words, action }]) => {
-    const button = action && make("button", { type: "button", className: "plain", onclick: action.do }, action.name);
-    return make("p", { className: topic }, words, " ", button ?? "");
-  });
-  $("notice").replaceChildren(...lines);
+/** How much of the model's context a conversation takes, once that is known. */
+function showContext(answer) {
+  const used = answer?.figures?.context;
+  const most = server.server.status?.facts?.context_tokens;
+  const of = most ? ` of ${number(most)} tokens (${percent(used / most)})` : " tokens";
+  $("context").textContent = used ? `Context: ${number(used)}${of}` : "";
 }
 
 /** Said by screen readers when they are free: whole answers, not every token. */
@@ -97,8 +85,9 @@ function paint(answer) {
   const view = views.get(answer);
   if (!view) return; // another conversation is open
   const follow = atEnd();
-  const here = running?.answer === answer;
-  for (const other of view.turn.answers) views.get(other).update(here && other === answer ? waiting() : "after GLASS");
+  const job = jobOf(chat);
+  for (const other of view.turn.answers) views.get(other).update(job?.answer === other ? server.waiting(job) : "after GLASS");
+  showContext(answer);
   if (follow) scrollDown();
   showLatest();
 }
@@ -125,105 +114,77 @@ function paintSoon(answer) {
 
 function send(text) {
   const said = text.trim();
-  if (!said || running) return;
+  if (!said || jobOf(chat)) return;
   chat.title ||= said.replace(/\s+/g, " ").slice(0, 80);
-  const kinds = settings.mode === "both" ? ["glass", "dense"] : [settings.mode];
-  const turn = { said, answers: kinds.map((kind) => store.answer(kind, kind === "dense" ? 100 : settings.density)) };
+  const turn = { said, answers: plans().map(store.answer) };
   chat.turns.push(turn);
   $("turns").append(addViews(turn));
   showWelcome();
-  run(chat, turn, turn.answers);
+  run({ chat, turn, answers: turn.answers });
   scrollDown();
 }
 
+/** Say something else instead: what came after it goes, and can be brought back. */
+function edit(turn, said) {
+  if (jobOf(chat)) return;
+  const [edited, at] = [chat, chat.turns.indexOf(turn)];
+  const gone = chat.turns.splice(at);
+  showChat(chat);
+  send(said);
+  $("message").focus();
+  const undo = () => {
+    notice("edited", "");
+    stop(edited);
+    edited.turns.splice(at, Infinity, ...gone);
+    keep(edited);
+    openChat(edited);
+  };
+  passing("edited", "The message and what came after it were replaced.", { name: "Undo", do: undo });
+}
+
+/** Answer again, in the way that is chosen now; each of two columns stays what it is. */
 function again(answer) {
-  const turn = chat.turns.find((one) => one.answers.includes(answer));
-  if (running || !turn) return;
-  Object.assign(answer, store.answer(answer.kind, answer.density));
-  run(chat, turn, [answer]);
+  const turn = turnOf(answer);
+  if (jobOf(chat) || !turn) return;
+  const [plan] = plans();
+  const kind = turn.answers.length > 1 ? answer.kind : plan.kind;
+  Object.assign(answer, store.answer({ ...plan, kind }));
+  run({ chat, turn, answers: [answer] });
   $("message").focus(); // the button that was pressed has gone
 }
 
-/** Have answers written, one after the other, in the conversation that is open now or no longer. */
-async function run(asked, turn, answers) {
-  const controller = new AbortController();
-  lookSoon(300); // whether it waits for a model, say; most answers have begun by then
-  for (const answer of answers) {
-    running = { chat: asked, answer, controller, since: Date.now() };
+/** Go on with an answer that was cut. */
+function goOn(answer) {
+  const turn = turnOf(answer);
+  if (jobOf(chat) || !turn) return;
+  run({ chat, turn, answers: [answer], goesOn: true });
+  $("message").focus();
+}
+
+function turnOf(answer) {
+  return chat.turns.find((one) => one.answers.includes(answer));
+}
+
+/** Have answers written, in the conversation that is open now or no longer. */
+function run(work) {
+  server.lookSoon(300); // whether it waits for a model, say; most answers have begun by then
+  ask(work, { model: $("model").value, sampling: settings.sampling }, { kept: keep, begun, written: paintSoon, ended });
+
+  function begun(answer) {
     showRunning();
-    keep(asked);
     paint(answer);
-    await fill(asked, turn, answer, controller.signal);
-    keep(asked);
   }
-  const last = running;
-  running = null;
-  showRunning();
-  clearTimeout(painting);
-  painting = 0;
-  for (const answer of answers) paint(answer);
-  if (last.chat === chat) speak(answers.map((answer) => views.get(answer)?.spoken() ?? "").join("\n"));
-  lookSoon(0);
-}
 
-async function fill(asked, turn, answer, signal) {
-  const times = [];
-  try {
-    for await (const event of stream(request(asked, turn, answer), signal)) {
-      const choice = event.choices?.[0];
-      const { content, reasoning_content: reasoning } = choice?.delta ?? {};
-      answer.text += content ?? "";
-      answer.reasoning += reasoning ?? "";
-      if (content || reasoning) timed(answer, times);
-      if (event.usage) answer.figures = figures(event.usage);
-      answer.finish = choice?.finish_reason ?? answer.finish;
-      paintSoon(answer);
-    }
-    answer.finish ||= "stop";
-  } catch (e) {
-    answer.finish = "stopped";
-    if (!signal.aborted) failed(answer, e);
+  function ended(answers) {
+    showRunning();
+    clearTimeout(painting);
+    painting = 0;
+    for (const answer of answers) paint(answer);
+    const failure = answers.find((answer) => answer.error);
+    if (failure?.failure === "key") server.askForKey(failure.error);
+    if (work.chat === chat) speak(answers.map((answer) => views.get(answer)?.spoken() ?? "").join("\n"));
+    server.lookSoon(0);
   }
-}
-
-function failed(answer, e) {
-  if (!(e instanceof Failure)) console.error(e);
-  answer.finish = "failed";
-  answer.error = e instanceof Failure ? e.message : "The page failed to show this answer.";
-  if (e.kind === "key") askForKey(e.message);
-  if (e.kind === "gone") lookSoon(0);
-}
-
-/** The speed so far, as it looks from here; the server's own figure comes at the end. */
-function timed(answer, times) {
-  times.push(performance.now());
-  const seconds = (times.at(-1) - times[0]) / 1000;
-  if (seconds > 0.2) answer.figures = { tps: (times.length - 1) / seconds, kept: 0, total: 0, tokens: times.length };
-}
-
-function figures({ completion_tokens: tokens, glass }) {
-  return { tps: glass.generation_tps, kept: glass.kept_neurons, total: glass.total_neurons, tokens };
-}
-
-/** What the server is asked. Each of two columns goes on with its own answers, and as a client of its own: a dense
- * answer then never builds on what the sparse model left in a cache. */
-function request(asked, turn, answer) {
-  const messages = asked.system.trim() ? [{ role: "system", content: asked.system.trim() }] : [];
-  for (const past of asked.turns.slice(0, asked.turns.indexOf(turn))) {
-    const given = past.answers.filter((one) => one.text);
-    const content = (given.find((one) => one.kind === answer.kind) ?? given[0])?.text;
-    if (content) messages.push({ role: "user", content: past.said }, { role: "assistant", content });
-  }
-  messages.push({ role: "user", content: turn.said });
-  const body = { messages, density: answer.density / 100, user: `page ${asked.id} ${answer.kind}` };
-  if ($("model").value) body.model = $("model").value;
-  if (settings.temperature !== "") body.temperature = Number(settings.temperature);
-  if (settings.maxTokens !== "") body.max_tokens = Number(settings.maxTokens);
-  return body;
-}
-
-function stop() {
-  running?.controller.abort();
 }
 
 const removed = new WeakSet(); // an answer that was stopped by deleting its conversation must not bring it back
@@ -240,6 +201,7 @@ function keep(one) {
 function openChat(one) {
   closeMenu();
   showChat(one);
+  server.lookSoon(0); // its place in the queue
   $("message").focus();
 }
 
@@ -247,8 +209,13 @@ function newChat() {
   openChat(chat.turns.length ? store.create(settings.system) : chat);
 }
 
+function renamed(one, really) {
+  if (really) keep(one);
+  showList();
+}
+
 function removeChat(one) {
-  if (running?.chat === one) stop();
+  stop(one);
   const at = store.all().indexOf(one);
   removed.add(one);
   store.remove(one);
@@ -262,155 +229,27 @@ function removeChat(one) {
     store.save(one);
     openChat(one);
   };
-  notice("deleted", `“${one.title.slice(0, 40)}” was deleted.`, { name: "Undo", do: undo });
-  clearTimeout(removeChat.timer);
-  removeChat.timer = setTimeout(() => notice("deleted", ""), 15_000);
+  passing("deleted", `“${one.title.slice(0, 40)}” was deleted.`, { name: "Undo", do: undo });
 }
 
-// ---- The server's state
-
-const STATES = {
-  ready: ({ model }) => `${model} is ready`,
-  generating: ({ model, tokens_per_second: tps }) =>
-    `${model} is answering${tps ? `, ${tps.toFixed(0)} tokens/s` : ""}`,
-  loading: ({ model }) => `loading ${model}…`,
-  unloaded: () => "ready, loads a model when asked",
-  failed: ({ error }) => error,
-};
-
-function showState() {
-  const absent = reachable ? "waiting for a key" : "not reachable";
-  const words = status ? (STATES[status.state]?.(status) ?? status.state) : absent;
-  const queue = status?.queued ? `, ${status.queued} waiting` : "";
-  $("state-words").textContent = `${words}${queue}`;
-  $("state").title = status?.error ?? "";
-  $("lamp").className = status ? status.state : "failed";
-}
-
-/** Why an answer has not begun. */
-function waiting() {
-  const seconds = Math.round((Date.now() - running.since) / 1000);
-  const after = seconds > 2 ? ` ${seconds} s` : "";
-  if (running.answer.reasoning) return `Thinking…${after}`;
-  if (status?.state === "loading") {
-    const patience = seconds > 15 ? " A large model takes a minute or two." : "";
-    return `Loading ${status.model}…${after}${patience}`;
+function removeAll() {
+  for (const { chat: one, controller } of jobs.values()) {
+    removed.add(one);
+    controller.abort();
   }
-  return status?.queued ? `Waiting for its turn…${after}` : `Reading…${after}`;
-}
-
-async function look() {
-  const before = status;
-  try {
-    status = await getStatus();
-    if (!before) await connected();
-  } catch (e) {
-    status = null;
-    reachable = e.kind !== "gone";
-    if (e.kind === "key") askForKey(e.message);
-    else notice("connection", `${e.message} This page looks again every few seconds.`);
-  }
-  showState();
-  if (running && !running.answer.text) paint(running.answer);
-}
-
-async function connected() {
-  reachable = true;
-  notice("connection", "");
-  $("key-form").hidden = true;
-  await showModels();
-}
-
-let next = 0;
-
-/** Look at the server's state soon, and from then on: often while something happens, never while nobody sees it. */
-function lookSoon(delay) {
-  clearTimeout(next);
-  next = setTimeout(async () => {
-    if (!document.hidden) await look();
-    lookSoon(running || status?.state === "loading" || status?.state === "generating" ? 1000 : 4000);
-  }, delay);
-}
-
-function askForKey(words) {
-  status = null;
-  reachable = true;
-  notice("connection", words);
-  if (!$("key-form").hidden) return;
-  $("key-form").hidden = false;
-  $("key").focus();
-}
-
-async function showModels() {
-  const models = await getModels();
-  const options = models.map((model) => {
-    const size = model.size_bytes ? ` · ${bytes(model.size_bytes)}` : "";
-    return new Option(`${model.id}${model.downloaded ? size : " · downloads first"}`, model.id);
-  });
-  $("model").replaceChildren(...options);
-  const wanted = models.some((model) => model.id === settings.model) ? settings.model : models[0]?.id;
-  $("model").value = wanted ?? "";
-  showWelcome();
-}
-
-function bytes(count) {
-  return count < 1e9 ? `${Math.round(count / 1e6)} MB` : `${(count / 1e9).toFixed(1)} GB`;
-}
-
-// ---- Controls
-
-function showControls() {
-  document.querySelector(`[name=mode][value=${settings.mode}]`).checked = true;
-  $("density").value = settings.density;
-  $("density-words").textContent = `${settings.density} %`;
-  $("density").setAttribute("aria-valuetext", `${settings.density} % of the neurons`);
-  $("density-group").disabled = settings.mode === "dense";
-  for (const preset of document.querySelectorAll("[data-density]")) {
-    preset.setAttribute("aria-pressed", String(Number(preset.dataset.density) === settings.density));
-  }
-}
-
-function set(changes) {
-  Object.assign(settings, changes);
-  store.saveSettings(settings);
-  showControls();
-}
-
-function openSettings() {
-  $("system").value = chat.system;
-  $("temperature").value = settings.temperature;
-  $("max-tokens").value = settings.maxTokens;
-  sure(false);
-  $("settings").showModal();
-}
-
-function closeSettings() {
-  const changed = chat.system !== $("system").value;
-  chat.system = $("system").value;
-  const valid = (input) => (input.validity.valid ? input.value : "");
-  set({ system: chat.system, temperature: valid($("temperature")), maxTokens: valid($("max-tokens")) });
-  if (changed && chat.turns.length) keep(chat);
-  showChat(chat);
-  $("message").focus();
-}
-
-/** Deleting everything takes two clicks. */
-function sure(asked) {
-  $("delete-all").textContent = asked ? "Yes, delete all of them" : "Delete all conversations";
-  $("delete-all").dataset.asked = asked ? "yes" : "";
-}
-
-function deleteAll() {
-  if (!$("delete-all").dataset.asked) {
-    sure(true);
-    return;
-  }
-  stop();
-  if (running) removed.add(running.chat);
   store.removeAll();
   showChat(store.create($("system").value));
-  $("settings").close();
 }
+
+async function importFile() {
+  const [file] = $("import-file").files;
+  if (!file) return;
+  passing("imported", await chats.importChats(file));
+  $("import-file").value = "";
+  showChat(store.all().find((one) => one.id === chat.id) ?? chat);
+}
+
+// ---- The keyboard and the mouse
 
 function resize() {
   const box = $("message");
@@ -419,7 +258,7 @@ function resize() {
 }
 
 function submit() {
-  if (running || !$("message").value.trim()) return;
+  if (jobOf(chat) || !$("message").value.trim()) return;
   const text = $("message").value;
   $("message").value = "";
   resize();
@@ -433,26 +272,6 @@ async function copy(button) {
   button.textContent = (await copied(code?.textContent ?? answer.text.trim())) ? "Copied" : "Not copied";
   speak(button.textContent);
   setTimeout(() => (button.textContent = words), 1500);
-}
-
-async function copied(text) {
-  try {
-    await navigator.clipboard.writeText(text);
-    return true;
-  } catch {
-    return copiedTheOldWay(text); // over plain http only localhost may use the clipboard
-  }
-}
-
-function copiedTheOldWay(text) {
-  const focused = document.activeElement;
-  const box = make("textarea", { value: text, className: "hidden" });
-  document.body.append(box);
-  box.select();
-  const done = document.execCommand("copy");
-  box.remove();
-  focused?.focus();
-  return done;
 }
 
 function openMenu() {
@@ -478,12 +297,12 @@ function onKey(event) {
   } else if (event.key === "Escape" && document.body.classList.contains("menu")) {
     closeMenu();
     $("menu").focus();
-  } else if (event.key === "Escape" && running) {
-    stop();
+  } else if (event.key === "Escape") {
+    stop(chat); // what is seen; another conversation's answer goes on
   }
 }
 
-function wire() {
+function wireMessage() {
   $("composer").addEventListener("submit", (event) => {
     event.preventDefault();
     submit();
@@ -496,10 +315,18 @@ function wire() {
   });
   $("message").addEventListener("input", resize);
   $("stop").addEventListener("click", () => {
-    stop();
+    stop(chat);
     $("message").focus();
   });
+}
+
+function wire() {
+  wireMessage();
   $("new").addEventListener("click", newChat);
+  $("search").addEventListener("input", showList);
+  $("export").addEventListener("click", chats.exportChats);
+  $("import").addEventListener("click", () => $("import-file").click());
+  $("import-file").addEventListener("change", importFile);
   $("menu").addEventListener("click", openMenu);
   $("shade").addEventListener("click", closeMenu);
   $("latest").addEventListener("click", scrollDown);
@@ -509,43 +336,30 @@ function wire() {
   });
   $("model").addEventListener("change", () => {
     set({ model: $("model").value });
+    server.showState();
     showWelcome();
   });
-  for (const radio of document.querySelectorAll("[name=mode]")) {
-    radio.addEventListener("change", () => set({ mode: radio.value }));
-  }
-  $("density").addEventListener("input", () => set({ density: Number($("density").value) }));
-  for (const preset of document.querySelectorAll("[data-density]")) {
-    preset.addEventListener("click", () => set({ density: Number(preset.dataset.density) }));
-  }
-  $("settings-open").addEventListener("click", openSettings);
-  $("settings").addEventListener("close", closeSettings);
-  $("delete-all").addEventListener("click", deleteAll);
-  $("key-form").addEventListener("submit", (event) => {
-    event.preventDefault();
-    setKey($("key").value.trim());
-    $("key").value = "";
-    $("key-form").hidden = true;
-    $("message").focus();
-    lookSoon(0);
-  });
   document.addEventListener("keydown", onKey);
-  document.addEventListener("visibilitychange", () => lookSoon(0));
-  addEventListener("online", () => lookSoon(0));
-  addEventListener("pagehide", () => running && keep(running.chat));
+  addEventListener("pagehide", () => [...jobs.values()].forEach((job) => keep(job.chat)));
   addEventListener("storage", () => {
-    store.load([chat, running?.chat].filter((one) => one?.turns.length)); // another tab has written
+    const here = [chat, ...[...jobs.values()].map((job) => job.chat)];
+    store.load(here.filter((one) => one.turns.length)); // another tab has written
     showList();
   });
+  wireSettings({
+    current: () => chat,
+    removeAll,
+    closed(changed) {
+      if (changed && chat.turns.length) keep(chat);
+      showChat(chat);
+      $("message").focus();
+    },
+  });
+  server.wire({ chat: () => chat, paint, showWelcome });
 }
 
 $("new-keys").textContent = APPLE ? "⇧⌘O" : "Ctrl+Shift+O";
-for (const words of EXAMPLES) {
-  $("examples").append(make("button", { type: "button", onclick: () => send(words) }, words));
-}
+for (const words of EXAMPLES) $("examples").append(button("", words, () => send(words)));
 wire();
-showControls();
 showChat(chat);
-showState();
-lookSoon(0);
 $("message").focus();

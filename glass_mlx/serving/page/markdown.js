@@ -1,12 +1,15 @@
 // Markdown of a model, which nobody should trust, made into elements that can do nothing but be read.
 
+import { formulas } from "./formulas.js";
+import highlighter from "./vendor/highlight.min.js";
 import markdownit from "./vendor/markdown-it.esm.min.mjs";
 import "./vendor/purify.min.js"; // which leaves its name in the window
 
 const { DOMPurify } = window;
 
 // HTML in an answer is shown as text; DOMPurify is the second wall behind that.
-const markdown = markdownit({ html: false, linkify: true });
+const markdown = markdownit({ html: false, linkify: true, highlight });
+markdown.use(formulas);
 markdown.linkify.set({ fuzzyLink: false, fuzzyEmail: false }); // "readme.md" is no address
 
 // Nothing is loaded from the network: a picture becomes a link to itself.
@@ -23,13 +26,34 @@ markdown.renderer.rules.th_open = markdown.renderer.rules.td_open = (tokens, i, 
   return renderer.renderToken(tokens, i, options);
 };
 
+const MOST_COLOURED = 50_000; // characters of code
+
+/** Code in colours, as HTML; "" if its language is not known. */
+function highlight(code, language) {
+  if (!highlighter.getLanguage(language) || code.length > MOST_COLOURED) return "";
+  return highlighter.highlight(code, { language, ignoreIllegals: true }).value;
+}
+
+// Of formulas, what Temml writes.
+const MATH_TAGS = [
+  "math", "menclose", "mfrac", "mi", "mmultiscripts", "mn", "mo", "mover", "mpadded", "mphantom", "mprescripts",
+  "mroot", "mrow", "ms", "mspace", "msqrt", "mstyle", "msub", "msubsup", "msup", "mtable", "mtd", "mtext", "mtr",
+  "munder", "munderover", "none",
+];
+const MATH_ATTRIBUTES = [
+  "accent", "accentunder", "columnalign", "columnspan", "depth", "display", "displaystyle", "fence", "form", "height",
+  "largeop", "linethickness", "lspace", "mathvariant", "maxsize", "minsize", "movablelimits", "notation", "rowspan",
+  "rspace", "scriptlevel", "separator", "stretchy", "symmetric", "voffset", "width",
+];
+
 const RULES = {
   ALLOWED_TAGS: [
+    ...MATH_TAGS,
     "a", "blockquote", "br", "code", "em", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "li", "ol", "p", "pre", "s",
-    "strong", "table", "tbody", "td", "th", "thead", "tr", "ul",
+    "span", "strong", "table", "tbody", "td", "th", "thead", "tr", "ul",
   ],
-  ALLOWED_ATTR: ["href", "title", "start", "align", "class"],
-  ADD_URI_SAFE_ATTR: ["start", "align"],
+  ALLOWED_ATTR: [...MATH_ATTRIBUTES, "href", "title", "start", "align", "class"],
+  ADD_URI_SAFE_ATTR: [...MATH_ATTRIBUTES, "start", "align"],
   ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i,
   ALLOW_DATA_ATTR: false,
   ALLOW_ARIA_ATTR: false,
@@ -55,6 +79,7 @@ function fragment(text) {
   for (const heading of made.querySelectorAll("h1, h2, h3, h4, h5, h6")) lower(heading);
   for (const table of made.querySelectorAll("table")) scrollable(table, "Table");
   for (const pre of made.querySelectorAll("pre")) frame(pre);
+  for (const formula of made.querySelectorAll("math[display=block]")) scrollable(formula, "Formula");
   return made;
 }
 

@@ -2,11 +2,15 @@
 // overwrite each other and a damaged one does not spoil the rest.
 //
 // A conversation is {id, title, system, changed, turns}; a turn is what was said and one or two answers to it:
-// {said, answers: [{kind: "glass" | "dense", density, text, reasoning, finish, error, figures}]}.
+// {said, answers: [{kind: "glass" | "dense", density, quality, verify, model, text, reasoning, finish, error, figures}]}.
+// A density of 0 is the server's own, or the one of the quality.
 
 const CHAT = "glass.chat.";
 const SETTINGS = "glass.settings";
-const DEFAULTS = { model: "", mode: "glass", density: 50, system: "", temperature: "", maxTokens: "" };
+const QUALITIES = ["high", "balanced", "fast"];
+const DEFAULTS = { model: "", mode: "glass", density: 0, quality: "", verify: false, system: "", sampling: {} };
+const NUMBERS = { tps: 0, kept: 0, total: 0, tokens: 0 };
+const OPTIONAL = { agreement: null, drafted: null, context: null };
 
 const chats = new Map();
 
@@ -31,8 +35,25 @@ export function create(system) {
   return { id, title: "", system, changed: Date.now(), turns: [] };
 }
 
-export function answer(kind, density) {
-  return { kind, density, text: "", reasoning: "", finish: "", error: "", figures: null };
+/** An answer to be, by how it is to be made. */
+export function answer({ kind, density = 0, quality = "", verify = false }) {
+  const how = kind === "dense" ? { kind, density: 100, quality: "", verify: false } : { kind, density, quality, verify };
+  return { ...how, model: "", text: "", reasoning: "", finish: "", error: "", figures: null };
+}
+
+/** What a browser's file of conversations holds. */
+export function exported() {
+  return { format: "glass_mlx conversations", version: 1, conversations: all() };
+}
+
+/** Add the conversations of such a file. Of one that is here too, the one that was changed last stays.
+ * Returns how many were added; null if it is not such a file. */
+export function imported(file) {
+  if (!Array.isArray(file?.conversations)) return null;
+  const found = file.conversations.map(restored).filter((one) => one?.turns.length);
+  const added = found.filter((one) => !(chats.get(one.id)?.changed >= one.changed));
+  added.forEach(save);
+  return added.length;
 }
 
 /** Keep a conversation; false if the browser has no room for it. */
@@ -59,6 +80,9 @@ export function settings() {
   }
   if (!["glass", "dense", "both"].includes(made.mode)) made.mode = DEFAULTS.mode;
   if (!(made.density >= 10 && made.density <= 100)) made.density = DEFAULTS.density;
+  if (!QUALITIES.includes(made.quality)) made.quality = DEFAULTS.quality;
+  const numbers = Object.entries(made.sampling ?? {}).filter(([, value]) => Number.isFinite(value));
+  made.sampling = Object.fromEntries(numbers);
   return made;
 }
 
@@ -96,12 +120,17 @@ function restoredTurn(raw) {
 }
 
 function restoredAnswer(raw) {
-  const { kind, density, figures } = raw;
-  const numbers = ["tps", "kept", "total", "tokens"];
-  const made = answer(kind === "dense" ? "dense" : "glass", Number.isFinite(density) ? density : 50);
-  for (const name of ["text", "reasoning", "finish", "error"]) made[name] = text(raw[name]);
-  if (figures && numbers.every((name) => Number.isFinite(figures[name]))) {
-    made.figures = Object.fromEntries(numbers.map((name) => [name, figures[name]]));
+  const { kind, density, quality, verify, figures } = raw;
+  const made = answer({
+    kind: kind === "dense" ? "dense" : "glass",
+    density: Number.isFinite(density) ? density : 0,
+    quality: QUALITIES.includes(quality) ? quality : "",
+    verify: verify === true,
+  });
+  for (const name of ["model", "text", "reasoning", "finish", "error"]) made[name] = text(raw[name]);
+  if (figures && Object.keys(NUMBERS).every((name) => Number.isFinite(figures[name]))) {
+    const names = Object.keys({ ...NUMBERS, ...OPTIONAL });
+    made.figures = Object.fromEntries(names.map((name) => [name, Number.isFinite(figures[name]) ? figures[name] : null]));
   }
   made.finish ||= "stopped"; // the page was closed in the middle
   return made;
