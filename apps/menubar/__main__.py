@@ -43,13 +43,19 @@ def run(window: bool) -> None:
 
     from .app import GlassApp
     from .controller import Controller
+    from .instance import Instance
 
+    instance = Instance()
+    if not instance.is_first:
+        instance.call_first()
+        return print("GLASS runs already: its window is shown.")
     log = log_to_file("menubar.log")
     controller = Controller()
     if log is None:
         controller.notify("The log file cannot be written, so there is no log. Is the disk full?")
-    GlassApp(controller, log, window).main_loop()
+    GlassApp(controller, log, window, instance.is_called).main_loop()
     controller.close()
+    instance.close()
 
 
 if __name__ == "__main__":

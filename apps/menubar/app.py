@@ -22,6 +22,8 @@ from . import macos
 from .controller import Controller
 from .login import APP_ID
 from .menu import Item, find, flat, menu
+from .settings import Settings
+from .settings_window import SettingsWindow
 from .state import needs_attention, status
 from .window import DownloadWindow, StatusWindow
 
@@ -34,15 +36,22 @@ INTERVAL = 1.0  # seconds between two refreshes
 class GlassApp(toga.App):
     """The menu-bar app."""
 
-    def __init__(self, controller: Controller, log: Path | None = None, show_window: bool = False):
+    def __init__(
+        self,
+        controller: Controller,
+        log: Path | None = None,
+        show_window: bool = False,
+        is_called: Callable[[], bool] = lambda: False,
+    ):
         """
         Args:
             controller (Controller): does the work. The app closes it when quitting.
             log (Path, optional): the log file.
             show_window (bool): whether to show the window at the start.
+            is_called (callable): whether another start of the app has asked for this one.
         """
         self.controller, self.log = controller, log
-        self._show_at_start = show_window
+        self._show_at_start, self._is_called = show_window, is_called
         self._workers = ThreadPoolExecutor(2, "action")
         self._menu: tuple[Item, ...] = ()
         self._built: list = []  # the structure of the menu that Toga has
@@ -55,7 +64,7 @@ class GlassApp(toga.App):
             "show_download": self.show_download,
             "set_login": self.set_login,
             "open_log": self.open_log,
-            "open_settings": self.open_settings,
+            "show_settings": self.show_settings,
             "about": self.show_about,
             "quit": self.request_exit,
         }
@@ -81,7 +90,14 @@ class GlassApp(toga.App):
         self.status_icon = toga.MenuStatusIcon("glass", self.icons[False])
         self.status_icons.add(self.status_icon)
         self.window = StatusWindow(self.perform, self._call_soon)
-        self.download_window = DownloadWindow(self._download, self._call_soon)
+        self.download_window = DownloadWindow(self._download, self._describe_download, self._call_soon)
+        self.settings_window = SettingsWindow(
+            lambda: self.controller.snapshot(self._login),
+            self._save_settings,
+            self._delete_model,
+            self.open_settings_file,
+            self._call_soon,
+        )
         macos.on_reopen(self.show_window)
         warning = macos.framework_warning()
         if warning:
@@ -96,6 +112,8 @@ class GlassApp(toga.App):
             try:
                 self.controller.tick()
                 self.refresh()
+                if self._is_called():
+                    self.show_window()
             except Exception:  # or the menu would never change again
                 logger.exception("the menu cannot be brought up to date")
             await asyncio.sleep(INTERVAL)
@@ -108,9 +126,9 @@ class GlassApp(toga.App):
         await closing
         return True
 
-    async def run_in_background(self, action: Callable, *arguments: Any) -> None:
+    async def run_in_background(self, action: Callable, *arguments: Any) -> Any:
         """Run something that may take a moment on another thread, so that the menu stays alive."""
-        await asyncio.get_running_loop().run_in_executor(self._workers, action, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._workers, action, *arguments)
 
     async def perform(self, key: str) -> None:
         """Do what an entry of the menu stands for."""
@@ -126,6 +144,19 @@ class GlassApp(toga.App):
 
     async def _download(self, name: str) -> None:
         await self.run_in_background(self.controller.download, name)
+        self.refresh()
+
+    async def _describe_download(self, name: str) -> str:
+        return await self.run_in_background(self.controller.describe_download, name)
+
+    async def _save_settings(self, settings: Settings, login: bool | None) -> None:
+        if login is not None and login != self._login:
+            self.set_login(login)
+        await self.run_in_background(self.controller.change, settings)
+        self.refresh()
+
+    async def _delete_model(self, name: str) -> None:
+        await self.run_in_background(self.controller.delete_model, name)
         self.refresh()
 
     def _call_soon(self, function: Callable, *arguments: Any) -> None:
@@ -226,7 +257,12 @@ class GlassApp(toga.App):
     def open_log(self) -> None:
         self._open(self.log or log_dir())
 
-    def open_settings(self) -> None:
+    def show_settings(self) -> None:
+        """Show the settings as a form."""
+        self.settings_window.show()
+        macos.activate(self)
+
+    def open_settings_file(self) -> None:
         self.controller.save()
         self._open(self.controller.path)
 

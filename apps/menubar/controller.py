@@ -30,7 +30,7 @@ from . import jobs
 from .jobs import Cancelled, Job
 from .server_control import ServerControl
 from .settings import Settings, load_settings, save_settings, settings_path
-from .state import Model, Snapshot, fit
+from .state import Model, Snapshot, decoding_density, fit, size
 
 logger = logging.getLogger("glass_mlx")
 
@@ -56,7 +56,7 @@ class Controller:
         self.settings, notices = load_settings(self.path)
         self._notices = list(notices)
         self._settings_mtime = self._modified()
-        self._server = ServerControl({"density": self.settings.effective_density})
+        self._server = ServerControl({"density": decoding_density(self.settings, None)})
         self._models: tuple[Model, ...] = ()
         self._scanned = -RESCAN
         self._scanning = threading.Lock()
@@ -103,6 +103,7 @@ class Controller:
                 self._speeds[engine.model, engine.usage.density] = engine.usage.generation_tps
             if engine.has_ranks and engine.model is not None:
                 self._ranked.add(engine.model)
+            self._server.defaults["density"] = self._density()  # a quality's, once the model is known
             if self._modified() != self._settings_mtime and not self.closing:
                 self._reload()
             due = time.monotonic() - self._scanned >= RESCAN and not self.closing
@@ -135,6 +136,17 @@ class Controller:
         if selected:
             self.load()
 
+    def change(self, settings: Settings) -> None:
+        """Use other settings: another model is loaded, and a running server moves to another port."""
+        with self._lock:
+            before = self.settings
+            self._change(settings)
+            now = self.settings
+        if now.port != before.port and self._server.stop():
+            self.start_server()
+        if now.model != before.model:
+            self.load()
+
     def load(self) -> None:
         """Load the chosen model."""
         self._try(lambda: self._engine.load())
@@ -163,7 +175,14 @@ class Controller:
         if density == 1:
             self.set_glass(False)
         else:
-            self._change(replace(self.settings, glass=True, density=density))
+            self._change(replace(self.settings, glass=True, density=density, quality=""))
+
+    def set_quality(self, quality: str) -> None:
+        """Decode with the density that costs the model what this quality may cost."""
+        self._change(replace(self.settings, glass=True, quality=quality))
+
+    def _density(self) -> float:
+        return decoding_density(self.settings, self._engine.status().facts)
 
     def _new_engine(self) -> Engine:
         settings, idle = self.settings, self.settings.idle_minutes * 60 or None
@@ -181,7 +200,7 @@ class Controller:
                 found = []
             aliased = {ALIASES[model.id] for model in found if model.kind == "alias"}
             models = tuple(
-                Model(model.id, model.size_bytes)
+                Model(model.id, model.size_bytes, downloaded=model.kind in ("alias", "hub"))
                 for model in sorted(found, key=lambda m: (m.kind != "demo", m.id.lower()))
                 if model.downloaded and model.kind != "default" and model.id not in aliased
             )
@@ -215,6 +234,28 @@ class Controller:
 
         threading.Thread(target=work, name="download", daemon=True).start()
 
+    def describe_download(self, name: str) -> str:
+        """What a download takes, in words, or why it is not possible. Asks the Hub."""
+        found: list[jobs.Plan] = []
+        error = _error_of(lambda: found.append(jobs.plan(jobs.repo_name(name))))
+        if error is not None:
+            return error
+        (plan,) = found
+        words = {"fits": "fits this machine", "tight": "is tight here", "too large": "is too large for this memory"}
+        verdict = words[fit(plan.total, self._density(), memory_size())]
+        rest = "" if plan.missing == plan.total else f", {size(plan.missing)} of it still to come"
+        return f"{size(plan.total)}{rest}; {verdict}; {size(plan.free)} are free on the disk."
+
+    def delete_model(self, name: str) -> None:
+        """Delete a downloaded model. If it is in use, the demo model answers from now on."""
+        if self.settings.model == name:
+            self._change(replace(self.settings, model=DEFAULT_MODEL))
+        if self._engine.status().model == name:
+            _error_of(self._engine.unload().result)
+        error = _error_of(lambda: jobs.delete(_repo(name)))
+        self.scan()
+        self.notify(f"{name} could not be deleted. {error}" if error else f"{name} was deleted.")
+
     def cancel_download(self) -> None:
         """Stop the download. What has arrived is kept for the next attempt."""
         if (job := self._download) is not None:
@@ -236,7 +277,7 @@ class Controller:
         self._engine.stop_measuring()
 
     def _fitting(self) -> tuple[Model, ...]:
-        memory, density = memory_size(), self.settings.effective_density
+        memory, density = memory_size(), self._density()
         return tuple(replace(model, fit=fit(model.size, density, memory)) for model in self._models)
 
     # Settings and notices.
@@ -286,7 +327,7 @@ class Controller:
             self._add_notice(f"{settings.model} is not on this machine: using {other}. Download it to use it.")
             settings = replace(settings, model=other)
         self.settings = settings
-        self._server.defaults["density"] = settings.effective_density
+        self._server.defaults["density"] = self._density()
         self._engine.catalogue.default = settings.model
         self._engine.options = replace(self._engine.options, idle_timeout=settings.idle_minutes * 60 or None)
 

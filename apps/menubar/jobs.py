@@ -1,13 +1,14 @@
-"""Downloads: jobs that take minutes, show their progress and can be cancelled."""
+"""Downloaded models: how large they are, downloads with progress that can be cancelled, and deleting."""
 
 from __future__ import annotations
 
 import io
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, scan_cache_dir, snapshot_download
 from huggingface_hub.errors import DryRunError
 from tqdm import tqdm
 
@@ -58,6 +59,34 @@ def repo_name(text: str) -> str:
     return name
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a download takes: the bytes of the model, those that are not here yet, and those that the disk has free."""
+
+    total: int
+    missing: int
+    free: int
+
+
+def plan(name: str) -> Plan:
+    """Ask the Hub what the download of a model takes.
+
+    Raises:
+        GlassError: it is not a model, or the Hub refuses it.
+    """
+    repo = ALIASES.get(name, name)
+    with hub_access(repo):
+        try:
+            files = snapshot_download(repo, allow_patterns=MODEL_FILES, dry_run=True)
+        except DryRunError as e:
+            raise (e.__cause__ or e) from None  # the error of the Hub or the network
+    names = [file.filename for file in files]
+    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+        raise GlassError(f"{repo} is not a model for mlx-lm. Look for a conversion of it in mlx-community.")
+    missing = sum(file.file_size for file in files if file.will_download)
+    return Plan(sum(file.file_size for file in files), missing, _free())
+
+
 def download(job: Job) -> None:
     """Download the job's model to the Hub cache. A cancelled download keeps what has arrived.
 
@@ -65,30 +94,36 @@ def download(job: Job) -> None:
         Cancelled: the job was cancelled.
         GlassError: it is not a model, the disk is full, or the Hub refuses it.
     """
-    repo = ALIASES.get(job.model, job.model)
+    repo, planned = ALIASES.get(job.model, job.model), plan(job.model)
+    job.check()
+    if planned.missing > planned.free:
+        raise GlassError(f"{repo} needs {size(planned.missing)}, but only {size(planned.free)} are free on the disk.")
+    job.total = planned.total
     with hub_access(repo):
-        try:
-            files = snapshot_download(repo, allow_patterns=MODEL_FILES, dry_run=True)
-        except DryRunError as e:
-            raise (e.__cause__ or e) from None  # the error of the Hub or the network
-        job.check()
-        names = [file.filename for file in files]
-        if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
-            raise GlassError(f"{repo} is not a model for mlx-lm. Look for a conversion of it in mlx-community.")
-        _check_room(repo, sum(file.file_size for file in files if file.will_download))
-        job.total = sum(file.file_size for file in files)
         path = Path(snapshot_download(repo, allow_patterns=MODEL_FILES, tqdm_class=_bar(job)))
-        if (reason := problem(path)) is not None:
-            raise GlassError(f"{repo} {reason}. Look for a conversion of it in mlx-community.")
+    if (reason := problem(path)) is not None:
+        raise GlassError(f"{repo} {reason}. Look for a conversion of it in mlx-community.")
 
 
-def _check_room(repo: str, need: int) -> None:
+def delete(repo: str) -> None:
+    """Delete a repository from the Hub cache.
+
+    Raises:
+        GlassError: it is not there.
+    """
+    cache = scan_cache_dir(constants.HF_HUB_CACHE)
+    commits = [r.commit_hash for found in cache.repos if found.repo_id == repo for r in found.revisions]
+    if not commits:
+        raise GlassError("It is not in the Hub cache.")
+    cache.delete_revisions(*commits).execute()
+
+
+def _free() -> int:
+    """Bytes that are free where the Hub cache is."""
     place = Path(constants.HF_HUB_CACHE)
     while not place.exists() and place != place.parent:
         place = place.parent
-    free = shutil.disk_usage(place).free
-    if need > free:
-        raise GlassError(f"{repo} needs {size(need)}, but only {size(free)} are free on the disk.")
+    return shutil.disk_usage(place).free
 
 
 def _bar(job: Job) -> type[tqdm]:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from glass_mlx.model.quality import QUALITIES
+
 from .state import Model, Snapshot, Status, download_progress, progress, size, speed, status
 
 DENSITIES = (0.3, 0.5, 0.7)
@@ -61,13 +63,13 @@ def menu(s: Snapshot) -> tuple[Item, ...]:
         Item("model", f"Model: {s.settings.model}", section=2, items=_models(s)),
         *_download(s),
         Item("glass", "GLASS", "set_glass", not s.settings.glass, open_, 3, ticked=s.settings.glass),
-        Item("density", f"Density: {s.settings.effective_density:.0%}", section=3, items=_densities(s)),
+        Item("density", f"Density: {s.density:.0%}", section=3, items=_densities(s)),
         *_ranks(s),
         Item("unload", "Unload now", "unload", enabled=_loaded(s) and s.ranks is None and open_, section=3),
         Item("window", "Show window", "show_window", enabled=open_, section=4),
         _login(s),
         Item("log", "Open log", "open_log", section=4),
-        Item("settings", "Settings file", "open_settings", section=4),
+        Item("settings", "Settings…", "show_settings", enabled=open_, section=4),
         Item("about", "About GLASS", "about", section=5),
         Item("quit", "Quit GLASS", "quit", enabled=open_, section=5),
     )
@@ -135,15 +137,27 @@ def _download(s: Snapshot) -> Iterator[Item]:
 
 def _densities(s: Snapshot) -> tuple[Item, ...]:
     settings, speeds = s.settings, dict(s.speeds)
-    now = settings.effective_density
-    presets = sorted({*DENSITIES, now, 1.0})
+    chosen = None if settings.quality and settings.glass else s.density
+    presets = sorted({*DENSITIES, settings.density if settings.glass else 1.0, 1.0})
 
     def preset(density: float) -> Item:
         text = f"{density:.0%} of the neurons" if density < 1 else "All neurons (dense)"
         measured = f" · {speed(speeds[density])}" if speeds.get(density) else ""
-        return Item(f"density {density}", text + measured, "set_density", density, ticked=density == now, indent=True)
+        return Item(
+            f"density {density}", text + measured, "set_density", density, ticked=density == chosen, indent=True
+        )
 
-    return tuple(map(preset, presets))
+    return (*map(preset, presets), *(_quality(s, quality) for quality in QUALITIES))
+
+
+def _quality(s: Snapshot, quality: str) -> Item:
+    """A density by what it costs the model, where that was measured."""
+    facts, text = s.engine.facts, f"{quality.capitalize()} quality"
+    known = facts is None or facts.qualities is not None
+    if facts is not None:
+        text += f" · {facts.qualities[quality]:.0%} of the neurons" if known else " · not measured for this model"
+    ticked = s.settings.glass and s.settings.quality == quality
+    return Item(f"quality {quality}", text, "set_quality", quality, known, 1, ticked=ticked, indent=True)
 
 
 def _ranks(s: Snapshot) -> Iterator[Item]:
@@ -154,7 +168,7 @@ def _ranks(s: Snapshot) -> Iterator[Item]:
     elif s.engine.has_ranks if _loaded(s) else s.settings.model in s.ranked:
         yield Item("ranks", f"Ranks of {s.model}: measured", enabled=False, section=3)
     elif _loaded(s):
-        yield Item("ranks", f"No ranks for {s.model}: measure them", "build_ranks", enabled=can, section=3)
+        yield Item("ranks", f"No ranks for {s.model} yet: measure them, once", "build_ranks", enabled=can, section=3)
     else:
         yield Item("ranks", f"Measure ranks of {s.settings.model}", "build_ranks", enabled=can, section=3)
 

@@ -12,6 +12,7 @@ from platformdirs import user_config_path
 
 from glass_mlx.errors import GlassError
 from glass_mlx.files import write_atomically
+from glass_mlx.model.quality import QUALITIES
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Settings:
         model: the model that answers: ``demo``, an alias or a Hub repository.
         glass: whether to decode with only some of the neurons.
         density: the share of the neurons to decode with if ``glass`` is on.
+        quality: "high", "balanced" or "fast": instead of a density, where that was measured for the model; "" for none.
         port: where the server listens, for this machine only.
         idle_minutes: minutes without a request until the model is unloaded; 0 for never.
         start_server: whether the server starts with the app.
@@ -30,14 +32,10 @@ class Settings:
     model: str = "demo"
     glass: bool = True
     density: float = 0.5
+    quality: str = ""
     port: int = 8080
     idle_minutes: float = 10
     start_server: bool = True
-
-    @property
-    def effective_density(self) -> float:
-        """The density to decode with: 1 is dense."""
-        return self.density if self.glass else 1.0
 
 
 # For each setting what its value must be, and a test of it.
@@ -45,6 +43,7 @@ _VALID = {
     "model": ("a name", lambda v: isinstance(v, str) and 0 < len(v) <= 300),
     "glass": ("true or false", lambda v: isinstance(v, bool)),
     "density": ("above 0 and at most 1", lambda v: _is_number(v) and 0 < v <= 1),
+    "quality": ("high, balanced, fast or empty", lambda v: v in ("", *QUALITIES)),
     "port": ("from 0 to 65535", lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= 65535),
     "idle_minutes": ("0 or more", lambda v: _is_number(v) and 0 <= v < float("inf")),
     "start_server": ("true or false", lambda v: isinstance(v, bool)),

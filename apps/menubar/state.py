@@ -5,20 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from glass_mlx.model.quality import agreement_at
+
 from .settings import Settings
 
 if TYPE_CHECKING:
-    from glass_mlx.serving.engine_status import EngineStatus
+    from glass_mlx.serving.engine_status import EngineStatus, ModelFacts
     from glass_mlx.serving.measuring import Progress
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model to choose from; ``fit`` is "fits", "tight" or "too large" for this machine's memory."""
+    """A model to choose from; ``fit`` is "fits", "tight" or "too large" for this machine's memory. A downloaded one can
+    be deleted."""
 
     name: str
     size: int
     fit: str = "fits"
+    downloaded: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,11 @@ class Snapshot:
         return self.engine.model or self.settings.model
 
     @property
+    def density(self) -> float:
+        """The share of the neurons that answers get; 1 is dense."""
+        return decoding_density(self.settings, self.engine.facts)
+
+    @property
     def ranks(self) -> Progress | None:
         """The measurement of ranks that is running, or goes on when nobody waits."""
         return self.engine.measuring
@@ -90,6 +99,14 @@ class Snapshot:
         """Whether something is being loaded, answered, measured or downloaded."""
         working = self.engine.state in ("loading", "generating") or self.engine.queued > 0
         return working or self.ranks is not None or self.download is not None
+
+
+def decoding_density(settings: Settings, facts: ModelFacts | None) -> float:
+    """The density that settings mean for a model: that of the quality, where its densities were measured."""
+    if not settings.glass:
+        return 1.0
+    measured = facts.qualities if facts is not None else None
+    return (measured or {}).get(settings.quality, settings.density)
 
 
 @dataclass(frozen=True)
@@ -139,7 +156,7 @@ def status(s: Snapshot) -> Status:
     if server.state == "stopped":
         return Status("stopped", f"{model} · server stopped", detail)
     if e.state == "ready":
-        measured = dict(s.speeds).get(s.settings.effective_density)
+        measured = dict(s.speeds).get(s.density)
         last = f" · {speed(measured)}" if measured else ""
         return Status("ready", f"{model} · ready{last}", detail)
     return Status("unloaded", f"{model} · ready, loads when asked", detail)
@@ -151,11 +168,14 @@ def needs_attention(s: Snapshot) -> bool:
 
 
 def choice(s: Snapshot) -> str:
-    """Which neurons the model decodes with, and how much memory it takes."""
-    loaded = s.engine.state in ("ready", "generating")
-    parts = [f"{s.settings.density:.0%} of the neurons" if s.settings.glass else "All neurons (dense)"]
+    """Which neurons the model decodes with, how close to the dense model that is, and how much memory it takes."""
+    loaded, facts = s.engine.state in ("ready", "generating"), s.engine.facts
+    parts = [f"{s.density:.0%} of the neurons" if s.settings.glass else "All neurons (dense)"]
     if s.settings.glass and loaded and not s.engine.has_ranks:
-        parts.append("no ranks: the prompt alone chooses them")
+        parts.append("no ranks yet: the prompt alone chooses them, and answers stray further from the dense model's")
+    elif s.settings.glass and facts is not None:
+        agreement = agreement_at(s.density, list(facts.densities))
+        parts += [] if agreement is None else [f"same top token about {agreement:.0%}"]
     if loaded and s.engine.memory_bytes:
         parts.append(f"{size(s.engine.memory_bytes)} in memory")
     return ", ".join(parts)

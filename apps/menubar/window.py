@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import textwrap
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -65,7 +66,7 @@ class StatusWindow:
 
     def _fit(self) -> None:
         if not self._window.closed:
-            _fit(self._window)
+            fit_to_content(self._window)
 
     def _form(self) -> toga.Box:
         form = toga.Box(style=Pack(direction="column", margin=MARGIN, gap=10, width=WIDTH - 2 * MARGIN))
@@ -111,7 +112,7 @@ class StatusWindow:
     def _fill(self, item: Item) -> None:
         widget = self._widgets[item.key]
         if isinstance(widget, toga.Selection):
-            choices = [{"text": _short(choice.text), "key": choice.key} for choice in item.items or ()]
+            choices = [{"text": short(choice.text), "key": choice.key} for choice in item.items or ()]
             if choices != [{"text": row.text, "key": row.key} for row in widget.items]:
                 widget.items = choices
             ticked = next((row for row, choice in zip(widget.items, item.items or ()) if choice.ticked), None)
@@ -128,35 +129,42 @@ class StatusWindow:
             self._widgets[f"{item.key} bar"].value = item.share
 
 
-def _fit(window: toga.Window) -> None:
+def fit_to_content(window: toga.Window) -> None:
     """Give a window the height of its content."""
     window.size = (WIDTH, window.content.layout.min_content_height + 2 * MARGIN)
 
 
-def _short(text: str, most: int = 50) -> str:
+def short(text: str, most: int = 50) -> str:
     """A text short enough for a widget of the window."""
     return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 + 1 :]}"
 
 
 class DownloadWindow:
-    """Asks which model to download: one with a short name, or any repository."""
+    """Asks which model to download: one with a short name, or any repository. Says how large it is before."""
 
-    def __init__(self, download: Callable[[str], Awaitable[None]], call_soon: Callable[..., Any]):
+    def __init__(
+        self,
+        download: Callable[[str], Awaitable[None]],
+        describe: Callable[[str], Awaitable[str]],
+        call_soon: Callable[..., Any],
+    ):
         """
         Args:
             download: downloads the model of a name.
+            describe: what that takes, in words.
             call_soon: calls a function once the event loop runs again.
         """
-        self._download, self._call_soon = download, call_soon
+        self._download, self._describe, self._call_soon = download, describe, call_soon
         self._window: toga.Window | None = None
 
     def show(self) -> None:
         """Show the window. A closed one is made again."""
         if self._window is None or self._window.closed:
-            self._window = toga.Window(title="Download a model", size=(WIDTH, 120), resizable=False)
+            self._window = toga.Window(title="Download a model", size=(WIDTH, 150), resizable=False)
             self._window.content = self._form()
         self._window.show()
-        self._call_soon(_fit, self._window)  # when the widgets have their sizes
+        self._call_soon(fit_to_content, self._window)  # when the widgets have their sizes
+        self._look()
 
     def _form(self) -> toga.Box:
         column = Pack(width=110, margin_top=4)
@@ -164,9 +172,13 @@ class DownloadWindow:
             items=[OTHER, *ALIASES], value="qwen3-4b", on_change=self._chosen, style=Pack(flex=1)
         )
         self.name = toga.TextInput(
-            placeholder="owner/name, or the address of its page", on_confirm=self.download, style=Pack(flex=1)
+            placeholder="owner/name, or the address of its page",
+            on_confirm=self.download,
+            on_lose_focus=self._look,
+            style=Pack(flex=1),
         )
         self.name.value = ALIASES[self.choice.value]
+        self.takes = toga.Label("")
         buttons = [
             toga.Button("Cancel", on_press=lambda button, **_: self._window.close(), style=Pack(width=110)),
             toga.Button("Download", on_press=self.download, style=Pack(width=110)),
@@ -174,12 +186,26 @@ class DownloadWindow:
         rows = [
             toga.Box(children=[toga.Label("Model", style=column), self.choice], style=Pack(gap=8)),
             toga.Box(children=[toga.Label("Hub repository", style=column), self.name], style=Pack(gap=8)),
+            self.takes,
             toga.Box(children=[toga.Box(style=Pack(flex=1)), *buttons], style=Pack(gap=8)),
         ]
         return toga.Box(children=rows, style=Pack(direction="column", margin=MARGIN, gap=10, width=WIDTH - 2 * MARGIN))
 
     def _chosen(self, widget: toga.Selection, **kwargs: Any) -> None:
         self.name.value = ALIASES.get(widget.value, "")
+        self._look()
+
+    def _look(self, *args: Any, **kwargs: Any) -> None:
+        asyncio.ensure_future(self.look())
+
+    async def look(self) -> None:
+        """Say what the download of the chosen model takes."""
+        name = self.name.value
+        self.takes.text = f"Asking the Hub for the size of {short(name)}…" if name else ""
+        words = await self._describe(name) if name else ""
+        if not self._window.closed and self.name.value == name:  # another one may have been chosen meanwhile
+            self.takes.text = "\n".join(textwrap.wrap(words, 66))
+            fit_to_content(self._window)
 
     async def download(self, widget: toga.Widget, **kwargs: Any) -> None:
         """Close the window and download what was chosen. The menu shows the progress."""

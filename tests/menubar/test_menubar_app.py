@@ -17,11 +17,14 @@ from servers import CHAT, QUESTION
 import glass_mlx
 from apps.menubar import __main__ as entry
 from apps.menubar import app as app_module
+from apps.menubar import instance as instance_module
 from apps.menubar import login, macos
 from apps.menubar.app import RESOURCES, GlassApp
 from apps.menubar.controller import Controller
+from apps.menubar.instance import Instance
 from apps.menubar.menu import TICK, find, flat
 from apps.menubar.settings import Settings, save_settings
+from apps.menubar.state import Model
 from glass_mlx.errors import GlassError
 
 
@@ -187,8 +190,10 @@ def test_the_view_s_own_actions(app, monkeypatch):
     monkeypatch.setattr(app_module.shutil, "which", lambda name: name)
     monkeypatch.setattr(app_module.subprocess, "Popen", lambda command, **options: started.append(command[-1]))
     url = app.controller.snapshot().server.url
-    for key in ("chat", "copy", "log", "settings", "about", "status"):
+    for key in ("chat", "copy", "log", "about", "status"):
         choose(app, key)
+    choose(app, "settings")
+    app.settings_window._open(None)
     assert opened == [url]
     assert copied == [f"{url}/v1"]
     assert started == [str(app.log), str(app.controller.path)]
@@ -247,6 +252,68 @@ def test_downloading(app, monkeypatch):
     window.name.value = "me/mine"
     app.loop.run_until_complete(window.download(None))
     assert asked[1:] == ["me/mine"]
+
+
+def test_the_size_is_said_before_a_download(app, monkeypatch):
+    running(app)
+    monkeypatch.setattr(app.controller, "describe_download", lambda name: f"{name}: 2.3 GB; fits this machine")
+    choose(app, "download")
+    window = app.download_window
+    during(app, lambda: window.takes.text == "mlx-community/Qwen3-4B-4bit: 2.3 GB; fits this machine")
+    window.name.value = "me/mine"
+    window._look()
+    during(app, lambda: window.takes.text.startswith("me/mine:"))
+
+
+def test_settings_as_a_form(app, monkeypatch):
+    running(app)
+    choose(app, "settings")
+    form = app.settings_window
+    assert (form.model.value.key, form.way.value.key, form.port.value) == ("demo", 0.5, 0)
+    assert not form.login.enabled and not form.delete_button.enabled  # no Mac, and nothing downloaded
+    form.way.value = next(row for row in form.way.items if row.key == "fast")
+    form.idle.value, form.server.value = 3, False
+    app.loop.run_until_complete(form.save(None))
+    assert app.controller.settings == Settings(quality="fast", port=0, idle_minutes=3, start_server=False)
+    for way, settings in ((1.0, {"glass": False, "quality": "fast"}), (0.3, {"density": 0.3})):
+        choose(app, "settings")
+        form.way.value = next(row for row in form.way.items if row.key == way)
+        form.port.value = None  # emptied: as it was
+        app.loop.run_until_complete(form.save(None))
+        assert app.controller.settings == Settings(port=0, idle_minutes=3, start_server=False, **settings)
+
+
+def test_deleting_asks_first(app, monkeypatch):
+    running(app)
+    deleted = []
+    monkeypatch.setattr(app.controller, "delete_model", deleted.append)
+    app.controller._models = (Model("qwen3-4b", 2_280_000_000, downloaded=True),)
+    for answer in (False, True):
+        choose(app, "settings")
+        form = app.settings_window
+        form._window._impl.dialog_responses["ConfirmDialog"] = [answer]
+        app.loop.run_until_complete(form.delete(None))
+        assert deleted == ["qwen3-4b"] * answer
+
+
+def test_a_second_start_shows_the_first(app, tmp_path, monkeypatch, capsys):
+    first = Instance(tmp_path / "only.lock")
+    assert first.is_first and not first.is_called()
+    second = Instance(tmp_path / "only.lock")
+    assert not second.is_first
+    second.close()
+    monkeypatch.setattr(instance_module, "settings_path", lambda: tmp_path / "only.json")
+    monkeypatch.setattr(app, "_is_called", first.is_called)
+    running(app)
+    app.window._window.close()
+    entry.run(False)
+    assert "runs already" in capsys.readouterr().out
+    during(app, lambda: not app.window._window.closed)
+    first.close()
+    assert Instance(tmp_path / "only.lock").is_first
+    assert Instance(tmp_path / "log" / "no").is_first  # made
+    (tmp_path / "file").write_text("")
+    assert Instance(tmp_path / "file" / "no").is_first  # it cannot be told
 
 
 def test_quitting_closes_everything(app):

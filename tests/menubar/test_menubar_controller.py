@@ -17,7 +17,7 @@ from apps.menubar import jobs
 from apps.menubar.controller import Controller
 from apps.menubar.jobs import repo_name
 from apps.menubar.settings import Settings, load_settings, save_settings
-from apps.menubar.state import status
+from apps.menubar.state import size, status
 from glass_mlx import GlassError
 from glass_mlx.ranks import measure
 from glass_mlx.ranks.lookup import cache_dir
@@ -258,6 +258,47 @@ def test_downloads_that_fail_say_why(make, tiny_dir, hub, monkeypatch):
     monkeypatch.setattr(jobs, "snapshot_download", break_)
     said(REPO, "Something went wrong (KeyError)")
     assert key(controller) == "unloaded"
+
+
+def test_the_size_before_a_download_and_deleting(make, tiny_dir, hub, monkeypatch):
+    hub.repo(REPO, files_of(tiny_dir))
+    total = size(sum(len(data) for name, data in files_of(tiny_dir).items() if name != "README.md"))
+    controller = make()
+    words = controller.describe_download(f"https://huggingface.co/{REPO}")
+    assert words.startswith(f"{total}; fits this machine; ") and words.endswith(" are free on the disk.")
+    assert "The Hub has no repository" in controller.describe_download("no/model")
+    assert "neither a short name" in controller.describe_download("nonsense")
+    controller.download(REPO)
+    until(lambda: key(controller) == "ready" and controller.settings.model == REPO)
+    assert f"{total}, 0 kB of it still to come; fits" in controller.describe_download(REPO)
+    monkeypatch.setattr(controller_module, "memory_size", lambda: 1000)
+    assert "is too large for this memory" in controller.describe_download(REPO)
+    controller.dismiss()
+    controller.delete_model(REPO)
+    assert controller.snapshot().notices == (f"{REPO} was deleted.",)
+    assert [model.name for model in controller.snapshot().models] == ["demo"]
+    assert (controller.settings.model, key(controller)) == ("demo", "unloaded")
+    controller.delete_model(REPO)
+    assert "It is not in the Hub cache." in controller.snapshot().notices[-1]
+
+
+def test_other_settings(make):
+    """The server moves to another port, and a quality is a density once the model is known."""
+    controller = make()
+    before = controller.snapshot().server.port
+    controller.change(Settings(port=0, quality="high"))
+    assert controller.snapshot().server.port == before  # nothing about the server has changed
+    assert ask(controller)["usage"]["glass"]["density"] == 0.5
+    controller.tick()
+    density = controller.snapshot().density
+    assert density == controller.snapshot().engine.facts.qualities["high"] > 0.5
+    assert ask(controller)["usage"]["glass"]["density"] == density
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    controller.change(Settings(port=port))
+    assert controller.snapshot().server.port == port
+    assert ask(controller)["usage"]["glass"]["density"] == 0.5
 
 
 def test_no_network(make):

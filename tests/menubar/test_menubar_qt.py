@@ -54,6 +54,7 @@ def test_the_menu(seen):
         "✓ 50% of the neurons",
         "70% of the neurons",
         "All neurons (dense)",
+        *(f"{quality} quality" for quality in ("High", "Balanced", "Fast")),
     ]
     (model,) = seen["submenus"]["Model: demo"]
     assert model[0].startswith("✓ demo · ") and model[1]

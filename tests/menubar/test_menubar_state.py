@@ -8,7 +8,8 @@ from apps.menubar.menu import BLANK, LINE, TICK, find, flat, menu
 from apps.menubar.settings import Settings, load_settings, save_settings
 from apps.menubar.state import Model, ServerView, Snapshot, Task, fit, needs_attention, size, status
 from glass_mlx import GlassError
-from glass_mlx.serving.engine import EngineStatus
+from glass_mlx.model.quality import QualityPoint
+from glass_mlx.serving.engine_status import EngineStatus, ModelFacts
 from glass_mlx.serving.measuring import Progress
 
 RUNNING = ServerView("running", 8080, "http://127.0.0.1:8080")
@@ -123,7 +124,7 @@ def test_what_keeps_everything_from_working_comes_first():
 def test_details():
     assert status(BASE).detail == "50% of the neurons, 2.0 GB in memory"
     without = replace(BASE, engine=engine("ready", has_ranks=False, error="Generation failed."))
-    assert "no ranks: the prompt alone" in status(without).detail
+    assert "no ranks yet: the prompt alone" in status(without).detail
     assert "Generation failed." in status(without).detail
     dense = replace(without, settings=Settings(glass=False))
     assert "All neurons (dense)" in status(dense).detail
@@ -159,6 +160,7 @@ def test_densities():
         f"{TICK}50% of the neurons · 133 tok/s",
         f"{BLANK}70% of the neurons",
         f"{BLANK}All neurons (dense) · 99.0 tok/s",
+        *(f"{BLANK}{quality} quality" for quality in ("High", "Balanced", "Fast")),  # known once it is loaded
     ]
     assert find(menu(BASE), "glass").label == f"{TICK}GLASS"
     off = menu(replace(BASE, settings=Settings(glass=False)))
@@ -166,7 +168,23 @@ def test_densities():
     assert find(off, "density 1.0").ticked and not find(off, "density 0.5").ticked
     own = menu(replace(BASE, settings=Settings(density=0.45)))
     assert find(own, "density 0.45").ticked
-    assert len(find(own, "density").items) == 5
+    assert find(own, "density 0.3") and not find(own, "density 0.3").ticked
+
+
+def test_qualities():
+    """They are densities where those were measured; else the density holds."""
+    points = (QualityPoint(0.4, 0.3, 0.7), QualityPoint(0.8, 0.01, 0.9))
+    facts = ModelFacts(2048, 0.5, points, {"high": 0.85, "balanced": 0.6, "fast": 0.41})
+    fast = replace(BASE, settings=Settings(quality="fast"), engine=replace(READY, facts=facts))
+    assert fast.density == 0.41
+    assert status(fast).detail == "41% of the neurons, same top token about 70%, 2.0 GB in memory"
+    items = menu(fast)
+    assert find(items, "quality fast").label == f"{TICK}Fast quality · 41% of the neurons"
+    assert not any(item.ticked for item in find(items, "density").items if item.action == "set_density")
+    unknown = replace(fast, engine=replace(READY, facts=ModelFacts(2048, 0.5)))
+    assert unknown.density == 0.5
+    assert not find(menu(unknown), "quality fast").enabled
+    assert replace(fast, settings=Settings(quality="fast", glass=False)).density == 1
 
 
 def test_downloads():
@@ -202,7 +220,7 @@ def test_sizes():
 def test_settings_are_kept(tmp_path):
     path = tmp_path / "deep" / "settings.json"
     assert load_settings(path) == (Settings(), [])
-    mine = Settings("qwen3-4b", False, 0.3, 8081, 0, False)
+    mine = Settings("qwen3-4b", False, 0.3, "fast", 8081, 0, False)
     save_settings(path, mine)
     assert load_settings(path) == (mine, [])
     assert list(path.parent.iterdir()) == [path]
