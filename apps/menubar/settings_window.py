@@ -44,7 +44,7 @@ class SettingsWindow:
     def show(self) -> None:
         """Show the window with the present settings."""
         if self._window is None or self._window.closed:
-            self._window = toga.Window(title="Settings", size=(WIDTH, 360), resizable=False)
+            self._window = toga.Window(title="Settings", size=(WIDTH, 320))
         self._window.content = self._form(self._snapshot())
         self._window.show()
         self._call_soon(fit_to_content, self._window)

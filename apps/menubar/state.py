@@ -175,7 +175,7 @@ def choice(s: Snapshot) -> str:
         parts.append("no ranks yet: the prompt alone chooses them, and answers stray further from the dense model's")
     elif s.settings.glass and facts is not None:
         agreement = agreement_at(s.density, list(facts.densities))
-        parts += [] if agreement is None else [f"same top token about {agreement:.0%}"]
+        parts += [] if agreement is None else [f"same top token {agreement:.0%}"]
     if loaded and s.engine.memory_bytes:
         parts.append(f"{size(s.engine.memory_bytes)} in memory")
     return ", ".join(parts)

@@ -160,7 +160,7 @@ class DownloadWindow:
     def show(self) -> None:
         """Show the window. A closed one is made again."""
         if self._window is None or self._window.closed:
-            self._window = toga.Window(title="Download a model", size=(WIDTH, 150), resizable=False)
+            self._window = toga.Window(title="Download a model", size=(WIDTH, 170))
             self._window.content = self._form()
         self._window.show()
         self._call_soon(fit_to_content, self._window)  # when the widgets have their sizes

@@ -70,6 +70,10 @@ class Driven(GlassApp):
         await asyncio.sleep(0.2)  # until it is drawn
         seen["window"] = look(self.window._window._impl.native.centralWidget())
         seen["window"]["status"] = self.window._widgets["status"].text
+        await self.choose("Settings…")
+        await asyncio.sleep(0.2)
+        seen["settings"] = look(self.settings_window._window._impl.native.centralWidget(), "settings")
+        self.settings_window._window.close()
         icon = native.icon().cacheKey()
         self.controller.notify("The disk is full.")
         await until(lambda: self.find("Dismiss"))
@@ -110,11 +114,11 @@ def picture(widget: QWidget, name: str) -> QImage:
     return image
 
 
-def look(form: QWidget) -> dict:
+def look(form: QWidget, name: str = "form") -> dict:
     """Which widgets are drawn outside of their window, or are too small for their text."""
     shown = [w for w in form.findChildren(QWidget) if w.isVisible() and not w.findChildren(QWidget)]
     within = form.rect()
-    image = picture(form, "form")
+    image = picture(form, name)
     step = range(0, min(image.width(), image.height()), 2)
     return {
         "outside": [

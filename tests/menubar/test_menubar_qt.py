@@ -70,9 +70,10 @@ def test_entries_act(seen):
 def test_the_window(seen):
     """It says what the menu says, and everything in it is drawn where it can be seen."""
     assert seen["window"]["status"] == seen["answered"]
-    assert seen["window"]["outside"] == []
-    assert seen["window"]["cut"] == []
-    assert seen["window"]["colours"] > 20  # there is more on it than a ground
+    for window in ("window", "settings"):
+        assert seen[window]["outside"] == []
+        assert seen[window]["cut"] == []
+        assert seen[window]["colours"] > 20  # there is more on it than a ground
 
 
 def test_trouble_in_words(seen):

@@ -177,7 +177,7 @@ def test_qualities():
     facts = ModelFacts(2048, 0.5, points, {"high": 0.85, "balanced": 0.6, "fast": 0.41})
     fast = replace(BASE, settings=Settings(quality="fast"), engine=replace(READY, facts=facts))
     assert fast.density == 0.41
-    assert status(fast).detail == "41% of the neurons, same top token about 70%, 2.0 GB in memory"
+    assert status(fast).detail == "41% of the neurons, same top token 70%, 2.0 GB in memory"
     items = menu(fast)
     assert find(items, "quality fast").label == f"{TICK}Fast quality · 41% of the neurons"
     assert not any(item.ticked for item in find(items, "density").items if item.action == "set_density")

@@ -580,18 +580,18 @@ def test_waits_with_words(visit):
     visit.say("Hello")
     expect(visit.last).to_contain_text("Loading big…")
     expect(head).to_contain_text("loading big…")
-    state |= {"state": "generating", "queued": 3, "place": 2, "facts": facts}
+    page.locator("#model").evaluate("e => { e.append(new Option('big')); e.value = 'big' }")
+    measuring = {"model": "big", "tokens": 400, "most_tokens": 1000, "seconds_left": 130, "stopping": False}
+    state |= {"state": "generating", "queued": 3, "place": 2, "facts": facts, "measuring": measuring}
     expect(visit.last).to_contain_text("2 answers come first…")
-    expect(head).to_contain_text("big is answering, 3 waiting")
+    expect(head).to_contain_text("big is answering, 3 waiting, measuring big goes on when nobody waits: 40 %")
     expect(page.get_by_role("button", name="Balanced")).to_be_disabled()  # not measured
     expect(page.locator("#density-words")).to_have_text("60 %")
-    state |= {"state": "ready", "queued": 0, "place": 0, "has_ranks": False}
+    state |= {"state": "ready", "queued": 0, "place": 0, "has_ranks": False, "measuring": None}
     expect(head).to_contain_text("big is ready, no ranks yet")
     visit.expect_notice("big has no global ranks yet")
     page.get_by_role("button", name="Measure now").click()
-    state |= {"state": "measuring"}
-    measuring = {"model": "big", "tokens": 400, "most_tokens": 1000, "seconds_left": 130, "stopping": False}
-    state |= {"measuring": measuring}
+    state |= {"state": "measuring", "measuring": measuring}
     expect(head).to_contain_text("measuring big, 40 % (at most 2 min left)")
     expect(visit.last).to_contain_text("big is being measured, and answers between two steps…")
     expect(page.get_by_role("alert")).to_be_empty()

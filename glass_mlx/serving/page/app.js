@@ -297,7 +297,7 @@ function onKey(event) {
   } else if (event.key === "Escape" && document.body.classList.contains("menu")) {
     closeMenu();
     $("menu").focus();
-  } else if (event.key === "Escape") {
+  } else if (event.key === "Escape" && event.target !== $("search")) {
     stop(chat); // what is seen; another conversation's answer goes on
   }
 }

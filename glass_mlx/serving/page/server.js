@@ -21,6 +21,7 @@ export function waiting({ answer, since }) {
 
 export function showState() {
   const { status, reachable, absent } = server;
+  know(status?.model === $("model").value ? status.facts : null);
   $("state-words").textContent = stateWords(status, { reachable, absent, chosen: $("model").value || "a model" });
   $("state").title = $("state-words").textContent;
   $("lamp").className = status ? status.state : "failed";
@@ -48,7 +49,6 @@ async function look() {
   try {
     server.status = await getStatus(job ? userOf(job.chat, job.answer) : "");
     if (!before) await connected();
-    know(server.status.facts);
     if (server.status.facts) server.absent.delete(server.status.model); // it has been downloaded
   } catch (e) {
     server.status = null;

@@ -8,7 +8,7 @@ const DENSITY = 50; // in percent, while the server's own is not known
 
 export const settings = store.settings();
 
-/** What is known of the model that is loaded: the server's `facts`. */
+/** What is known of the model that answers: the server's `facts`; null until it is loaded. */
 let facts = null;
 
 export function know(found) {
@@ -19,7 +19,12 @@ export function know(found) {
 /** How the next answers are made, one for each column. */
 export function plans() {
   const kinds = settings.mode === "both" ? ["glass", "dense"] : [settings.mode];
-  return kinds.map((kind) => ({ kind, density: settings.density, quality: settings.quality, verify: settings.verify }));
+  return kinds.map((kind) => ({ kind, density: settings.density, quality: quality(), verify: settings.verify }));
+}
+
+/** The chosen quality, unless the model's densities are known not to have been measured. */
+function quality() {
+  return facts && !facts.qualities ? "" : settings.quality;
 }
 
 export function set(changes) {
@@ -30,7 +35,7 @@ export function set(changes) {
 
 /** The density that answers will have, in percent, as far as it is known. */
 function shownDensity() {
-  if (settings.quality) return Math.round(100 * (facts?.qualities?.[settings.quality] ?? 0)) || null;
+  if (quality()) return Math.round(100 * (facts?.qualities[quality()] ?? 0)) || null;
   return settings.density || Math.round(100 * (facts?.density ?? 0)) || DENSITY;
 }
 
@@ -54,15 +59,14 @@ export function showControls() {
   $("verify").checked = settings.verify;
   const unknown = facts !== null && !facts.qualities; // while no model is loaded, any may be chosen
   for (const choice of document.querySelectorAll("[data-quality]")) {
-    const quality = choice.dataset.quality;
-    choice.setAttribute("aria-pressed", String(quality === settings.quality));
+    const name = choice.dataset.quality;
+    choice.setAttribute("aria-pressed", String(name === quality()));
     choice.disabled = unknown;
-    const own = facts?.qualities?.[quality];
-    const cost = { high: 8, balanced: 4, fast: 3 }[quality];
+    const own = facts?.qualities?.[name];
+    const cost = { high: 8, balanced: 4, fast: 3 }[name];
     const found = own ? `, with ${percent(own)} of the neurons here` : "";
     choice.title = unknown ? "Not measured for this model" : `Costs about what ${cost} bits a weight would${found}`;
   }
-  if (unknown && settings.quality) set({ quality: "" });
 }
 
 function open(chat) {
@@ -94,8 +98,8 @@ export function wire(act) {
   }
   $("density").addEventListener("input", () => set({ density: Number($("density").value), quality: "" }));
   for (const choice of document.querySelectorAll("[data-quality]")) {
-    const { quality } = choice.dataset;
-    choice.addEventListener("click", () => set({ quality: settings.quality === quality ? "" : quality }));
+    const name = choice.dataset.quality;
+    choice.addEventListener("click", () => set({ quality: settings.quality === name ? "" : name }));
   }
   $("verify").addEventListener("change", () => set({ verify: $("verify").checked }));
   $("settings-open").addEventListener("click", () => open(act.current()));

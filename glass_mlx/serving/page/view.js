@@ -67,7 +67,7 @@ export class AnswerView {
     this.wait = make("p", { className: "wait" });
     this.error = make("p", { className: "error" });
     this.again = button("quiet again", "Again", () => act.again(answer), "Answer again");
-    this.goOn = button("quiet", "Continue", () => act.goOn(answer), "Continue this answer");
+    this.goOn = button("quiet go-on", "Continue", () => act.goOn(answer), "Continue this answer");
     this.bar = make("div", { className: "bar" }, make("div"));
     this.bar.setAttribute("aria-hidden", "true");
     this.figures = make("span", { className: "figures" });

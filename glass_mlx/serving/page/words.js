@@ -30,16 +30,18 @@ export function measured({ tokens, most_tokens: most, seconds_left: left, stoppi
 export function stateWords(status, { reachable, chosen, absent }) {
   if (!status) return reachable ? "waiting for a key" : "not reachable";
   const { state, model, measuring, queued, tokens_per_second: tps, error, has_ranks: ranked } = status;
+  const loads = `${chosen} loads with the next message`;
   const words = {
-    unloaded: () => `${chosen} loads with the next message`,
+    unloaded: () => loads,
     loading: () => `${absent.has(model) ? "downloading" : "loading"} ${model}…`,
-    ready: () => `${model} is ready${ranked ? "" : ", no ranks yet"}`,
+    ready: () => `${model} is ready${ranked ? "" : ", no ranks yet"}${chosen === model ? "" : `; ${loads}`}`,
     generating: () => `${model} is answering${tps ? `, ${number(tps)} tokens/s` : ""}`,
     measuring: () => `measuring ${model}, ${measured(measuring)}`,
     failed: () => error,
   }[state];
-  const kept = measuring && state !== "measuring" ? `, measuring goes on after it: ${measured(measuring)}` : "";
-  return `${words ? words() : state}${queued ? `, ${queued} waiting` : ""}${kept}`;
+  const later = measuring && state !== "measuring";
+  const rest = later ? `, measuring ${measuring.model} goes on when nobody waits: ${measured(measuring)}` : "";
+  return `${words ? words() : state}${queued ? `, ${queued} waiting` : ""}${rest}`;
 }
 
 /** Why an answer has not begun after so many seconds. */
