@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"  # before anything reads them
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's: threads that wait for each other use up the time of other workers
 
 import metal
 import mlx.core as mx
