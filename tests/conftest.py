@@ -43,7 +43,7 @@ def pytest_collection_finish():
 
 def pytest_addoption(parser):
     parser.addoption("--no-metal-rules", action="store_true", help="let pass what MLX's Metal backend refuses")
-    parser.addoption("--fuzz", type=int, default=10, help="how many damaged files of each kind to try")
+    parser.addoption("--fuzz", type=int, default=6, help="how many damaged files of each kind to try")
     parser.addoption("--kills", type=int, default=3, help="how often to kill each kind of write")
     parser.addoption("--update-snapshots", action="store_true", help="write what snapshots hold anew")
 

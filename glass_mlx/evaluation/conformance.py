@@ -286,7 +286,7 @@ CHECKS: dict[str, tuple[Callable[[Case], str], str, Iterable[str]]] = {
     "selection": (check_selection, "NumPy keeps the same neurons", FORMATS),
     "sparse": (check_sparse, "equals dense with neurons predicted", FORMATS),
     "refresh": (check_refresh, "generated tokens are reread densely", FORMATS),
-    "saved": (check_saved, "a loaded prompt cache continues alike", FORMATS),
+    "saved": (check_saved, "a loaded prompt cache continues alike", (SHIPPED, "float32")),  # by what a cache holds
     "verified": (check_verified, "the dense model's tokens", FORMATS),
     "thread": (check_thread, "the server's thread answers alike", (SHIPPED,)),
 }
