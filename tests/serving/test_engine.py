@@ -116,7 +116,8 @@ def test_sampling(demo_engine):
     banned = demo_engine.call(lambda model, tokenizer: tokenizer.encode("What", add_special_tokens=False)[0]).result()
     greedy = text(demo_engine.submit(Request(messages=[USER], max_tokens=12)))
     assert greedy.startswith("What")
-    assert not text(demo_engine.submit(Request(messages=[USER], logit_bias={banned: -100.0}, max_tokens=4))).startswith("What")
+    unlike = text(demo_engine.submit(Request(messages=[USER], logit_bias={banned: -100.0}, max_tokens=4)))
+    assert not unlike.startswith("What")
     options = {"temperature": 1.0, "top_p": 0.9, "top_k": 50, "min_p": 0.01, "xtc_probability": 0.1}
     penalties = {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.5}
     assert last(demo_engine.submit(ask("Hello", **options, **penalties))).finish_reason
