@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -23,7 +22,7 @@ def test_the_demo_model_recalls(demo):
     assert {q["kind"] for q in questions} == {"city", "date", "time", "name"}
     selectors = {"random": standard_selectors([])["random"], "oracle": by_oracle}
     done = []
-    rows = exact.measure_task(*demo, replace(RECALL, tokens=8), questions, selectors, [0.5], done.append)
+    rows = exact.measure_task(*demo, RECALL, questions, selectors, [0.5], done.append)
     assert done == [8]
     accuracy = {name: row["accuracy"] for name, by_density in rows.items() for row in by_density.values()}
     assert accuracy["dense"] > 0.6
