@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..files import read_json
 from ..hub import download
 from ..model.glass_model import GlassModel
 from .format import GlobalStatistics
-from .identity import describe, fingerprint
+from .identity import describe, fingerprint, fingerprints
 
 logger = logging.getLogger("glass_mlx")
 
@@ -68,12 +69,12 @@ def find_statistics(
     file = _in_index(model, _read_index(STATS_DIR / "index.json"))
     if file:
         return GlobalStatistics.read(STATS_DIR / file).check(model)
-    cached = cached_file(model)
-    if cached.exists():
-        try:
-            return GlobalStatistics.read(cached).check(model)
-        except StatsError as e:
-            logger.warning("ignored the cached ranks: %s", e)
+    for cached in (cache_dir() / f"{ours}.safetensors" for ours in fingerprints(model)):
+        if cached.exists():
+            try:
+                return GlobalStatistics.read(cached).check(model)
+            except StatsError as e:
+                logger.warning("ignored the cached ranks: %s", e)
     if repo:
         return _from_hub(model, repo)
     if os.environ.get(REPO_VARIABLE):
@@ -109,8 +110,8 @@ def _plain_name(file: Any) -> bool:
 
 def _in_index(model: GlassModel, entries: list[dict[str, str]]) -> str | None:
     """The file for a model: measured on these very weights, or else on the model that it was converted from."""
-    for key, ours in (("fingerprint", fingerprint(model)), ("original", describe(model)["original"])):
-        for entry in entries:
-            if ours and entry.get(key) == ours:
-                return entry["file"]
-    return None
+    original = describe(model)["original"]
+    ours = fingerprints(model)
+    own = (entry for entry in entries if entry.get("fingerprint") in ours)
+    base = (entry for entry in entries if original and entry.get("original") == original)
+    return next((entry["file"] for entry in chain(own, base)), None)
