@@ -18,35 +18,11 @@ from .model.config import GlassConfig
 from .model.glass_model import GlassModel
 from .model.quality import costs_more_than, density_for
 from .model_files import check_model, problem
+from .model_names import ALIASES, DEFAULT_MODEL, DEMO_PATH, near_miss
 from .ranks.format import GlobalStatistics
 from .ranks.lookup import find_statistics
 
 logger = logging.getLogger("glass_mlx")
-
-DEFAULT_MODEL = "demo"
-DEMO_PATH = Path(__file__).parent / "demo" / "model"
-
-# Short names of models that people run on a Mac.
-ALIASES = {
-    "mistral-7b": "mlx-community/Mistral-7B-Instruct-v0.3-4bit",
-    "ministral-8b": "mlx-community/Ministral-8B-Instruct-2410-4bit",
-    "llama-3.1-8b": "mlx-community/Meta-Llama-3.1-8B-Instruct-4bit",
-    "llama-3.2-1b": "mlx-community/Llama-3.2-1B-Instruct-4bit",
-    "llama-3.2-3b": "mlx-community/Llama-3.2-3B-Instruct-4bit",
-    "qwen2.5-7b": "mlx-community/Qwen2.5-7B-Instruct-4bit",
-    "qwen3-0.6b": "mlx-community/Qwen3-0.6B-4bit",
-    "qwen3-1.7b": "mlx-community/Qwen3-1.7B-4bit",
-    "qwen3-4b": "mlx-community/Qwen3-4B-4bit",
-    "qwen3-8b": "mlx-community/Qwen3-8B-4bit",
-    "qwen3-14b": "mlx-community/Qwen3-14B-4bit",
-    "gemma-2-2b": "mlx-community/gemma-2-2b-it-4bit",
-    "gemma-3-1b": "mlx-community/gemma-3-1b-it-4bit",
-    "gemma-3-4b": "mlx-community/gemma-3-4b-it-4bit",
-    "gemma-3-12b": "mlx-community/gemma-3-12b-it-4bit",
-    "phi-3.5-mini": "mlx-community/Phi-3.5-mini-instruct-4bit",
-    "phi-4": "mlx-community/phi-4-4bit",
-    "smollm3-3b": "mlx-community/SmolLM3-3B-4bit",
-}
 
 # What mlx-lm downloads from a repository, and the card.
 MODEL_FILES = [
@@ -84,9 +60,10 @@ def resolve_model(name: str | Path, revision: str | None = None) -> Path:
         raise GlassError(f"{path} is a file: give the model's directory.")
     repo = ALIASES.get(str(name), str(name))
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
+        close = near_miss(str(name), (DEFAULT_MODEL, *ALIASES))
         raise GlassError(
-            f"Unknown model {str(name)!r}: give a directory, a Hub repository (owner/name), or one of the aliases "
-            f"{DEFAULT_MODEL}, {', '.join(ALIASES)}."
+            f"Unknown model {str(name)!r}: {close or 'give a directory, a Hub repository (owner/name), or an alias'}; "
+            "python -m glass_mlx.models lists the aliases."
         )
     with hub_access(repo, revision):
         path = Path(snapshot_download(repo, revision=revision, allow_patterns=MODEL_FILES))
@@ -165,7 +142,7 @@ def load(
     model = GlassModel(dense, config, path=path, max_session_memory=max_session_memory, low_memory=low_memory)
     statistics = find_statistics(model, stats, stats_repo)
     if statistics is None and build and stats is not False:
-        statistics = _build(model, tokenizer)
+        statistics = build_statistics(model, tokenizer)
     _use(model, statistics, stats is not False)
     if quality is not None:
         model.config = model.config.updated(density=density_for(quality, model.quality))
@@ -211,21 +188,22 @@ def _use(model: GlassModel, statistics: GlobalStatistics | None, expected: bool)
         statistics.use_in(model)
     elif expected and model.config.global_weight != 0 and model.config.density < 1:
         logger.warning(
-            "no global ranks for this model: the prompt alone chooses the neurons. "
-            "Measure them once with: python -m glass_mlx.stats build --model %s",
+            "no global ranks for this model: the prompt alone chooses the neurons, and answers stray further from the "
+            "dense model's. Measure them once, for minutes on a GPU: /measure in the chat, or "
+            "python -m glass_mlx.stats build --model %s",
             model.path or "MODEL",
         )
 
 
-def _build(model: GlassModel, tokenizer: TokenizerWrapper) -> GlobalStatistics | None:
-    """Measure a model's statistics; None if the user interrupts it or they cannot be written."""
+def build_statistics(model: GlassModel, tokenizer: TokenizerWrapper) -> GlobalStatistics | None:
+    """Measure a model's statistics, with a progress bar; None if the user interrupts it or they cannot be written."""
     from .ranks.measure import build_ranks  # only here: it is rarely needed
 
-    logger.warning("no global ranks for this model yet: measuring them, once. Press Ctrl-C to go on without.")
+    logger.warning("measuring this model's global ranks, once. Press Ctrl-C to go on without: what is read is kept.")
     try:
         return GlobalStatistics.read(build_ranks(model, tokenizer))
     except KeyboardInterrupt:
-        logger.warning("stopped; what was measured is kept for the next time.")
+        pass  # it has been said what is kept
     except GlassError as e:  # the cache cannot be written, say; the model runs without
         logger.warning("not measured: %s", e)
     return None

@@ -30,6 +30,7 @@ import mlx.core as mx
 import numpy as np
 
 from .cli import (
+    Parser,
     add_float32,
     add_model_or_shape,
     add_verbose,
@@ -54,7 +55,7 @@ _SPEEDS = (("tps", ".1f"), ("speedup", ".2f"))
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="glass_mlx.tradeoff", description="Speed against fidelity of all decoders.")
+    parser = Parser("glass_mlx.tradeoff", description="Speed against fidelity of all decoders.")
     add_model_or_shape(parser)
     parser.add_argument(
         "--acceptance",

@@ -19,6 +19,7 @@ from hub_server import HubServer
 
 import glass_mlx
 from glass_mlx import chat, stats
+from glass_mlx.ranks import sources
 from glass_mlx.ranks.agreement import compare
 from glass_mlx.ranks.format import GlobalStatistics
 from glass_mlx.ranks.lookup import STATS_DIR, cache_dir, cached_file
@@ -47,7 +48,7 @@ def build(command, tiny_dir, tmp_path):
 @pytest.fixture
 def interrupted(monkeypatch):
     """Ctrl-C comes at the second batch, once."""
-    left, original = [1], stats.null_prompt
+    left, original = [1], sources.null_prompt
 
     def null(*args, **kwargs):
         own = original(*args, **kwargs)
@@ -60,7 +61,7 @@ def interrupted(monkeypatch):
 
         return replace(own, batch=batch)
 
-    monkeypatch.setattr(stats, "null_prompt", null)
+    monkeypatch.setattr(sources, "null_prompt", null)
 
 
 def fails(done, *says, code=1) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import mlx_lm  # noqa: F401  first: it silences advice of transformers
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 

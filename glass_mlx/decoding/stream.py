@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse as DenseResponse
 from mlx_lm.generate import stream_generate as stream_dense
+from mlx_lm.models.cache import RotatingKVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import GlassError
@@ -95,7 +96,7 @@ def stream_generate(
         model (nn.Module): a GlassModel.
         tokenizer: its tokenizer.
         prompt: text or tokens.
-        max_tokens (int): the longest answer; -1 for no limit.
+        max_tokens (int): the longest answer; -1 for no limit but the model's context.
         draft_model (nn.Module, optional): for mlx-lm's speculative decoding. The model checks several tokens at once,
             and those calls are dense, so the answer is the dense model's.
         density, global_weight, signal, layer_budgets, refresh, compensation: where this and later answers of the
@@ -111,7 +112,7 @@ def stream_generate(
         GenerationResponse: a piece of text, with what mlx-lm and GLASS report.
 
     Raises:
-        GlassError: an argument is out of range, or the prompt is empty.
+        GlassError: an argument is out of range, or the prompt is empty or longer than the model's context.
     """
     choice = {"density": density, "global_weight": global_weight, "signal": signal}
     choice |= {"layer_budgets": layer_budgets, "refresh": refresh, "compensation": compensation}
@@ -137,6 +138,9 @@ def stream_generate(
     session = model.session(prompt_cache)
     session.configure(**choice)
     kwargs["prompt_cache"] = prompt_cache
+    embeddings = kwargs.get("input_embeddings")
+    length = prompt.size if embeddings is None else embeddings.shape[0]
+    max_tokens = _within_context(model, tokenizer, prompt_cache, length, max_tokens)
     if verify and session.config.density < 1:
         if kwargs.pop("input_embeddings", None) is not None:
             raise GlassError("Verified decoding does not take input embeddings.")
@@ -144,10 +148,34 @@ def stream_generate(
             tokenizer = TokenizerWrapper(tokenizer)
         responses = stream_verified(model, tokenizer, prompt, max_tokens, draft_tokens=draft_tokens, **kwargs)
     else:
-        embeddings = kwargs.get("input_embeddings")
-        phased = PhasedModel(model, prompt.size if embeddings is None else embeddings.shape[0])
+        phased = PhasedModel(model, length)
         responses = stream_dense(phased, tokenizer, prompt, max_tokens, **kwargs)
     return _described(responses, lambda: _describe(model, session))
+
+
+def context_length(model: GlassModel, tokenizer: Any) -> int | None:
+    """The longest text, prompt and answer, in tokens that a model was made for, as its configuration says or else its
+    tokenizer; None where neither does."""
+    said = model.context_length or getattr(tokenizer, "model_max_length", None)
+    return said if isinstance(said, int) and said < 2**40 else None  # tokenizers have huge numbers for "unknown"
+
+
+def _within_context(model: GlassModel, tokenizer: Any, cache: list[Any], length: int, max_tokens: int) -> int:
+    """How many tokens an answer to a prompt of so many tokens may have.
+
+    Raises:
+        GlassError: none, because the prompt fills the model's context.
+    """
+    context = context_length(model, tokenizer)
+    if context is None or all(isinstance(entry, RotatingKVCache) for entry in cache[:-1]):
+        return max_tokens  # a sliding window never holds more than its own size
+    used = model.session(cache).offset + length
+    if used >= context:
+        raise GlassError(
+            f"The prompt has {used:,} tokens with what was read before it; the model's context is {context:,}, "
+            "with the answer: shorten it."
+        )
+    return min(max_tokens, context - used) if max_tokens >= 0 else context - used
 
 
 def _described(

@@ -104,6 +104,11 @@ class GlassModel(nn.Module):
         return self._plan.path
 
     @property
+    def context_length(self) -> int | None:
+        """The longest text, prompt and answer, in tokens that the model was made for; None where it does not say."""
+        return self._plan.context_length
+
+    @property
     def global_ranks(self) -> dict[str, list[mx.array]] | None:
         """The model's global ranks by signal, [F] for each block, or None."""
         return self._plan.selector.ranks

@@ -14,6 +14,7 @@ from ..core.compensation import Response
 from ..core.importance import output_norms
 from .blocks import Block
 from .compacting import Known
+from .context import context_of
 from .discovery import find_blocks, signature, summarise
 from .evidence import EvidenceLayout
 from .memory import SessionMemory, WeightFiles, default_limit
@@ -37,6 +38,7 @@ class Plan:
         files: where dense weights that were let go are read again; None where they stay in memory.
         responses: of every block, to answer for dropped neurons; None where they were not measured.
         quality: what densities cost, of the statistics.
+        context_length: the longest text in tokens that the model was made for; None where it does not say.
         made_for: the projections and weights that the plan is for (``discovery.signature``).
         draft_schedulers: what verified decoding has learnt, by density.
     """
@@ -47,6 +49,7 @@ class Plan:
     selector: NeuronSelector
     memory: SessionMemory
     files: WeightFiles | None
+    context_length: int | None
     made_for: tuple
     responses: list[Response] | None = None
     quality: list[QualityPoint] = field(default_factory=list)
@@ -66,7 +69,16 @@ class Plan:
         limit = default_limit(dense) if max_session_memory is None else max_session_memory
         files = WeightFiles(path, blocks) if low_memory else None
         selector = NeuronSelector(*_shapes(blocks))
-        return cls(blocks, left_dense, path, selector, SessionMemory(limit), files, signature(dense, blocks))
+        return cls(
+            blocks,
+            left_dense,
+            path,
+            selector,
+            SessionMemory(limit),
+            files,
+            context_of(dense, path),
+            signature(dense, blocks),
+        )
 
     def set_statistics(self, responses: list[Response] | None, *statistics: Any) -> None:
         """Choose neurons by these: ``ranks``, ``domains`` and ``sensitivity`` of :class:`NeuronSelector`; and answer by

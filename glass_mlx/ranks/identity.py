@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from huggingface_hub import ModelCard
 from mlx.utils import tree_flatten
 
 if TYPE_CHECKING:
@@ -80,6 +79,8 @@ def _original(path: Path | None, name: str) -> str:
     A card's base_model may also be the base of a fine-tune. So either the card says that the model is a quantisation,
     or it says nothing and the name is the base's with what conversions append.
     """
+    from huggingface_hub import ModelCard  # only here: it takes long to import
+
     own = name if "/" in name else ""
     card = path / "README.md" if path is not None else None
     if card is None or not card.is_file():

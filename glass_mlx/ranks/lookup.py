@@ -6,16 +6,17 @@ import logging
 import os
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from platformdirs import user_cache_path
 
 from ..errors import GlassError, StatsError
 from ..files import read_json
-from ..hub import download
-from ..model.glass_model import GlassModel
 from .format import GlobalStatistics
 from .identity import describe, fingerprint, fingerprints
+
+if TYPE_CHECKING:
+    from ..model.glass_model import GlassModel
 
 logger = logging.getLogger("glass_mlx")
 
@@ -86,6 +87,8 @@ def find_statistics(
 
 
 def _from_hub(model: GlassModel, repo: str) -> GlobalStatistics | None:
+    from ..hub import download  # only here: it takes long to import
+
     name, _, revision = repo.partition("@")
     file = _in_index(model, _read_index(download(name, "index.json", revision or None)))
     if file is None:
