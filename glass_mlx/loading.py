@@ -62,11 +62,15 @@ def resolve_model(name: str | Path, revision: str | None = None) -> Path:
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
         close = near_miss(str(name), (DEFAULT_MODEL, *ALIASES))
         raise GlassError(
-            f"Unknown model {str(name)!r}: {close or 'give a directory, a Hub repository (owner/name), or an alias'}; "
-            "python -m glass_mlx.models lists the aliases."
+            f"Unknown model {str(name)!r}: {close or 'give a directory, a Hub repository or an alias (mistral-7b).'} "
+            "All aliases: python -m glass_mlx.models list --all"
         )
-    with hub_access(repo, revision):
-        path = Path(snapshot_download(repo, revision=revision, allow_patterns=MODEL_FILES))
+    try:
+        with hub_access(repo, revision):
+            path = Path(snapshot_download(repo, revision=revision, allow_patterns=MODEL_FILES))
+    except GlassError as e:
+        close = "" if repo in ALIASES.values() else near_miss(repo, ALIASES.values())
+        raise GlassError(f"{e} {close[:1].upper()}{close[1:]}".strip()) from e
     if (reason := problem(path)) is not None:  # without a network, what there is of it comes back
         raise GlassError(f"{repo} in {constants.HF_HUB_CACHE} {reason}. If a download was cut short, go online.")
     return path
@@ -199,7 +203,9 @@ def build_statistics(model: GlassModel, tokenizer: TokenizerWrapper) -> GlobalSt
     """Measure a model's statistics, with a progress bar; None if the user interrupts it or they cannot be written."""
     from .ranks.measure import build_ranks  # only here: it is rarely needed
 
-    logger.warning("measuring this model's global ranks, once. Press Ctrl-C to go on without: what is read is kept.")
+    logger.warning(
+        "no global ranks for this model yet: measuring them, once. Ctrl-C goes on without; what was read is kept."
+    )
     try:
         return GlobalStatistics.read(build_ranks(model, tokenizer))
     except KeyboardInterrupt:

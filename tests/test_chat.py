@@ -225,7 +225,7 @@ def test_usage_errors(talk, options):
 def test_ranks_are_measured_at_first_use(talk, chats, tiny_dir, small_builds, monkeypatch, caplog, tmp_path):
     """And kept: the second start finds them at once."""
     assert talk("Hi", options=("--model", tiny_dir, "--build")).code == 0
-    assert "measuring this model's global ranks" in caplog.text
+    assert "measuring them, once" in caplog.text
     caplog.clear()
     monkeypatch.setattr(measure, "build_ranks", None)
     assert talk("Hi", options=("--model", tiny_dir)).code == 0

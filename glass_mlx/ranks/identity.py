@@ -67,13 +67,13 @@ def describe(model: GlassModel) -> dict[str, str]:
     return {
         "model": name,
         "revision": revision,
-        "original": _original(path, name),
+        "original": original(path, name),
         "model_type": str(getattr(model.dense, "model_type", "")),
         "quantization": _quantization(model),
     }
 
 
-def _original(path: Path | None, name: str) -> str:
+def original(path: Path | None, name: str) -> str:
     """The repository that a model was converted from according to its card, or its own name on the Hub.
 
     A card's base_model may also be the base of a fine-tune. So either the card says that the model is a quantisation,

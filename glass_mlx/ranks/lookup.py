@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from platformdirs import user_cache_path
+from safetensors import SafetensorError, safe_open
 
 from ..errors import GlassError, StatsError
-from ..files import read_json
+from ..files import SMALL_HEADER, check_header, read_json
+from ..hub import download
 from .format import GlobalStatistics
 from .identity import describe, fingerprint, fingerprints
 
@@ -42,6 +44,20 @@ def local_files() -> list[tuple[str, Path]]:
     """The statistics files on this machine, each with the place it is in: ``stats`` or ``cache``."""
     places = (("stats", STATS_DIR), ("cache", cache_dir()))
     return [(place, path) for place, directory in places for path in sorted(directory.glob("*.safetensors"))]
+
+
+def measured_models() -> set[str]:
+    """Names of the models that have statistics on this machine, and of those that they were converted from."""
+    names = set()
+    for _, path in local_files():
+        try:
+            check_header(path, SMALL_HEADER)
+            with safe_open(str(path), framework="numpy") as file:
+                metadata = file.metadata() or {}
+        except (SafetensorError, OSError, ValueError):
+            continue
+        names |= {metadata.get("model", ""), metadata.get("original", "")}
+    return names - {""}
 
 
 def find_statistics(
@@ -87,8 +103,6 @@ def find_statistics(
 
 
 def _from_hub(model: GlassModel, repo: str) -> GlobalStatistics | None:
-    from ..hub import download  # only here: it takes long to import
-
     name, _, revision = repo.partition("@")
     file = _in_index(model, _read_index(download(name, "index.json", revision or None)))
     if file is None:
