@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import mlx.nn as nn
 import mlx_lm
@@ -49,6 +50,8 @@ def resolve_model(name: str | Path, revision: str | None = None) -> Path:
     Raises:
         GlassError: there is no such model, or it cannot be downloaded.
     """
+    if not isinstance(name, (str, os.PathLike)):
+        raise GlassError(f"Give the model's name or directory, not {type(name).__name__!r}; wrap takes loaded models.")
     if str(name) == DEFAULT_MODEL:
         return DEMO_PATH
     path = Path(name).expanduser()
@@ -93,6 +96,50 @@ def load_dense(path: Path, adapter_path: str | None = None, **options: Any) -> t
     return model, tokenizer, config
 
 
+class LoadOptions(TypedDict, total=False):
+    """What :func:`load` takes besides its first arguments."""
+
+    revision: str | None
+    trust_remote_code: bool
+    density: float
+    global_weight: float | str
+    signal: str
+    refresh: int | str
+    layer_budgets: str
+    compensation: bool
+    quality: str | None
+    stats: str | Path | bool | None
+    stats_repo: str | None
+    build: bool
+    max_session_memory: int | None
+    low_memory: bool
+
+
+@overload
+def load(
+    path_or_hf_repo: str | Path = ...,
+    tokenizer_config: dict[str, Any] | None = ...,
+    model_config: dict[str, Any] | None = ...,
+    adapter_path: str | None = ...,
+    lazy: bool = ...,
+    return_config: Literal[False] = ...,
+    **options: Unpack[LoadOptions],
+) -> tuple[GlassModel, TokenizerWrapper]: ...
+
+
+@overload
+def load(
+    path_or_hf_repo: str | Path = ...,
+    tokenizer_config: dict[str, Any] | None = ...,
+    model_config: dict[str, Any] | None = ...,
+    adapter_path: str | None = ...,
+    lazy: bool = ...,
+    *,
+    return_config: Literal[True],
+    **options: Unpack[LoadOptions],
+) -> tuple[GlassModel, TokenizerWrapper, dict[str, Any]]: ...
+
+
 def load(
     path_or_hf_repo: str | Path = DEFAULT_MODEL,
     tokenizer_config: dict[str, Any] | None = None,
@@ -115,7 +162,7 @@ def load(
     build: bool = False,
     max_session_memory: int | None = None,
     low_memory: bool = False,
-):
+) -> tuple[GlassModel, TokenizerWrapper] | tuple[GlassModel, TokenizerWrapper, dict[str, Any]]:
     """Load a model that decodes with GLASS.
 
     Args:
@@ -176,9 +223,22 @@ def wrap(
         path (str, optional): the model's directory, kept as ``GlassModel.path``.
         choice: fields of ``GlassConfig`` that differ from ``config``.
 
+    Returns:
+        GlassModel: the model itself if it is one already.
+
     Raises:
-        GlassError, StatsError: as in :func:`load`.
+        GlassError, StatsError: as in :func:`load`; or this is no model, or one that is wrapped already and nothing else
+            can be given.
     """
+    if isinstance(model, GlassModel):
+        if config is not None or stats is not None or path is not None or choice:
+            raise GlassError(
+                "The model is wrapped already: set its config, or give density and the like to stream_generate; "
+                "wrap(model.dense, ...) makes another one."
+            )
+        return model
+    if not isinstance(model, nn.Module):
+        raise GlassError(f"wrap takes a model, the first of what mlx_lm.load returns, not {type(model).__name__!r}.")
     config = (config or GlassConfig()).updated(**choice)
     wrapped = GlassModel(model, config, path=Path(path) if path is not None else None)
     statistics = stats.check(wrapped) if isinstance(stats, GlobalStatistics) else find_statistics(wrapped, stats)

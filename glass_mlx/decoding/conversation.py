@@ -171,7 +171,7 @@ class Conversation(CachedConversation):
         """The prompt of a conversation, without the first exchanges if an answer would have too little room after all
         of them; and how many messages are left out. What the system is told stays, and so does the last message."""
         system, rest = [m for m in messages if m["role"] == "system"], [m for m in messages if m["role"] != "system"]
-        context = None if self.max_kv_size else context_length(self.model, self.tokenizer)
+        context = context_length(self.model, self.tokenizer, self.cache)
         for left_out in range(0, len(rest), 2):
             prompt = render(self.tokenizer, [*system, *rest[left_out:]], add_generation_prompt=True)
             if context is None or len(prompt) <= context - context // _ROOM:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import mlx.core as mx
@@ -18,7 +19,7 @@ from ..errors import GlassError
 from ..model.glass_model import GlassModel
 from ..model.quality import agreement_at
 from ..model.session import Session
-from .prompt import encode
+from .prompt import Prompt, as_tokens
 from .speculative import stream_verified
 
 
@@ -70,7 +71,7 @@ class PhasedModel(nn.Module):
 def stream_generate(
     model: nn.Module,
     tokenizer: Any,
-    prompt: str | mx.array | list[int],
+    prompt: Prompt,
     max_tokens: int = 256,
     draft_model: nn.Module | None = None,
     *,
@@ -95,7 +96,7 @@ def stream_generate(
     Args:
         model (nn.Module): a GlassModel.
         tokenizer: its tokenizer.
-        prompt: text or tokens.
+        prompt: text, tokens, or messages (dicts of ``role`` and ``content``), which the chat template renders.
         max_tokens (int): the longest answer; -1 for no limit but the model's context.
         draft_model (nn.Module, optional): for mlx-lm's speculative decoding. The model checks several tokens at once,
             and those calls are dense, so the answer is the dense model's.
@@ -116,9 +117,11 @@ def stream_generate(
     """
     choice = {"density": density, "global_weight": global_weight, "signal": signal}
     choice |= {"layer_budgets": layer_budgets, "refresh": refresh, "compensation": compensation}
-    if isinstance(prompt, str):
-        prompt = encode(tokenizer, prompt)
-    prompt = prompt if isinstance(prompt, mx.array) else mx.array(prompt, dtype=mx.int32)
+    if not isinstance(model, nn.Module):
+        raise GlassError(f"The model comes first, then the tokenizer; this is a {type(model).__name__!r}.")
+    if not isinstance(max_tokens, Integral) or max_tokens < -1 or max_tokens == 0:
+        raise GlassError(f"max_tokens must be a positive number, or -1 for no limit, not {max_tokens!r}.")
+    prompt = as_tokens(tokenizer, prompt)
     if prompt.size == 0 and kwargs.get("input_embeddings") is None:
         raise GlassError("The prompt is empty: it has no tokens.")
     if any(kwargs.get(name) is not None and kwargs[name] < 1 for name in ("kv_bits", "kv_group_size")):
@@ -153,9 +156,12 @@ def stream_generate(
     return _described(responses, lambda: _describe(model, session))
 
 
-def context_length(model: GlassModel, tokenizer: Any) -> int | None:
-    """The longest text, prompt and answer, in tokens that a model was made for, as its configuration says or else its
-    tokenizer; None where neither does."""
+def context_length(model: GlassModel, tokenizer: Any, cache: list[Any]) -> int | None:
+    """The longest text, prompt and answer, in tokens that a conversation may have: what the model was made for, as its
+    configuration says or else its tokenizer. None where neither does, or the cache is a sliding window, which never
+    holds more than its own size."""
+    if all(isinstance(entry, RotatingKVCache) for entry in cache[:-1]):
+        return None
     said = model.context_length or getattr(tokenizer, "model_max_length", None)
     return said if isinstance(said, int) and said < 2**40 else None  # tokenizers have huge numbers for "unknown"
 
@@ -166,9 +172,9 @@ def _within_context(model: GlassModel, tokenizer: Any, cache: list[Any], length:
     Raises:
         GlassError: none, because the prompt fills the model's context.
     """
-    context = context_length(model, tokenizer)
-    if context is None or all(isinstance(entry, RotatingKVCache) for entry in cache[:-1]):
-        return max_tokens  # a sliding window never holds more than its own size
+    context = context_length(model, tokenizer, cache)
+    if context is None:
+        return max_tokens
     used = model.session(cache).offset + length
     if used >= context:
         raise GlassError(
@@ -192,7 +198,7 @@ def _described(
 def generate(
     model: nn.Module,
     tokenizer: Any,
-    prompt: str | mx.array | list[int],
+    prompt: Prompt,
     verbose: bool = False,
     **kwargs: Any,
 ) -> str:

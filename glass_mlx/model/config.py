@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any
+
+import numpy as np
 
 from ..core.importance import SIGNALS
 from ..errors import GlassError
@@ -38,6 +41,9 @@ class GlassConfig:
     compensation: bool = True
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic):  # NumPy's numbers are as good as Python's, but no JSON
+                object.__setattr__(self, name, value.item())
         if not _is_number(self.density) or not 0 < self.density <= 1:
             raise GlassError(f"density must be above 0 and at most 1, not {self.density!r}.")
         w = self.global_weight
@@ -46,7 +52,7 @@ class GlassConfig:
         if self.signal not in SIGNALS:
             raise GlassError(f"signal must be one of {', '.join(SIGNALS)}, not {self.signal!r}.")
         r = self.refresh
-        if r != "auto" and (not isinstance(r, int) or isinstance(r, bool) or r < 0):
+        if r != "auto" and (not isinstance(r, Integral) or isinstance(r, bool) or r < 0):
             raise GlassError(f'refresh must be "auto", 0 or a number of tokens, not {r!r}.')
         if self.layer_budgets not in LAYER_BUDGETS:
             raise GlassError(f"layer_budgets must be one of {', '.join(LAYER_BUDGETS)}, not {self.layer_budgets!r}.")
@@ -59,4 +65,4 @@ class GlassConfig:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)

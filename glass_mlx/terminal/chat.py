@@ -154,7 +154,7 @@ class Chat:
         if self.args.verify:
             self._note(f"verified: {drafted / response.generation_tokens:.0%} of the tokens were drafted")
         if self.conversation.left_out:
-            context = context_length(self.model, self.tokenizer)
+            context = context_length(self.model, self.tokenizer, self.conversation.cache)
             self._note(
                 f"the conversation is longer than the model's context of {context:,} tokens: "
                 f"its first {self.conversation.left_out} messages were left out"
