@@ -7,7 +7,7 @@ COMMANDS = {
     "chat": "chat with a model in the terminal",
     "generate": "answer one prompt, or continue a text",
     "server": "serve an OpenAI-compatible API and a chat page",
-    "models": "list, download and remove models; which fit this machine, which have ranks",
+    "models": "list, download and remove models: which fit, which have ranks",
     "stats": "measure, check, compare and share a model's global ranks",
     "doctor": "check on small models that everything works on this machine",
     "evaluate": "how far sparse decoding is from the dense model",

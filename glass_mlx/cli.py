@@ -301,7 +301,12 @@ def add_model_or_shape(parser: argparse.ArgumentParser) -> None:
 
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--model", help=f"directory, Hub repository or alias (default: {DEFAULT_MODEL})")
-    what.add_argument("--shape", choices=SHAPES, help="random weights of this model's shape: speed only, no download")
+    what.add_argument(
+        "--shape",
+        choices=SHAPES,
+        metavar="MODEL",
+        help=f"random weights of this model's shape, for speed only, without a download: {', '.join(SHAPES)}",
+    )
     parser.add_argument("--layers", type=positive, help="with --shape: number of layers, for small machines")
     parser.add_argument("--bits", type=int, choices=BITS, default=4, help="with --shape: of a weight (default: 4)")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import re
 import subprocess
@@ -267,6 +269,42 @@ def test_measuring_declined(talk, chats, tiny_dir, written, monkeypatch, caplog,
     assert (chats[0].model.global_ranks is None) == (written not in options)
     assert len(caplog.records) == ("--build" not in options and written not in options)
     assert ("/measure in the chat" in caplog.text) == bool(caplog.records)  # what is missing, and what to do
+
+
+def test_an_answer_that_is_cut(talk):
+    """Says so, and why."""
+    assert "cut at 3 tokens: --max-tokens N allows more\n" in talk(HELLO, options=("--max-tokens", 3)).out
+    assert "cut at" not in talk(HELLO, options=("--max-tokens", 99)).out
+
+
+def test_a_conversation_longer_than_the_context(talk, model_copy):
+    config = json.loads((model_copy / "config.json").read_text())
+    (model_copy / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32}))
+    options = ("--model", model_copy, "--max-tokens", 100)
+    done = talk(HELLO, HELLO, "a word and " * 40, "Hi", options=options)
+    assert done.code == 0
+    assert "the model's context is full" in done.out
+    assert "the conversation is longer than the model's context of 32 tokens: its first 2 messages" in done.out
+    assert re.search(r"error: The prompt has \d+ tokens .* context is 32", done.out)
+    assert len(STATUS.findall(done.out)) == 3
+
+
+def test_verified(talk):
+    """What share of the tokens was drafted is said."""
+    out = talk(HELLO, options=("--verify", "--draft-tokens", 4)).out
+    assert re.search(r"^verified: \d+% of the tokens were drafted$", out, re.MULTILINE)
+    assert "verified" not in talk(HELLO).out
+
+
+def test_one_token_has_no_speed(talk):
+    assert re.search(r"^1 tokens · prompt ", talk(HELLO, options=("--max-tokens", 1)).out, re.MULTILINE)
+
+
+def test_an_interrupted_pipe(monkeypatch, invoke, interrupted):
+    """Nobody is there to go on: it ends."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{HELLO}\n{HELLO}\n"))
+    done = invoke(main, "--max-tokens", 8)
+    assert done.code == 130 and "stopped" not in done.out and not STATUS.search(done.err)
 
 
 def test_piped(python_m, answer):
