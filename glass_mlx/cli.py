@@ -325,6 +325,8 @@ def print_table(table: Table) -> None:
     """Print a table, no wider than the terminal; files and pipes have room for whole names."""
     from rich.console import Console
 
+    for column in table.columns:
+        column.overflow = "fold"  # names are seen in whole
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
