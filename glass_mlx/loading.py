@@ -253,8 +253,8 @@ def _use(model: GlassModel, statistics: GlobalStatistics | None, expected: bool)
     elif expected and model.config.global_weight != 0 and model.config.density < 1:
         logger.warning(
             "no global ranks for this model: the prompt alone chooses the neurons, and answers stray further from the "
-            "dense model's. Measure them once, for minutes on a GPU: /measure in the chat, or "
-            "python -m glass_mlx.stats build --model %s",
+            "dense model's. Measuring them takes minutes for a small model, and can be stopped at any time: "
+            "/measure in the chat, or python -m glass_mlx.stats build --model %s",
             model.path or "MODEL",
         )
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-READING = "reading the model's text"
+READING = "reading"
 
 
 class Bars:
