@@ -9,33 +9,29 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from .cli import add_verbose, density, positive, run, say
+from .cli import Parser, add_verbose, density, positive, print_table, run, say
 from .core.importance import SIGNALS
 from .errors import GlassError, StatsError, printable
-from .loading import ALIASES, DEFAULT_MODEL, load
-from .model.glass_model import GlassModel
+from .model_names import ALIASES, DEFAULT_MODEL
 from .ranks.agreement import compare
+from .ranks.amounts import DEFAULT_RANK, DEFAULT_STABLE_AT, DEFAULT_TOKENS
 from .ranks.format import GlobalStatistics, merge, write_index
 from .ranks.lookup import STATS_DIR, local_files
-from .ranks.measure import DEFAULT_STABLE_AT, DEFAULT_TOKENS, build_ranks
-from .ranks.response import DEFAULT_RANK
-from .ranks.share import upload
-from .ranks.sources import Source, dataset_rows, given_sequences, null_prompt, text_rows
+
+if TYPE_CHECKING:
+    from .model.glass_model import GlassModel
+    from .ranks.sources import Source
 
 _FILE = "a file, or the name of a listed model"
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="glass_mlx.stats", description="Global neuron ranks.")
+    parser = Parser("glass_mlx.stats", description="Global neuron ranks.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     def add(name: str, does: Any, text: str) -> argparse.ArgumentParser:
@@ -120,10 +116,14 @@ def main() -> None:
 
 
 def _load(args: argparse.Namespace) -> tuple[GlassModel, Any]:
+    from .loading import load  # only here: it takes seconds to import
+
     return load(args.model, stats=False, trust_remote_code=getattr(args, "trust_remote_code", False))
 
 
 def _build(args: argparse.Namespace) -> None:
+    from .ranks.measure import build_ranks
+
     model, tokenizer = _load(args)
     source = _source(args, model, tokenizer)
     name = DEFAULT_MODEL if args.model == DEFAULT_MODEL else None
@@ -136,6 +136,8 @@ def _build(args: argparse.Namespace) -> None:
 
 def _source(args: argparse.Namespace, model: GlassModel, tokenizer: Any) -> Source:
     """The token sequences that the options ask for."""
+    from .ranks.sources import dataset_rows, given_sequences, null_prompt, text_rows
+
     file = args.text or args.dataset
     if file is None:
         return null_prompt(model, tokenizer, args.sequences, args.length, args.temp, args.seed, args.chat)
@@ -179,6 +181,9 @@ def _find(name: str) -> Path:
 
 
 def _list(args: argparse.Namespace) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
     table = Table("model", "layers", "neurons", "method", "tokens", "where", "file")
     for place, path in local_files():
         try:
@@ -189,11 +194,7 @@ def _list(args: argparse.Namespace) -> None:
         m, sizes = statistics.metadata, statistics.sizes
         row = (m.get("model", ""), len(sizes), f"{sum(sizes):,}", m.get("method", ""), m.get("tokens", ""))
         table.add_row(*(escape(str(cell)) for cell in row), place, escape(printable(path.name)))
-    _print(table)
-
-
-def _print(table: Table) -> None:
-    Console(width=None if sys.stdout.isatty() else 200).print(table)  # files and pipes have room for whole names
+    print_table(table)
 
 
 def _show(args: argparse.Namespace) -> None:
@@ -235,11 +236,13 @@ def _diff(args: argparse.Namespace) -> None:
     if args.json:
         say(json.dumps({"density": args.density, "layers": layers}))
         return
+    from rich.table import Table
+
     heads = [f"{signal} {what}" for signal in SIGNALS for what in ("correlation", "overlap")]
     table = Table("layer", *heads)
     for i, layer in enumerate(layers):
         table.add_row(str(i), *(f"{layer[s][w]:.3f}" for s in SIGNALS for w in ("correlation", "overlap")))
-    _print(table)
+    print_table(table)
     say(f"overlap of the best {args.density:.0%} of the neurons; chance is {args.density:.2f}")
 
 
@@ -265,6 +268,8 @@ def _plot(args: argparse.Namespace) -> None:
 
 
 def _upload(args: argparse.Namespace) -> None:
+    from .ranks.share import upload
+
     say(upload(_find(args.file), args.repo, private=args.private, license=args.license))
 
 
