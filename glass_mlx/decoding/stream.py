@@ -17,7 +17,7 @@ from ..errors import GlassError
 from ..model.glass_model import GlassModel
 from ..model.quality import agreement_at
 from ..model.session import Session
-from .prompt import encode
+from .prompt import context_length, encode
 from .speculative import stream_verified
 
 
@@ -95,7 +95,8 @@ def stream_generate(
         model (nn.Module): a GlassModel.
         tokenizer: its tokenizer.
         prompt: text or tokens.
-        max_tokens (int): the longest answer; -1 for no limit.
+        max_tokens (int): the longest answer; -1 for no limit. It also ends where the model's context is full, unless
+            the KV cache is one that forgets (``max_kv_size``).
         draft_model (nn.Module, optional): for mlx-lm's speculative decoding. The model checks several tokens at once,
             and those calls are dense, so the answer is the dense model's.
         density, global_weight, signal, layer_budgets, refresh, compensation: where this and later answers of the
@@ -111,7 +112,7 @@ def stream_generate(
         GenerationResponse: a piece of text, with what mlx-lm and GLASS report.
 
     Raises:
-        GlassError: an argument is out of range, or the prompt is empty.
+        GlassError: an argument is out of range, or the prompt is empty or longer than the model's context.
     """
     choice = {"density": density, "global_weight": global_weight, "signal": signal}
     choice |= {"layer_budgets": layer_budgets, "refresh": refresh, "compensation": compensation}
@@ -136,6 +137,8 @@ def stream_generate(
     prompt_cache = model.make_cache(max_kv_size) if prompt_cache is None else prompt_cache
     session = model.session(prompt_cache)
     session.configure(**choice)
+    if max_kv_size is None:
+        max_tokens = _within_context(model, tokenizer, session.offset + prompt.size, max_tokens)
     kwargs["prompt_cache"] = prompt_cache
     if verify and session.config.density < 1:
         if kwargs.pop("input_embeddings", None) is not None:
@@ -148,6 +151,20 @@ def stream_generate(
         phased = PhasedModel(model, prompt.size if embeddings is None else embeddings.shape[0])
         responses = stream_dense(phased, tokenizer, prompt, max_tokens, **kwargs)
     return _described(responses, lambda: _describe(model, session))
+
+
+def _within_context(model: GlassModel, tokenizer: Any, prompt_tokens: int, max_tokens: int) -> int:
+    """How many tokens may follow a prompt, given with what is cached of it."""
+    context = context_length(model, tokenizer)
+    if context is None:
+        return max_tokens
+    if prompt_tokens > context:
+        raise GlassError(
+            f"The conversation has {prompt_tokens:,} tokens, but the model's context only {context:,}: "
+            "shorten it or begin a new one."
+        )
+    left = max(1, context - prompt_tokens)  # the last token of a full prompt still has one after it
+    return left if max_tokens < 0 else min(max_tokens, left)
 
 
 def _described(

@@ -21,11 +21,13 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from ..decoding.prompt import context_length
 from ..errors import GlassError
 from ..loading import DEFAULT_MODEL, load
 from ..model.config import GlassConfig
@@ -139,14 +141,23 @@ class Engine:
             QueueFull: too many requests are waiting.
             EngineFailed: the engine is closed.
         """
-        pending = PendingCompletion(request, self.catalogue.resolve(request.model), self._drop_cancelled)
-        self._limit(pending.source).check(request)
+        return self.submit_all([request])[0]
+
+    def submit_all(self, requests: list[Request]) -> list[PendingCompletion]:
+        """Queue several requests of one client, each when the one before it has ended: they take one place.
+
+        Returns and raises what :meth:`submit` does.
+        """
+        pending = [PendingCompletion(r, self.catalogue.resolve(r.model), self._drop_cancelled) for r in requests]
+        for one in pending:
+            self._limit(one.source).check(one.request)
+        for one, following in pairwise(pending):
+            one.following = following
         with self._condition:
             self._check_open()
             if len(self._queue) >= self.options.max_queue:
                 raise QueueFull(f"The queue is full: {len(self._queue)} requests are waiting. Try again later.")
-            self._queue.push(request.client, pending)
-            self._condition.notify()
+            self._push(pending[0])
         return pending
 
     def call(self, function: Callable[[Any, Any], Any], model: str = DEFAULT_NAME) -> Future:
@@ -253,11 +264,18 @@ class Engine:
         if not self.alive:
             raise EngineFailed("The engine is closed.")
 
+    def _push(self, pending: PendingCompletion | None) -> None:
+        """Put a request into the queue, if there is one. The caller holds the condition."""
+        if pending is not None:
+            self._queue.push(pending.request.client, pending)
+            self._condition.notify()
+
     def _drop_cancelled(self, pending: PendingCompletion) -> None:
         """Take a cancelled request out of the queue, if it is still waiting."""
         with self._condition:
             if self._queue.remove(pending.request.client, pending):
                 pending.put(Chunk(finish_reason="cancelled", usage=Usage()))
+                self._push(pending.following)
 
     # What follows runs on the engine's thread.
 
@@ -272,7 +290,9 @@ class Engine:
                 future.set_exception(e)
             del work, job, future  # they refer to the model, which would stay in memory
         for pending in self._queue.clear():
-            pending.put(EngineFailed("The engine was closed."))
+            while pending is not None:
+                pending.put(EngineFailed("The engine was closed."))
+                pending = pending.following
         for _, future in self._jobs:
             future.cancel()
         self._unload()
@@ -295,9 +315,15 @@ class Engine:
         return None
 
     def _complete(self, pending: PendingCompletion) -> None:
-        if pending.cancelled:  # since it left the queue: no reason to load a model
-            pending.put(Chunk(finish_reason="cancelled", usage=Usage()))
-            return
+        last = Chunk(finish_reason="cancelled", usage=Usage())
+        if not pending.cancelled:  # since it left the queue: no reason to load a model
+            last = self._generate(pending)
+        with self._condition:
+            self._push(pending.following)
+        pending.put(last)  # only now: whoever receives it finds the engine ready and the conversation in the store
+
+    def _generate(self, pending: PendingCompletion) -> Chunk | RequestError:
+        """Complete a request: the last chunk, or why it failed."""
         try:
             worker = self._ensure_loaded(pending.source)
             self._state = "generating"
@@ -313,7 +339,7 @@ class Engine:
             self._state = "ready"
             store = self._worker.store
             self._stored = len(store), store.nbytes
-        pending.put(last)  # only now: whoever receives it finds the engine ready and the conversation in the store
+        return last
 
     def _set_speed(self, speed: float) -> None:
         self._speed = speed
@@ -341,7 +367,7 @@ class Engine:
     def _load(self, source: Source) -> Worker:
         options = self.options
         model, tokenizer = load(source.locate(), **vars(options.config), **options.load)
-        context = getattr(getattr(model, "args", None), "max_position_embeddings", None)
+        context = context_length(model, tokenizer)
         return Worker(
             model,
             tokenizer,
