@@ -174,11 +174,11 @@ class GrammarProcessor:
     def _allowed(self, size: int) -> np.ndarray:
         """Which tokens may come next, bool [size]."""
         allowed = np.zeros(size, bool)
-        if not self._matcher.is_stopped():  # it is when the answer is complete, too
+        complete = self._matcher.is_accepting()  # asked first: at a dead end the mask says so, too
+        if not self._matcher.is_stopped():
             known = _tokens(self._matcher.compute_bitmask())[:size]
             allowed[: known.size] = known
-        if self._matcher.is_accepting():
-            allowed[[end for end in self._ends if end < size]] = True
+        allowed[[end for end in self._ends if end < size]] = complete
         return allowed
 
 

@@ -203,7 +203,7 @@ def test_bad_schemas(grammars, schema, told):
     tools = [{"type": "function", "function": {"name": "f", "parameters": schema, "strict": True}}]
     with pytest.raises(BadRequest, match="^tools"):
         request = Request(messages=PROMPT, tools=tools, forced_tools=("f",))
-        written(grammars, request, '{"name": "f", "arguments": ', " " * 99)
+        written(grammars, request, '{"name": "f", "arguments": ', *[" "] * 99)
 
 
 def test_a_schema_that_ends_nowhere(grammars, demo):
@@ -211,7 +211,7 @@ def test_a_schema_that_ends_nowhere(grammars, demo):
     inner = {"a": {"$ref": "#/$defs/b"}}
     schema = {"type": "object", "properties": inner, "required": ["a"], "$defs": {"b": {"$ref": "#/$defs/b"}}}
     with pytest.raises(BadRequest, match="response_format") as e:
-        written(grammars, asking(schema), '{"a":', " " * 99)
+        written(grammars, asking(schema), '{"a":', *[" "] * 99)
     assert e.value.param == "response_format" and "\n" not in str(e.value)
 
 
