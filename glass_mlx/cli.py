@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -106,6 +107,36 @@ def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
             parser.error(
                 f"--{name.replace('_', '-')} must be {f'at least {low}' if high == _ANY else f'{low} to {high}'}"
             )
+
+
+# Options that have no effect without another one.
+_NEEDS = {"kv_group_size": "kv_bits", "quantized_kv_start": "kv_bits", "draft_tokens": "verify"}
+_NOT_WITH_DENSE = ("density", "quality", "verify", "low_memory", "refresh")
+
+
+def warn_of_idle_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Log a warning for each option that was given and has no effect besides the others."""
+
+    def given(name: str) -> bool:
+        return getattr(args, name, None) not in (None, parser.get_default(name))
+
+    def option(name: str) -> str:
+        return f"--{name.replace('_', '-')}"
+
+    idle = [(name, f"without {option(needed)}") for name, needed in _NEEDS.items() if not given(needed)]
+    if getattr(args, "dense", False):
+        idle += [(name, "with --dense") for name in _NOT_WITH_DENSE]
+    for name, why in idle:
+        if given(name):
+            logging.getLogger("glass_mlx").warning("%s has no effect %s", option(name), why)
+
+
+def adapter_directory(text: str) -> str:
+    """Parse the path of an adapter; argparse reports the error."""
+    missing = [name for name in ("adapter_config.json", "adapters.safetensors") if not Path(text, name).is_file()]
+    if missing:
+        raise argparse.ArgumentTypeError(f"{text!r} has no {missing[0]}: give the directory of an adapter")
+    return text
 
 
 def memory_size(text: str) -> int:
@@ -207,7 +238,12 @@ def verify_options(args: argparse.Namespace) -> dict:
 
 def sampler_maker(args: argparse.Namespace) -> Callable[..., Callable]:
     """The function that makes the sampler: mlx-lm's, or its like for verified decoding."""
-    return sampling.make_sampler if args.verify else sample_utils.make_sampler
+    make = sampling.make_sampler if args.verify else sample_utils.make_sampler
+
+    def maker(temp: float, top_p: float, *others: Any, **named: Any) -> Callable:
+        return make(sampling.effective_temperature(temp, top_p), top_p, *others, **named)
+
+    return maker
 
 
 def add_float32(parser: argparse.ArgumentParser) -> None:

@@ -170,12 +170,17 @@ def _within_context(model: GlassModel, tokenizer: Any, prompt_tokens: int, max_t
 def _described(
     responses: Iterator[DenseResponse], describe: Callable[[], dict[str, Any]]
 ) -> Iterator[GenerationResponse]:
-    """mlx-lm's responses with what GLASS reports; ``describe`` is asked after the prompt, which decides it."""
+    """mlx-lm's responses with what GLASS reports; ``describe`` is asked after the prompt, which decides it.
+
+    Speeds count the intervals between tokens: mlx-lm's clock starts at the first token, and counts it.
+    """
     with closing(responses):
         fields = None
         for response in responses:
             fields = fields or describe()
-            yield GenerationResponse(**vars(response), **fields)
+            between = (response.generation_tokens - 1) / max(1, response.generation_tokens)
+            speed = {"generation_tps": response.generation_tps * between}
+            yield GenerationResponse(**{**vars(response), **speed}, **fields)
 
 
 def generate(

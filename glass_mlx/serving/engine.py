@@ -33,7 +33,7 @@ from ..loading import DEFAULT_MODEL, load
 from ..model.config import GlassConfig
 from .cache_store import ConversationStore
 from .catalogue import DEFAULT_NAME, Catalogue, ModelInfo, Source
-from .errors import EngineFailed, QueueFull, RequestError
+from .errors import EngineFailed, QueueFull, RequestError, shown_reason
 from .prompt_limit import PromptLimit
 from .queue import RoundRobinQueue
 from .request import Chunk, PendingCompletion, Request, Usage
@@ -356,7 +356,7 @@ class Engine:
         except Exception as e:
             logger.error("%s cannot be loaded: %s", source.id, e, exc_info=not isinstance(e, GlassError))
             self._unload()
-            self._state, self._error = "failed", f"{source.id} cannot be loaded. See the log."
+            self._state, self._error = "failed", f"{source.id} cannot be loaded{shown_reason(e)}"
             if isinstance(e, RequestError):
                 raise
             raise EngineFailed(self._error) from e

@@ -45,6 +45,12 @@ def _check_not_zero(value: int) -> int:
     return value
 
 
+def _check_penalty(value: float) -> float:
+    if 0 < value < 0.01:
+        raise ValueError("must be 0 or at least 0.01")  # logits of 16 bits would overflow
+    return value
+
+
 MaxTokens = Annotated[whole(-1, 2**31), AfterValidator(_check_not_zero)]
 
 
@@ -73,7 +79,9 @@ class Body(Model):
     min_p: _Unit | None = None
     xtc_probability: _Unit | None = None
     xtc_threshold: float | None = Field(None, ge=0, le=0.5, allow_inf_nan=False)
-    repetition_penalty: float | None = Field(None, ge=0, le=10, allow_inf_nan=False)
+    repetition_penalty: (
+        Annotated[float, Field(ge=0, le=10, allow_inf_nan=False), AfterValidator(_check_penalty)] | None
+    ) = Field(None, description="0 or 1: off")
     repetition_context_size: whole(1, 2**20) | None = None
     presence_penalty: _Penalty | None = None
     presence_context_size: whole(1, 2**20) | None = None

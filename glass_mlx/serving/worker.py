@@ -272,7 +272,7 @@ class _Completion:
     def _stream(self) -> Iterator[GenerationResponse]:
         worker, request, conversation = self.worker, self.request, self.conversation
         sampler = (sampling if self.verified else sample_utils).make_sampler(
-            request.temperature,
+            sampling.effective_temperature(request.temperature, request.top_p),
             request.top_p,
             request.min_p,
             top_k=request.top_k if request.top_k < len(worker.tokenizer) else 0,  # mlx-lm refuses more
