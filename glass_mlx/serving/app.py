@@ -20,9 +20,10 @@ from starlette.staticfiles import StaticFiles
 from .engine import Engine
 from .errors import RequestError, UnknownModel
 from .fields import warning_header
-from .http_errors import EXCEPTION_HANDLERS, error_response
+from .http_errors import EXCEPTION_HANDLERS, error_body
 from .openapi import document
 from .request import Chunk, PendingCompletion, Usage, total
+from .responses import ResponseBody
 from .schema import Body, ChatBody, CompletionBody, parse
 from .security import SecurityMiddleware, SharingMiddleware, read_body
 from .sockets import parse_origin
@@ -74,6 +75,7 @@ class Api:
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
                 Route("/chat/completions", self.chat, methods=["POST"]),
                 Route("/v1/completions", self.complete, methods=["POST"]),
+                Route("/v1/responses", self.respond, methods=["POST"]),
                 Route("/v1/models", self.models),
                 Route("/v1/models/{id:path}", self.model),
                 Route("/v1/status", self.status),
@@ -95,6 +97,9 @@ class Api:
 
     async def complete(self, request: Request) -> Response | EventStream:
         return await self._complete(request, CompletionBody)
+
+    async def respond(self, request: Request) -> Response | EventStream:
+        return await self._complete(request, ResponseBody)
 
     async def models(self, request: Request) -> Response:
         return _json(ModelList(data=await self._models()))
@@ -279,21 +284,17 @@ async def _events(
             if index > begun:
                 begun = index
                 for event in writer.first_events(index):
-                    yield _event(event)
+                    yield writer.frame(event)
             if chunk is None:
                 yield b": keepalive\n\n"
             else:
                 for event in writer.events(chunk, index):
-                    yield _event(event)
+                    yield writer.frame(event)
         for event in writer.last_events(delivery.usage(body), body.include_usage):
-            yield _event(event)
-        yield b"data: [DONE]\n\n"
+            yield writer.frame(event)
+        yield writer.end
     except RequestError as e:
-        yield b"data: " + error_response(e).body + b"\n\n"
-
-
-def _event(model: BaseModel) -> bytes:
-    return b"data: " + _dump(model) + b"\n\n"
+        yield writer.failure(error_body(e))
 
 
 def _json(model: BaseModel, status: int = 200) -> Response:

@@ -65,12 +65,12 @@ _MLX_LM = {
     "draft_model": _ignored("there are no draft models; verify drafts with the model itself", "default_model"),
     "num_draft_tokens": _ignored("there are no draft models; start the server with --draft-tokens"),
 }
-_SHARED = {**_honoured("model max_tokens n user stream stream_options"), **_SAMPLING, **_GLASS, **_MLX_LM}
+_SHARED = {**_honoured("model max_tokens user stream stream_options"), **_SAMPLING, **_GLASS, **_MLX_LM}
 
 CHAT = {
     **_SHARED,
     **_honoured(
-        "messages max_completion_tokens logprobs top_logprobs tools tool_choice parallel_tool_calls response_format "
+        "messages max_completion_tokens n logprobs top_logprobs tools tool_choice parallel_tool_calls response_format "
         "chat_template_kwargs continue_final_message add_generation_prompt"
     ),
     **_OF_OPENAIS_SERVICE,
@@ -87,7 +87,7 @@ CHAT = {
 
 COMPLETIONS = {
     **_SHARED,
-    **_honoured("prompt logprobs top_logprobs echo"),
+    **_honoured("prompt n logprobs top_logprobs echo"),
     "suffix": _refused("the model only continues texts; it does not fill in what is between two", ""),
     "best_of": _refused("every answer is given; ask for n", 1),
 }
@@ -106,6 +106,7 @@ RESPONSES = {
     "context_management": _refused("nothing is left out of a conversation", []),
     "truncation": _refused("nothing is left out of a conversation", "disabled"),
     "max_tool_calls": _ignored("the client calls the tools"),
+    "n": _refused("a response has one answer; /v1/chat/completions gives more", 1),
     "reasoning": _ignored("use chat_template_kwargs of /v1/chat/completions, if the model's template can set it", {}),
 }
 

@@ -226,6 +226,16 @@ class _Writer:
         self._logprobs = logprobs
         self._choices = [_Choice() for _ in range(choices)]
 
+    end = b"data: [DONE]\n\n"  # what is sent after the last event
+
+    def frame(self, event: BaseModel) -> bytes:
+        """An event as it is sent."""
+        return b"data: " + event.model_dump_json(exclude_unset=True).encode() + b"\n\n"
+
+    def failure(self, error: ErrorBody) -> bytes:
+        """The event of an error, as it is sent."""
+        return self.frame(error)
+
     def add(self, chunk: Chunk, index: int = 0) -> None:
         """Collect a chunk of a choice for :meth:`response`."""
         self._choices[index].add(chunk)
@@ -289,9 +299,7 @@ class ChatWriter(_Writer):
         if not self._logprobs:
             return None
         return ChatLogprobs(
-            content=[
-                TokenLogprob(**_logprob(t), top_logprobs=[TopLogprob(**_logprob(o)) for o in t.top]) for t in tokens
-            ]
+            content=[TokenLogprob(**logprob(t), top_logprobs=[TopLogprob(**logprob(o)) for o in t.top]) for t in tokens]
         )
 
 
@@ -343,7 +351,8 @@ class TextWriter(_Writer):
         )
 
 
-def _logprob(token: Token) -> dict[str, Any]:
+def logprob(token: Token) -> dict[str, Any]:
+    """A token's text, log-probability and bytes."""
     has_text = "\ufffd" not in token.text  # a token may be a part of a character
     return {
         "token": token.text,

@@ -15,20 +15,22 @@ from openai.types.responses import response_create_params as response_params
 
 from glass_mlx.serving.errors import BadRequest
 from glass_mlx.serving.fields import CHAT, COMPLETIONS, HONOURED, IGNORED, REFUSED, RESPONSES, judge, warning_header
+from glass_mlx.serving.responses import ResponseBody
 from glass_mlx.serving.schema import Body, ChatBody, CompletionBody, parse
 
 NEEDED = {
     ChatBody: {"messages": [{"role": "user", "content": "Hello"}]},
     CompletionBody: {"prompt": "Hello"},
+    ResponseBody: {"input": "Hello"},
 }
-BODIES = {"chat": ChatBody, "completions": CompletionBody}
+BODIES = {"chat": ChatBody, "completions": CompletionBody, "responses": ResponseBody}
 OPENAI = {
     "chat": (CHAT, chat_params.CompletionCreateParamsBase),
     "completions": (COMPLETIONS, text_params.CompletionCreateParamsBase),
     "responses": (RESPONSES, response_params.ResponseCreateParamsBase),
 }
 # What a field may be besides a text, which is what most of the refused and ignored ones are
-VALUES: dict[str, Any] = {"best_of": 2, "background": True, "store": True, "num_draft_tokens": 3}
+VALUES: dict[str, Any] = {"best_of": 2, "n": 2, "background": True, "store": True, "num_draft_tokens": 3}
 
 
 def of_kind(kind: str) -> list:
@@ -112,6 +114,11 @@ HONOURED_VALUES: dict[str, Any] = {
     **dict.fromkeys(("model", "user", "stop", "prompt"), "x"),
     "logit_bias": {"5": 1},
     "quality": "fast",
+    "max_output_tokens": 3,
+    "input": "Bye",
+    "instructions": "Be kind.",
+    "text": {"format": {"type": "json_object"}},
+    "include": ["message.output_text.logprobs"],
     "signal": "activation",
     "layer_budgets": "uniform",
     "messages": [{"role": "user", "content": "Bye"}],
@@ -121,6 +128,7 @@ HONOURED_VALUES: dict[str, Any] = {
     "chat_template_kwargs": {"enable_thinking": False},
 }
 WITH = {"tool_choice": {"tools": [TOOL]}, "top_logprobs": {"logprobs": True}}  # which mean nothing alone
+WITH_INPUT = {"tool_choice": {"tools": [{"type": "function", "name": "f"}]}}
 OF_THE_RESPONSE = {"stream", "stream_options"}
 
 
@@ -129,6 +137,9 @@ def test_honoured_fields_reach_the_engine(body, name):
     if name in OF_THE_RESPONSE:
         assert sent(body, **{name: {"include_usage": True} if name == "stream_options" else True}).warnings() == []
         return
-    others = WITH.get(name, {})
-    asked = sent(body, **others, **{name: HONOURED_VALUES[name]})
+    others = WITH.get(name, {}) if body is not ResponseBody else WITH_INPUT.get(name, {})
+    value = HONOURED_VALUES[name]
+    if body is ResponseBody and name == "tools":
+        value = [{"type": "function", "name": "f"}]
+    asked = sent(body, **others, **{name: value})
     assert asked.requests("me", {}) != sent(body, **others).requests("me", {}) and asked.warnings() == []
