@@ -195,8 +195,6 @@ def _tokens(bitmask: bytes) -> np.ndarray:
 def _call(function: dict[str, Any]) -> str:
     """The rule of a call of a function. One that says nothing of its parameters takes none."""
     schema = function.get("parameters") or {"type": "object", "properties": {}}
-    if "properties" in schema:
-        schema = {"additionalProperties": False, **schema}
     begin = f'{{"name": {json.dumps(function["name"])}, "arguments": '
     return f'{json.dumps(begin)} %json {_options(schema, bool(function.get("strict")))} "}}"'
 
@@ -204,7 +202,39 @@ def _call(function: dict[str, Any]) -> str:
 def _options(schema: dict[str, Any], strict: bool) -> str:
     """A schema with llguidance's options. Unless it is strict, what cannot be enforced is left out."""
     options = {"whitespace_pattern": _BETWEEN, "coerce_one_of": True, "lenient": not strict}
-    return json.dumps({**schema, "x-guidance": options})
+    return json.dumps({**(schema if _composes(schema) else _closed(schema)), "x-guidance": options})
+
+
+# Where a schema has schemas by name, where it has values that look like schemas, and what says which keys may come.
+_NAMED = ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas")
+_VALUES = ("enum", "const", "default", "examples", "required")
+_OPEN = {"additionalProperties", "unevaluatedProperties", "patternProperties", "$ref", "allOf", "anyOf", "oneOf"}
+
+
+def _closed(schema: Any) -> Any:
+    """A schema whose objects have the properties that it lists and no others, unless it says something of others.
+
+    By the standard they may have any, which nobody means who describes an answer; a weak model would never end.
+    """
+    if isinstance(schema, list):
+        return [_closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {}
+    for key, value in schema.items():
+        if key in _NAMED and isinstance(value, dict):
+            closed[key] = {name: _closed(item) for name, item in value.items()}
+        else:
+            closed[key] = value if key in _VALUES else _closed(value)
+    return {"additionalProperties": False, **closed} if "properties" in schema and not _OPEN & schema.keys() else closed
+
+
+def _composes(schema: Any) -> bool:
+    """Whether objects are composed of several schemas, each of which lists a part of their properties."""
+    if isinstance(schema, dict):
+        parts = schema.get("allOf")
+        return (isinstance(parts, list) and len(parts) > 1) or any(map(_composes, schema.values()))
+    return isinstance(schema, list) and any(map(_composes, schema))
 
 
 def _reason(matcher: Any) -> str:

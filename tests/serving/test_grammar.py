@@ -173,6 +173,30 @@ def test_a_schema_and_tools(marked, grammars):
     assert written(grammars, request, '{"size": "large"') == [True, False]
 
 
+NUMBER = {"type": "integer", "maximum": 9, "minimum": 0}
+
+
+@pytest.mark.parametrize(
+    "schema, text, can",
+    [
+        ({"type": "object", "properties": {"a": NUMBER}}, '{"a": 1, "b"', False),
+        ({"type": "object", "properties": {"a": NUMBER}, "additionalProperties": NUMBER}, '{"a": 1, "b": 2', True),
+        ({"type": "array", "items": {"type": "object", "properties": {"a": NUMBER}}}, '[{"b"', False),
+        (
+            {"type": "object", "properties": {"properties": {"properties": {"a": NUMBER}}}},
+            '{"properties": {"a": 1',
+            True,
+        ),
+        ({"const": {"properties": {"a": 1}}}, '{"properties": {"a": 1}}', True),
+        ({"allOf": [{"properties": {"a": NUMBER}}, {"properties": {"b": NUMBER}}]}, '{"a": 1, "b": 2', True),
+        ({"$ref": "#/$defs/x", "$defs": {"x": {"type": "object", "properties": {"a": NUMBER}}}}, '{"b"', False),
+        ({"type": "object"}, '{"b": [1, {}]', True),
+    ],
+)
+def test_objects_have_the_properties_that_are_listed(grammars, schema, text, can):
+    assert written(grammars, asking(schema, strict=False), text)[0] == can
+
+
 DEEP: dict = {"type": "string"}
 for _ in range(180):
     DEEP = {"type": "object", "properties": {"a": DEEP}}
