@@ -65,14 +65,6 @@ def one_of(names: Collection[str]) -> Callable[[str], str]:
     return parse
 
 
-def refresh(text: str) -> int | str:
-    """Parse how often to refresh; argparse reports the error."""
-    try:
-        return GlassConfig(refresh=text if text == "auto" else int(text)).refresh
-    except (GlassError, ValueError) as e:
-        raise argparse.ArgumentTypeError(f'{text!r} is neither "auto" nor a number of tokens') from e
-
-
 def template_args(text: str) -> dict[str, Any]:
     """Parse arguments of the chat template, a JSON object; argparse reports the error."""
     try:
@@ -111,7 +103,7 @@ def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 
 # Options that have no effect without another one.
 _NEEDS = {"kv_group_size": "kv_bits", "quantized_kv_start": "kv_bits", "draft_tokens": "verify"}
-_NOT_WITH_DENSE = ("density", "quality", "verify", "low_memory", "refresh")
+_NOT_WITH_DENSE = ("density", "quality", "verify", "low_memory")
 
 
 def warn_of_idle_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -188,13 +180,7 @@ def add_glass_options(parser: argparse.ArgumentParser, build: bool) -> None:
         help="predict what the dropped neurons would add; without it they add nothing (default: on)",
     )
     group.add_argument("--signal", choices=SIGNALS, default=GlassConfig.signal, help="what neurons are ranked by")
-    group.add_argument(
-        "--refresh",
-        type=refresh,
-        default=GlassConfig.refresh,
-        metavar="TOKENS",
-        help="read the answer densely and choose again every so many tokens; 0: with the next prompt (default)",
-    )
+    group.add_argument("--refresh", help=argparse.SUPPRESS)  # retired (model/config.py)
     group.add_argument("--stats", metavar="FILE", help="global ranks (default: looked up)")
     group.add_argument("--stats-repo", metavar="REPO", help="Hub repository of global ranks, owner/name[@revision]")
     group.add_argument(
@@ -212,8 +198,8 @@ def add_glass_options(parser: argparse.ArgumentParser, build: bool) -> None:
     )
     group.add_argument(
         "--low-memory",
-        action="store_true",
-        help="decode without the dense FFN weights in memory; they are read again for each prompt",
+        action=argparse.BooleanOptionalAction,
+        help="decode without the dense FFN weights; each prompt reads them again (default: where memory is short)",
     )
     group.add_argument("--dense", action="store_true", help="decode with all neurons, as mlx-lm does")
 

@@ -96,7 +96,7 @@ def test_stream_usage(client, expected):
 
 
 def test_a_verified_answer(client):
-    options = {"density": 0.25, "refresh": 16, "verify": True}
+    options = {"density": 0.25, "verify": True}
     answer = client.chat.completions.create(model="demo", messages=QUESTION, extra_body=options)
     assert answer.usage.glass["verified"]
     dense = client.chat.completions.create(model="demo", messages=QUESTION, extra_body={"density": 1})

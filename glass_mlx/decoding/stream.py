@@ -14,9 +14,10 @@ from mlx_lm.generate import stream_generate as stream_dense
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import GlassError
+from ..model.config import RETIRED
 from ..model.glass_model import GlassModel
 from ..model.quality import agreement_at
-from ..model.session import Session
+from ..model.session import Phase, Session
 from .prompt import context_length, encode
 from .speculative import stream_verified
 
@@ -47,7 +48,7 @@ class PhasedModel(nn.Module):
     """What mlx-lm's generation loop calls in a GlassModel's place, for one prompt and its answer.
 
     It knows how many tokens the prompt has, so each call is the phase that it is: prefill to the prompt's last token,
-    then select once, then decode, with the rereads that the session's schedule asks for.
+    then select once, then decode.
     """
 
     def __init__(self, model: GlassModel, prompt_tokens: int):
@@ -63,7 +64,7 @@ class PhasedModel(nn.Module):
         if self.prompt_left > 0:
             self.prompt_left -= (inputs if input_embeddings is None else input_embeddings).shape[1]
             return self.model.prefill(inputs, cache, **kwargs)
-        return self.model.run_phase(self.model.session(cache).decoding_phase(), inputs, cache, **kwargs)
+        return self.model.run_phase(Phase.DECODE, inputs, cache, **kwargs)
 
 
 def stream_generate(
@@ -77,7 +78,6 @@ def stream_generate(
     global_weight: float | str | None = None,
     signal: str | None = None,
     layer_budgets: str | None = None,
-    refresh: int | str | None = None,
     compensation: bool | None = None,
     verify: bool = False,
     draft_tokens: int | None = None,
@@ -99,7 +99,7 @@ def stream_generate(
             the KV cache is one that forgets (``max_kv_size``).
         draft_model (nn.Module, optional): for mlx-lm's speculative decoding. The model checks several tokens at once,
             and those calls are dense, so the answer is the dense model's.
-        density, global_weight, signal, layer_budgets, refresh, compensation: where this and later answers of the
+        density, global_weight, signal, layer_budgets, compensation: where this and later answers of the
             conversation differ from the model's configuration (:class:`glass_mlx.GlassConfig`).
         verify (bool): draft sparsely and check with the dense model, whose answer it then is
             (``decoding/speculative.py``).
@@ -115,7 +115,8 @@ def stream_generate(
         GlassError: an argument is out of range, or the prompt is empty or longer than the model's context.
     """
     choice = {"density": density, "global_weight": global_weight, "signal": signal}
-    choice |= {"layer_budgets": layer_budgets, "refresh": refresh, "compensation": compensation}
+    choice |= {"layer_budgets": layer_budgets, "compensation": compensation}
+    kwargs = {name: value for name, value in kwargs.items() if name not in RETIRED}
     if isinstance(prompt, str):
         prompt = encode(tokenizer, prompt)
     prompt = prompt if isinstance(prompt, mx.array) else mx.array(prompt, dtype=mx.int32)

@@ -19,20 +19,22 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.generate import generation_stream, wired_limit
 
 from ..decoding.prompt import context_length
 from ..errors import GlassError
-from ..loading import DEFAULT_MODEL, load
-from ..model.config import GlassConfig
+from ..loading import load
+from ..model.memory import available_memory, default_limit
 from .cache_store import ConversationStore
 from .catalogue import DEFAULT_NAME, Catalogue, ModelInfo, Source
+from .engine_options import EngineOptions
 from .errors import EngineFailed, QueueFull, RequestError, shown_reason
 from .prompt_limit import PromptLimit
 from .queue import RoundRobinQueue
@@ -40,43 +42,6 @@ from .request import Chunk, PendingCompletion, Request, Usage
 from .worker import Worker
 
 logger = logging.getLogger("glass_mlx")
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How to serve.
-
-    Attributes:
-        model: what ``default_model`` stands for. It is loaded at the first request for it.
-        config: how neurons are chosen, for requests that do not set it.
-        verify: ``verify`` and its options of :func:`glass_mlx.stream_generate`, for requests that do not set it.
-        load: further arguments of :func:`glass_mlx.load`.
-        template_args: default arguments of the chat template.
-        allow_paths: directories whose models requests may name.
-        allow_download: whether a requested model that is not in the Hub cache is downloaded.
-        max_queue: how many requests may wait. More are refused.
-        max_prompt_tokens: longer prompts are refused.
-        max_cache_bytes, max_conversations: limits of what is kept of past conversations. The least recently used goes
-            first.
-        idle_timeout: seconds without a request until the model is unloaded; None for never.
-        prefill_step_size: prompt tokens that are read in one call, at most. The next turn may read one call again.
-        kv: mlx-lm's ``kv_bits``, ``kv_group_size`` and ``quantized_kv_start``, to quantise the KV cache.
-    """
-
-    model: str = DEFAULT_MODEL
-    config: GlassConfig = GlassConfig()
-    verify: dict[str, Any] = field(default_factory=dict)
-    load: dict[str, Any] = field(default_factory=dict)
-    template_args: dict[str, Any] = field(default_factory=dict)
-    allow_paths: tuple[Path, ...] = ()
-    allow_download: bool = False
-    max_queue: int = 64
-    max_prompt_tokens: int = 131_072
-    max_cache_bytes: int = 2 << 30
-    max_conversations: int = 10
-    idle_timeout: float | None = 600.0
-    prefill_step_size: int = 512
-    kv: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -125,6 +90,7 @@ class Engine:
         self._source: Source | None = None
         self._state, self._error, self._speed, self._usage = "unloaded", None, 0.0, None
         self._stored = (0, 0)  # conversations, bytes
+        self._held = ExitStack()  # what is held while a model is loaded
         self._thread = threading.Thread(target=self._run, name="glass_mlx engine", daemon=True)
         self._thread.start()
         atexit.register(self.close)
@@ -308,6 +274,8 @@ class Engine:
                 if (pending := self._queue.pop()) is not None:
                     self._current = pending
                     return partial(self._complete, pending), Future()
+                if self._worker is not None and self._worker.answered is not None:
+                    return self._read_ahead, Future()
                 idle = self.options.idle_timeout if self._worker is not None else None
                 if not self._condition.wait(idle):
                     logger.info("idle: unloading %s", self._source.id)
@@ -339,7 +307,17 @@ class Engine:
             self._state = "ready"
             store = self._worker.store
             self._stored = len(store), store.nbytes
+            mx.clear_cache()  # what an answer computed with would stay allocated until the next one
         return last
+
+    def _read_ahead(self) -> None:
+        """Read the last answer while nobody waits; what comes in goes first."""
+        try:
+            self._worker.read_ahead(lambda: self._closing or bool(self._jobs) or len(self._queue) > 0)
+        except Exception:  # it was only to save time
+            logger.exception("the answer could not be read ahead")
+        self._stored = len(self._worker.store), self._worker.store.nbytes
+        mx.clear_cache()
 
     def _set_speed(self, speed: float) -> None:
         self._speed = speed
@@ -368,12 +346,13 @@ class Engine:
         options = self.options
         model, tokenizer = load(source.locate(), **vars(options.config), **options.load)
         context = context_length(model, tokenizer)
+        mx.set_cache_limit(available_memory() // 8)
+        self._held.enter_context(wired_limit(model, [generation_stream]))  # else the weights may be paged out when idle
+        kept = default_limit(model.dense) // 2 if options.max_cache_bytes is None else options.max_cache_bytes
         return Worker(
             model,
             tokenizer,
-            ConversationStore(
-                options.max_cache_bytes, options.max_conversations, options.kv.get("quantized_kv_start", 0)
-            ),
+            ConversationStore(kept, options.max_conversations, options.kv.get("quantized_kv_start", 0)),
             options.template_args,
             min(options.max_prompt_tokens, context or options.max_prompt_tokens),
             options.prefill_step_size,
@@ -384,6 +363,7 @@ class Engine:
     def _unload(self) -> None:
         """Free the model, all conversations, and the buffers that MLX would keep for reuse."""
         self._worker = self._source = None
+        self._held.close()
         gc.collect()
         mx.clear_cache()
         self._stored, self._state = (0, 0), "unloaded"

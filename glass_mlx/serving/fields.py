@@ -44,7 +44,10 @@ def _ignored(reason: str, *neutral: Any) -> Rule:
     return Rule(IGNORED, reason, neutral)
 
 
-_GLASS = _honoured("density quality global_weight signal layer_budgets refresh compensation verify")
+_GLASS = {
+    **_honoured("density quality global_weight signal layer_budgets compensation verify"),
+    "refresh": _ignored("answers are not read again any more; a higher density does more", 0),
+}
 _SAMPLING = _honoured(
     "temperature top_p top_k min_p xtc_probability xtc_threshold logit_bias seed stop repetition_penalty "
     "repetition_context_size presence_penalty presence_context_size frequency_penalty frequency_context_size"

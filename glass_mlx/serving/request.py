@@ -34,7 +34,7 @@ class Request:
         stop: texts that end the answer. They are not part of it.
         seed: of the random numbers that tokens are sampled with. Without one they are new for every request.
         quality: instead of a density, the one for this quality.
-        density, global_weight, signal, layer_budgets, refresh, compensation, verify: where they differ from the
+        density, global_weight, signal, layer_budgets, compensation, verify: where they differ from the
             engine's.
         logprobs: whether each token comes with its log-probability and with its ``top_logprobs`` most likely rivals.
 
@@ -62,7 +62,6 @@ class Request:
     global_weight: float | str | None = None
     signal: str | None = None
     layer_budgets: str | None = None
-    refresh: int | str | None = None
     compensation: bool | None = None
     verify: bool | None = None
     temperature: float = 0.0

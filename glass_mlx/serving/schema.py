@@ -105,7 +105,6 @@ class Body(Model):
     global_weight: Literal["auto"] | _Unit | None = None
     signal: Literal["impact", "activation"] | None = None
     layer_budgets: Literal["measured", "uniform"] | None = None
-    refresh: Literal["auto"] | whole(0, 2**31 - 1) | None = None
     compensation: bool | None = None
     verify: bool | None = Field(
         None, description="draft with the sparse model and check with the dense one, whose answer it is"

@@ -37,22 +37,20 @@ def test_what_equals_the_dense_model_does_not_disagree(found):
     assert found["dense"]["1"]["strays"] == found["dense"]["1"]["kl"] == 0
     for d in ("0.25", "1"):
         assert found["verified"][d]["strays"] == found["verified"][d]["kl"] == 0
-    for name in ("glass", "griffin", "glass + refresh"):
+    for name in ("glass", "griffin"):
         assert found[name]["1"]["strays"] == 0 and found[name]["1"]["kl"] < 1e-5
 
 
 def test_what_is_sparse_does(found):
-    for name in ("glass", "griffin", "glass + refresh"):
+    for name in ("glass", "griffin"):
         assert found[name]["0.25"]["strays"] > 0 and found[name]["0.25"]["kl"] > 1e-3
-    assert found["glass + refresh"]["0.25"]["kl"] < found["glass"]["0.25"]["kl"]
 
 
-def test_only_some_decoders_and_more_refreshes(model):
-    decoders = standard_decoders([0.3], refreshes=[8, "auto"], kinds=["refresh", "verified"])
-    assert list(decoders) == ["dense", "glass + refresh 8", "glass + refresh", "verified"]
-    row = measure_decoders(model, PROMPTS, decoders, tokens=24)["glass + refresh 8"]["0.3"]
+def test_only_some_decoders(model):
+    decoders = standard_decoders([0.3], kinds=["glass", "verified"])
+    assert list(decoders) == ["dense", "glass", "verified"]
+    row = measure_decoders(model, PROMPTS, decoders, tokens=24)["glass"]["0.3"]
     assert len(row["kl_by_position"]) == 8 and sum(row["kl_by_position"]) / 8 == pytest.approx(row["kl"])
-    assert decoders["glass + refresh 8"][0.3].config["refresh"] == 8
 
 
 def test_rank_fusion_can_be_one_of_the_decoders():

@@ -364,7 +364,7 @@ def test_without_global_ranks_the_prompt_decides(llama):
 
 def test_evidence_of_two_turns_adds_up(llama):
     """And that of the answers between, with the next prompt."""
-    cache = prefilled(llama, refresh=0)
+    cache = prefilled(llama)
     session, prompt = llama.session(cache), copy.deepcopy(cache[:-1])
     first = np.array(session.energy)
     decoded(llama, cache, *STEPS)

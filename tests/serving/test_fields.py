@@ -105,7 +105,7 @@ def test_the_header_can_be_sent_whatever_a_field_is_called():
 
 TOOL = {"type": "function", "function": {"name": "f"}}
 HONOURED_VALUES: dict[str, Any] = {
-    **dict.fromkeys(("max_tokens", "max_completion_tokens", "top_k", "seed", "refresh", "n", "top_logprobs"), 3),
+    **dict.fromkeys(("max_tokens", "max_completion_tokens", "top_k", "seed", "n", "top_logprobs"), 3),
     **dict.fromkeys(("repetition_context_size", "presence_context_size", "frequency_context_size"), 3),
     **dict.fromkeys(("temperature", "top_p", "min_p", "xtc_probability", "xtc_threshold", "density"), 0.25),
     **dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty", "global_weight"), 0.5),

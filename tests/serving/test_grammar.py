@@ -265,7 +265,7 @@ def ask(engine: Engine, **fields) -> list:
 
 @pytest.mark.parametrize(
     "options",
-    [{"density": 1.0}, {"density": 0.5}, {"density": 0.5, "refresh": 8}, {"density": 0.5, "verify": True}],
+    [{"density": 1.0}, {"density": 0.5}, {"density": 0.5, "verify": True}],
     ids=str,
 )
 def test_answers(engine, options):

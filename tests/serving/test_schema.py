@@ -56,7 +56,6 @@ def test_max_tokens(name, value, taken):
         ({"top_k": -1}, {"top_k": 0}),
         ({"top_k": 40.0}, {"top_k": 40}),
         ({"seed": 42.0}, {"seed": 42}),
-        ({"refresh": 8.0}, {"refresh": 8}),
         ({"top_logprobs": 2.0, "logprobs": True}, {"top_logprobs": 2, "logprobs": True}),
         ({"n": 1.0}, {}),
         ({"stop": ""}, {}),
