@@ -204,10 +204,10 @@ class _Delivery:
 
     def warn(self, warnings: list[str]) -> dict[str, str]:
         """Log what the client should know of its request; returns the header that says it."""
-        warnings = [*warnings, *self.pending[0].warnings]
-        for warning in warnings:
-            logger.warning("%s: %s", self.pending[0].request.client, warning)
-        return warning_header(warnings)
+        header = warning_header([*warnings, *self.pending[0].warnings])
+        for text in header.values():
+            logger.warning("%s: %s", self.pending[0].request.client, text)
+        return header
 
     def usage(self, body: Body) -> Usage:
         """What all of them cost."""

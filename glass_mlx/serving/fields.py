@@ -14,7 +14,7 @@ from ..errors import printable
 from .errors import BadRequest
 
 HONOURED, REFUSED, IGNORED = "honoured", "refused", "ignored"
-_MAX_WARNINGS, _MAX_NAME = 16, 60
+_MAX_WARNINGS, _MAX_LENGTH, _MAX_NAME = 16, 200, 60
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def judge(rules: Mapping[str, Rule], given: Mapping[str, Any]) -> list[str]:
         given (mapping): fields and their values.
 
     Returns:
-        list[str]: a warning for each that is ignored, in printable ASCII.
+        list[str]: a warning for each that is ignored.
 
     Raises:
         BadRequest: one is refused.
@@ -133,7 +133,7 @@ def judge(rules: Mapping[str, Rule], given: Mapping[str, Any]) -> list[str]:
         if value is None or (rule is not None and _is_neutral(value, rule.neutral)):
             continue
         if rule is None:
-            warnings.append(f"{_shown(name)} is ignored: the server does not know it")
+            warnings.append(f"{name[:_MAX_NAME]} is ignored: the server does not know it")
         elif rule.kind == REFUSED:
             raise BadRequest(f"{name} is not supported: {rule.reason}.", name)
         else:
@@ -142,8 +142,8 @@ def judge(rules: Mapping[str, Rule], given: Mapping[str, Any]) -> list[str]:
 
 
 def warning_header(warnings: Iterable[str]) -> dict[str, str]:
-    """The response header of warnings; none without any."""
-    shown = list(dict.fromkeys(warnings))
+    """The response header of warnings, in printable ASCII; none without any."""
+    shown = [printable(w[:_MAX_LENGTH]).encode("ascii", "backslashreplace").decode() for w in dict.fromkeys(warnings)]
     if len(shown) > _MAX_WARNINGS:
         shown = [*shown[:_MAX_WARNINGS], f"and {len(shown) - _MAX_WARNINGS} more"]
     return {WARNING_HEADER: "; ".join(shown)} if shown else {}
@@ -154,7 +154,3 @@ WARNING_HEADER = "X-Glass-Warning"
 
 def _is_neutral(value: Any, neutral: tuple) -> bool:
     return any(type(value) is type(other) and value == other for other in neutral)  # True is not 1
-
-
-def _shown(name: str) -> str:
-    return printable(name[:_MAX_NAME]).encode("ascii", "backslashreplace").decode()

@@ -199,9 +199,11 @@ class Worker:
         warnings, limit = [], self.limit
         if limit.render(request.messages, **{**limit.options(request), "tools": None}) == prompt:
             warnings.append("tools: this model's chat template does not show them to it")
-        strict = any(tool["function"].get("strict") for tool in request.tools)
-        if strict and not request.forced_tools and not self.grammars.writes_calls_as_json:
-            warnings.append("strict: this model's form of tool calls cannot be enforced")
+        if not request.forced_tools and not self.grammars.writes_calls_as_json:
+            if any(tool["function"].get("strict") for tool in request.tools):
+                warnings.append("strict: this model's form of tool calls cannot be enforced")
+            if request.schema is not None:
+                warnings.append("tools: this model can call none in an answer of a given form")
         return warnings
 
     def token(self, id: int, logprob: float = 0.0, top: tuple[Token, ...] = ()) -> Token:
