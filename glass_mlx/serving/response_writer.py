@@ -39,14 +39,14 @@ class ResponseObject(BaseModel):
     model_config = ConfigDict(extra="allow")  # what it repeats of the request
 
     id: str
-    object: Literal["response"] = "response"
+    object: Literal["response"]
     created_at: int
     model: str
     status: Literal["in_progress", "completed", "incomplete"]
-    incomplete_details: dict[str, str] | None = None
-    error: None = None
+    incomplete_details: dict[str, str] | None
+    error: None
     output: list[dict[str, Any]]
-    usage: ResponseUsage | None = None
+    usage: ResponseUsage | None
 
 
 class ResponseEvent(BaseModel):
@@ -134,10 +134,16 @@ class ResponseWriter:
     def _status(self) -> str:
         return "completed" if self._finish in ("stop", "tool_calls") else "incomplete"
 
-    def _response(self, status: str, **more: Any) -> ResponseObject:
-        if status == "incomplete":
-            more["incomplete_details"] = {"reason": "max_output_tokens"}
-        return ResponseObject(**self._base, status=status, output=self._items, **more)
+    def _response(self, status: str, usage: ResponseUsage | None = None) -> ResponseObject:
+        return ResponseObject(
+            **self._base,
+            object="response",
+            status=status,
+            incomplete_details={"reason": "max_output_tokens"} if status == "incomplete" else None,
+            error=None,
+            output=self._items,
+            usage=usage,
+        )
 
     def _event(self, type: str, **fields: Any) -> ResponseEvent:
         self._number += 1

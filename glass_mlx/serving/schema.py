@@ -303,10 +303,13 @@ def parse(kind: type[_B], body: bytes) -> _B:
     try:
         return kind.model_validate_json(body)
     except ValidationError as e:
-        # a union gives one error per member; the deepest in the value tells the most, but for a list that is too long
+        # a union gives one error per member; the deepest in the value tells the most, but for a list of a wrong length;
+        # and what has a wrong type may lack anything
         errors = e.errors(include_url=False, include_input=False, include_context=False)
-        first = max(errors, key=lambda x: (x["type"] in ("too_long", "too_short"), len(x["loc"])))
+        lengths = ("too_long", "too_short")
+        first = max(errors, key=lambda x: (x["type"] in lengths, len(x["loc"]), x["loc"][-1:] == ("type",)))
         if first["type"] == "json_invalid":
             raise BadRequest("The body is not valid JSON.") from e
         where = ".".join(str(part) for part in first["loc"] if str(part).isidentifier() or isinstance(part, int))
-        raise BadRequest(f"{where or 'body'}: {first['msg']}"[:500], where or None) from e
+        told = first["msg"].removeprefix("Value error, ")
+        raise BadRequest(f"{where or 'body'}: {told}"[:500], where or None) from e

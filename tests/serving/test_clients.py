@@ -133,6 +133,8 @@ def test_openai_responses(client, demo):
     answer = client.responses.create(model="demo", input=SAID)
     assert (answer.output_text, answer.usage.input_tokens, answer.usage.output_tokens) == answered(*demo)
     assert (answer.status, answer.output[0].status) == ("completed", "completed")
+    raw = json.loads(client.responses.with_raw_response.create(model="demo", input=SAID).text)
+    assert raw["object"] == "response" and {"error", "incomplete_details", "usage", "tools"} <= raw.keys()
     cut = client.responses.create(model="demo", input=SAID, max_output_tokens=2)
     assert (cut.status, cut.incomplete_details.reason) == ("incomplete", "max_output_tokens")
     events = list(client.responses.create(model="demo", input=QUESTION, stream=True, top_logprobs=2))
