@@ -186,6 +186,7 @@ class _Delivery:
 
     def __init__(self, api: Api, pending: list[PendingCompletion], receive: Callable[[], Awaitable[dict[str, Any]]]):
         self.api, self.pending = api, pending
+        self.client_left = False
         self._usages: list[Usage] = []
         self._text: list[str] = []
         api.pending.update(pending)
@@ -246,6 +247,7 @@ class _Delivery:
     async def _cancel_on_disconnect(self, receive: Callable[[], Awaitable[dict[str, Any]]]) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
+        self.client_left = True
         for pending in self.pending:
             pending.cancel()
 
@@ -262,7 +264,8 @@ class EventStream:
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.headers})
             async for event in self.events:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
+                if not self.delivery.client_left:
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             self.delivery.close()
