@@ -14,6 +14,7 @@ from huggingface_hub import constants, snapshot_download
 from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from .decoding.control_tokens import ChatTokenizer
 from .decoding.memory_plan import plan_memory
 from .errors import GlassError
 from .hub import hub_access
@@ -95,7 +96,7 @@ def load_dense(path: Path, adapter_path: str | None = None, **options: Any) -> t
     if adapter_path is not None:
         fused = [(n, m.fuse()) for n, m in model.named_modules() if hasattr(m, "fuse")]
         model.update_modules(tree_unflatten(fused))
-    return model, tokenizer, config
+    return model, ChatTokenizer(tokenizer), config
 
 
 class LoadOptions(TypedDict, total=False):

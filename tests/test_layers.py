@@ -41,6 +41,7 @@ OPTIONAL = {
     "h11": {"serving", "server"},
     "pydantic": {"serving", "server"},
     "matplotlib": {"evaluation"},
+    "llguidance": {"serving"},
     "lm_eval": {"evaluation"},
     "torch": {"demo"},
     "tokenizers": {"demo", "evaluation"},

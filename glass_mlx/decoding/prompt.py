@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx_lm  # noqa: F401  first: it silences advice of transformers
 import numpy as np
 from jinja2 import TemplateError
+from mlx_lm.tokenizer_utils import StreamingDetokenizer, TokenizerWrapper
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import GlassError
@@ -31,6 +32,27 @@ def check_template_args(args: dict[str, Any]) -> dict[str, Any]:
     if taken:
         raise GlassError(f"The chat template's argument {taken[0]!r} cannot be set.")
     return args
+
+
+class ContinuingTokenizer(TokenizerWrapper):
+    """A tokenizer whose detokenizers go on with a text, where others begin one and drop its leading space."""
+
+    def __init__(self, tokenizer: TokenizerWrapper, before: list[int]):
+        """
+        Args:
+            tokenizer (TokenizerWrapper): the model's.
+            before (list[int]): the last tokens of the text so far.
+        """
+        vars(self).update(vars(tokenizer))
+        self._before = before
+
+    @property
+    def detokenizer(self) -> StreamingDetokenizer:
+        detokenizer = super().detokenizer
+        for token in self._before:
+            detokenizer.add_token(token)
+        _ = detokenizer.last_segment  # reading it takes it off
+        return detokenizer
 
 
 def encode(tokenizer: Any, prompt: str) -> list[int]:

@@ -177,23 +177,29 @@ def _within_context(model: GlassModel, tokenizer: Any, cache: list[Any], length:
     if context is None:
         return max_tokens
     used = model.session(cache).offset + length
-    if used >= context:
+    if used > context:
         raise GlassError(
             f"The prompt has {used:,} tokens with what was read before it; the model's context is {context:,}, "
             "with the answer: shorten it."
         )
-    return min(max_tokens, context - used) if max_tokens >= 0 else context - used
+    left = max(1, context - used)  # the last token of a full prompt still has one after it
+    return min(max_tokens, left) if max_tokens >= 0 else left
 
 
 def _described(
     responses: Iterator[DenseResponse], describe: Callable[[], dict[str, Any]]
 ) -> Iterator[GenerationResponse]:
-    """mlx-lm's responses with what GLASS reports; ``describe`` is asked after the prompt, which decides it."""
+    """mlx-lm's responses with what GLASS reports; ``describe`` is asked after the prompt, which decides it.
+
+    Speeds count the intervals between tokens: mlx-lm's clock starts at the first token, and counts it.
+    """
     with closing(responses):
         fields = None
         for response in responses:
             fields = fields or describe()
-            yield GenerationResponse(**vars(response), **fields)
+            between = (response.generation_tokens - 1) / max(1, response.generation_tokens)
+            speed = {"generation_tps": response.generation_tps * between}
+            yield GenerationResponse(**{**vars(response), **speed}, **fields)
 
 
 def generate(

@@ -584,8 +584,8 @@ def test_a_kv_cache_that_cannot_be_quantised_so(make, kv):
     engine = make(kv={**kv, "quantized_kv_start": 0})
     with pytest.raises(EngineFailed, match="cannot be loaded") as e:
         engine.load().result()
-    assert "KV cache cannot be quantised so (--kv-bits, --kv-group-size)" in str(e.value.__cause__)
-    assert engine.status().state == "failed"
+    assert "KV cache cannot be quantised so (--kv-bits, --kv-group-size)" in str(e.value)
+    assert engine.status().state == "failed" and engine.status().error == str(e.value)
 
 
 def test_close(make, tiny_dir):
