@@ -2,6 +2,7 @@
 
     python -m glass_mlx.benchmark --model demo --density 0.3,0.5,0.7
     python -m glass_mlx.benchmark --shape mistral-7b --bits 4
+    python -m glass_mlx.benchmark --shape mistral-7b --plan  # predicted for Macs, without running anything
 
 Dense and sparse runs alternate in one process, on the same random prompts. The figures are medians and ranges. The byte
 ceiling is the speed-up of a decoder that is limited by memory bandwidth alone: the bytes that a dense decode step reads
@@ -14,11 +15,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .cli import Parser, add_model_or_shape, add_verbose, density, global_weight, list_of, print_result, refresh, run
+from .cli import Parser, add_model_or_shape, add_verbose, density, global_weight, list_of, print_result, run
 from .core.importance import SIGNALS
+from .decoding.costs import DEVICES, plan
+from .evaluation.machine import backend
 from .evaluation.plot import plot_benchmark
-from .evaluation.shapes import random_model, shape_label
-from .evaluation.speed import compare_speed
+from .evaluation.shapes import empty_model, random_model, shape_label
+from .evaluation.speed import compare_speed, measure_device
 from .loading import DEFAULT_MODEL, load
 from .model.config import GlassConfig
 
@@ -30,11 +33,11 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--density", type=list_of(density), default=[0.3, 0.5, 0.7], metavar="X[,X...]")
     parser.add_argument("--global-weight", type=global_weight, default=GlassConfig.global_weight, metavar="WEIGHT")
     parser.add_argument("--signal", choices=SIGNALS, default=GlassConfig.signal)
-    parser.add_argument("--refresh", type=refresh, default=GlassConfig.refresh, metavar="TOKENS")
     parser.add_argument("--prompt-tokens", "-p", type=int, default=512, help="length of the prompt")
     parser.add_argument("--generation-tokens", "-g", type=int, default=256, help="tokens to generate")
     parser.add_argument("--num-trials", "-n", type=int, default=5, help="runs after a warm-up")
     parser.add_argument("--prefill-step-size", type=int, default=2048, help="tokens in a prefill call")
+    parser.add_argument("--plan", action="store_true", help="predict the time of every way to decode, by class of Mac")
     parser.add_argument("--delay", type=float, default=0, help="seconds to wait before each run, to cool down")
     parser.add_argument("--seed", type=int, default=0, help="PRNG seed")
     parser.add_argument("--trust-remote-code", action="store_true")
@@ -57,7 +60,10 @@ def main() -> None:
 
 
 def _benchmark(args: argparse.Namespace) -> None:
-    choice = {"global_weight": args.global_weight, "signal": args.signal, "refresh": args.refresh}
+    if args.plan:
+        _plan(args)
+        return
+    choice = {"global_weight": args.global_weight, "signal": args.signal}
     if args.shape:
         model = random_model(args.shape, args.layers, args.bits, args.seed)
         model.config = model.config.updated(**choice)
@@ -79,6 +85,60 @@ def _benchmark(args: argparse.Namespace) -> None:
     print_result(result, table, args.json)
     if args.plot:
         plot_benchmark(result, args.plot)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    if args.shape:
+        model = empty_model(args.shape, args.layers, args.bits)
+        name = shape_label(args.shape, model, args.bits).removesuffix(", random weights")
+    else:
+        name = args.model or DEFAULT_MODEL
+        model, _ = load(name, trust_remote_code=args.trust_remote_code)
+    context = args.prompt_tokens + args.generation_tokens // 2
+    devices = [*DEVICES] if backend() == "cpu" else [*DEVICES, measure_device(model)]  # a CPU says nothing about Macs
+    result = {
+        "model": name,
+        "predicted": True,
+        "context": context,
+        "devices": {d.name: {"bandwidth": d.bandwidth, "rows": d.rows, "source": d.source} for d in devices},
+        "plan": plan(model, args.density, context, devices=devices),
+    }
+    print_result(result, plan_table, args.json)
+
+
+def plan_table(result: dict[str, Any]) -> str:
+    """A plan as text."""
+    here = [name for name, d in result["devices"].items() if d["source"].startswith("measured")]
+    label = {name: "this one" if name in here else name for name in result["devices"]}
+    accepted = "".join(f"{a:>7}" for a in result["plan"][0]["verified"])
+    lines = [
+        f"{result['model']}, {result['context']:,} tokens in the cache",
+        "PREDICTED from bytes at full memory bandwidth, not measured",
+        "",
+        f"{'':18} {'ms a token':>13} {'speed':>6} {'choice':>13} {'reread':>7}  verified if accepted",
+        f"density {'device':10} {'dense':>6} {'sparse':>6} {'-up':>6} "
+        f"{'steps':>6} {'even at':>7} {'steps':>6}  {accepted}",
+    ]
+    for row in result["plan"]:
+        even = row["break_even_tokens"]
+        verified = "".join(f"{v['draft']:>2} {v['speedup']:4.2f}" for v in row["verified"].values())
+        lines.append(
+            f"{row['density']:<7g} {label[row['device']]:10} {row['dense_ms']:6.2f} {row['sparse_ms']:6.2f} "
+            f"{row['speedup']:6.2f} {row['choice_steps']:6.2f} {'never' if even is None else f'{even:.0f}':>7} "
+            f"{row['reread_steps']:6.2f}  {verified}"
+        )
+    lines += [
+        "",
+        "choice: choosing neurons and compacting, in dense steps, and after how many tokens that is made good",
+        "reread: what a token of an answer costs when the next prompt reads it again, in dense steps",
+        "verified: for each probability that a draft is accepted, how many tokens to draft, and the speed-up",
+        "",
+        "the time of a call by its rows, relative to one row:",
+    ]
+    for name, d in result["devices"].items():
+        rows = " ".join(f"{n}:{cost:.3g}" for n, cost in d["rows"].items())
+        lines.append(f"{label[name]:10} {d['bandwidth'] / 1e9:.0f} GB/s  {rows}  ({d['source']})")
+    return "\n".join(lines + here)
 
 
 def table(result: dict[str, Any]) -> str:

@@ -108,14 +108,6 @@ def one_of(names: Collection[str]) -> Callable[[str], str]:
     return parse
 
 
-def refresh(text: str) -> int | str:
-    """Parse how often to refresh; argparse reports the error."""
-    try:
-        return GlassConfig(refresh=text if text == "auto" else int(text)).refresh
-    except (GlassError, ValueError) as e:
-        raise argparse.ArgumentTypeError(f'{text!r} is neither "auto" nor a number of tokens') from e
-
-
 def text(argument: str) -> str:
     """A text from the command line, in which bytes that are no text of this machine's are replaced."""
     return argument.encode(errors="surrogateescape").decode(errors="replace")
@@ -211,13 +203,7 @@ def add_glass_options(parser: argparse.ArgumentParser, build: bool) -> None:
         help="predict what the dropped neurons would add; without it they add nothing (default: on)",
     )
     group.add_argument("--signal", choices=SIGNALS, default=GlassConfig.signal, help="what neurons are ranked by")
-    group.add_argument(
-        "--refresh",
-        type=refresh,
-        default=GlassConfig.refresh,
-        metavar="TOKENS",
-        help="read the answer densely and choose again every so many tokens; 0: with the next prompt (default)",
-    )
+    group.add_argument("--refresh", help=argparse.SUPPRESS)  # retired (model/config.py)
     group.add_argument("--stats", metavar="FILE", help="global ranks (default: looked up)")
     group.add_argument("--stats-repo", metavar="REPO", help="Hub repository of global ranks, owner/name[@revision]")
     group.add_argument(
@@ -235,8 +221,8 @@ def add_glass_options(parser: argparse.ArgumentParser, build: bool) -> None:
     )
     group.add_argument(
         "--low-memory",
-        action="store_true",
-        help="decode without the dense FFN weights in memory; they are read again for each prompt",
+        action=argparse.BooleanOptionalAction,
+        help="decode without the dense FFN weights; each prompt reads them again (default: where memory is short)",
     )
     group.add_argument("--dense", action="store_true", help="decode with all neurons, as mlx-lm does")
 

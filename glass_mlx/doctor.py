@@ -85,7 +85,7 @@ def timings(report: Report) -> str:
 
     t, s, d = report.times, report.speeds, report.device
     return (
-        f"\ndemo model on {d['name']} ({d['backend']}), density 0.5, without refresh\n"
+        f"\ndemo model on {d['name']} ({d['backend']}), density 0.5\n"
         f"prefill of {PROMPT_TOKENS} tokens {t['prefill_ms']:.1f} ms (dense {t['dense_prefill_ms']:.1f}), "
         f"select and compact {t['select_ms']:.1f} ms\n"
         f"decode a token in {t['decode_ms']:.2f} ms (dense {t['dense_decode_ms']:.2f}), "

@@ -100,7 +100,7 @@ def _generate(args: argparse.Namespace, template: dict[str, Any]) -> None:
         stats=False if args.dense and not args.stats else args.stats,
         stats_repo=args.stats_repo,
         max_session_memory=args.max_session_memory,
-        low_memory=args.low_memory and not args.dense,
+        low_memory=False if args.dense else args.low_memory,
         build=args.build and args.global_weight != 0,
     )
     for token in args.extra_eos_token:

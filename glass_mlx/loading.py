@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, overload
 
@@ -13,6 +14,7 @@ from huggingface_hub import constants, snapshot_download
 from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from .decoding.memory_plan import plan_memory
 from .errors import GlassError
 from .hub import hub_access
 from .model.config import GlassConfig
@@ -104,7 +106,6 @@ class LoadOptions(TypedDict, total=False):
     density: float
     global_weight: float | str
     signal: str
-    refresh: int | str
     layer_budgets: str
     compensation: bool
     quality: str | None
@@ -112,7 +113,7 @@ class LoadOptions(TypedDict, total=False):
     stats_repo: str | None
     build: bool
     max_session_memory: int | None
-    low_memory: bool
+    low_memory: bool | None
 
 
 @overload
@@ -153,7 +154,6 @@ def load(
     density: float = GlassConfig.density,
     global_weight: float | str = GlassConfig.global_weight,
     signal: str = GlassConfig.signal,
-    refresh: int | str = GlassConfig.refresh,
     layer_budgets: str = GlassConfig.layer_budgets,
     compensation: bool = GlassConfig.compensation,
     quality: str | None = None,
@@ -161,7 +161,7 @@ def load(
     stats_repo: str | None = None,
     build: bool = False,
     max_session_memory: int | None = None,
-    low_memory: bool = False,
+    low_memory: bool | None = None,
 ) -> tuple[GlassModel, TokenizerWrapper] | tuple[GlassModel, TokenizerWrapper, dict[str, Any]]:
     """Load a model that decodes with GLASS.
 
@@ -176,7 +176,9 @@ def load(
         stats_repo (str, optional): a Hub repository of ranks, ``owner/name`` or ``owner/name@revision``. Default: the
             environment variable ``GLASS_STATS_REPO``.
         build (bool): if there are no ranks, measure them now, with a progress bar, and keep them in the cache.
-        max_session_memory, low_memory: see :class:`glass_mlx.GlassModel`.
+        max_session_memory: see :class:`glass_mlx.GlassModel`.
+        low_memory (bool, optional): as there. Default: where the model and a conversation would not fit into memory
+            without it (``decoding/memory_plan.py``).
 
     Returns:
         tuple: (GlassModel, tokenizer), and the model's config as a third if ``return_config``.
@@ -185,12 +187,12 @@ def load(
         GlassError: the model cannot be found, loaded or sparsified, or an argument is out of range.
         StatsError: the ranks file is damaged or belongs to another model.
     """
-    config = GlassConfig(density, global_weight, signal, refresh, layer_budgets, compensation)
+    config = GlassConfig(density, global_weight, signal, layer_budgets, compensation)
     path = resolve_model(path_or_hf_repo, revision)
     options = {"model_config": model_config, "lazy": lazy, "trust_remote_code": trust_remote_code}
     options["tokenizer_config"] = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
     dense, tokenizer, model_config = load_dense(path, adapter_path, **options)
-    model = GlassModel(dense, config, path=path, max_session_memory=max_session_memory, low_memory=low_memory)
+    model = GlassModel(dense, config, path=path, max_session_memory=max_session_memory, low_memory=bool(low_memory))
     statistics = find_statistics(model, stats, stats_repo)
     if statistics is None and build and stats is not False:
         statistics = build_statistics(model, tokenizer)
@@ -203,6 +205,7 @@ def load(
             model.config.density,
             density_for("fast", model.quality),
         )
+    _fit_memory(model, low_memory)
     return (model, tokenizer, model_config) if return_config else (model, tokenizer)
 
 
@@ -244,6 +247,22 @@ def wrap(
     statistics = stats.check(wrapped) if isinstance(stats, GlobalStatistics) else find_statistics(wrapped, stats)
     _use(wrapped, statistics, stats is not False)
     return wrapped
+
+
+def _fit_memory(model: GlassModel, low_memory: bool | None) -> None:
+    """Say how much memory the model takes, and save some where there is too little and nobody said how."""
+    plan = plan_memory(model)
+    saved = replace(plan, low_memory=True)
+    if not plan.fits and low_memory is None and saved.needed < plan.needed:
+        logger.warning(
+            "too little memory to keep the dense FFN weights while decoding: each prompt reads them from disk"
+        )
+        model.let_go_of_dense_weights()
+        plan = saved
+    if plan.fits:
+        logger.info("memory: %s", plan)
+    else:
+        logger.warning("memory: %s; choose a smaller model, or one of fewer bits", plan)
 
 
 def _use(model: GlassModel, statistics: GlobalStatistics | None, expected: bool) -> None:

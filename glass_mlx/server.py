@@ -82,7 +82,7 @@ def _add_cache_options(parser: argparse.ArgumentParser) -> None:
         "--prompt-cache-size", type=int, default=10, help="conversations to keep (default: %(default)s)"
     )
     parser.add_argument(
-        "--prompt-cache-bytes", type=memory_size, default=2 << 30, help="memory for them (default: 2GiB)"
+        "--prompt-cache-bytes", type=memory_size, help="memory for them (default: a quarter of what the model leaves)"
     )
     parser.add_argument("--kv-bits", type=int, help="quantise the KV cache to this many bits")
     parser.add_argument("--kv-group-size", type=int, default=64, help="group size of the quantised KV cache")
@@ -194,7 +194,7 @@ def engine_options(args: argparse.Namespace) -> EngineOptions:
             "stats_repo": args.stats_repo,
             "build": args.build,
             "max_session_memory": args.max_session_memory,
-            "low_memory": args.low_memory and not args.dense,
+            "low_memory": False if args.dense else args.low_memory,
         },
         template_args=args.chat_template_args,
         allow_paths=tuple(args.allow_path),

@@ -1,8 +1,7 @@
-"""Speed against fidelity: the dense model, GLASS with and without refresh, verified decoding, GRIFFIN.
+"""Speed against fidelity: the dense model, GLASS, verified decoding, GRIFFIN.
 
     python -m glass_mlx.tradeoff --model demo --density 0.3,0.5,0.7 --plot tradeoff.png
-    python -m glass_mlx.tradeoff --ways glass,refresh --refresh 10,30,auto --tokens 1024
-    python -m glass_mlx.tradeoff --ways glass,refresh --global-weight 0.5 --layer-budgets uniform  # rank fusion
+    python -m glass_mlx.tradeoff --ways glass --global-weight 0.5 --layer-budgets uniform  # rank fusion
     python -m glass_mlx.tradeoff --shape mistral-7b --layers 2 --bits 4 --acceptance 0.7,0.9
 
 Every decoder (``--ways``) answers the same prompts, in turn with the dense model and in one process. *Speed* is in
@@ -39,7 +38,6 @@ from .cli import (
     list_of,
     one_of,
     print_result,
-    refresh,
     run,
 )
 from .evaluation.decoders import KINDS, measure_decoders, simulated_decoders, standard_decoders
@@ -68,9 +66,6 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--density", type=list_of(density), default=[0.3, 0.5, 0.7], metavar="X[,X...]")
     parser.add_argument("--draft-tokens", type=int, metavar="K", help="always draft K tokens (default: what pays best)")
-    parser.add_argument(
-        "--refresh", type=list_of(refresh), default=["auto"], metavar="TOKENS[,TOKENS...]", help="(default: auto)"
-    )
     parser.add_argument(
         "--ways",
         type=list_of(one_of(KINDS)),
@@ -137,9 +132,7 @@ def _compare(args: argparse.Namespace) -> None:
         prompts = read_prompts(args.prompts, tokenizer)
         prompts = [prompts[i * len(prompts) // args.count] for i in range(min(args.count, len(prompts)))]
         prompts = fit_length(model, prompts, args.prompt_tokens, args.temp, args.seed)
-        decoders = standard_decoders(
-            args.density, args.global_weight, args.draft_tokens, args.refresh, args.ways, args.layer_budgets
-        )
+        decoders = standard_decoders(args.density, args.global_weight, args.draft_tokens, args.ways, args.layer_budgets)
     found = measure_decoders(model, prompts, decoders, args.tokens, args.temp, args.seed, fidelity=not args.shape)
     result = {
         "model": name,

@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 
 import mlx.core as mx
-import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from glass_mlx import GlassModel
-from glass_mlx.benchmark import main, table
-from glass_mlx.evaluation.speed import break_even, bytes_per_token, compare_speed, time_run
-from glass_mlx.evaluation.tiny_models import tiny_model
+from glass_mlx.benchmark import main, plan_table, table
+from glass_mlx.evaluation.speed import break_even, compare_speed, measure_device, time_run
 
 MEASURED = {"prompt_tps", "generation_tps", "peak_memory"}
 
@@ -62,51 +59,6 @@ def test_measure_counts_tokens(tiny):
     assert run["peak_memory"] >= sum(a.nbytes for _, a in tree_flatten(model.dense.parameters()))
 
 
-def test_bytes_per_token():
-    """Counted by hand for a model whose embedding is its head, and one with a head of its own."""
-    for tied in (True, False):
-        model = GlassModel(tiny_model("llama"))
-        dense = model.dense
-        if tied:
-            dense.pop("lm_head", None)
-            dense.args.tie_word_embeddings = True
-        elif "lm_head" not in dense:
-            dense.lm_head = nn.Linear(64, dense.args.vocab_size, bias=False)
-            dense.args.tie_word_embeddings = False
-        cache = model.make_cache()
-        time_run(model, mx.arange(1, 9), 4, cache)
-        session = model.session(cache)
-        weights = sum(a.nbytes for _, a in tree_flatten(dense.parameters()))
-        unread = 0 if tied else dense.model.embed_tokens.weight.nbytes
-        kv = sum(a.nbytes for entry in cache[:-1] for a in entry.state if isinstance(a, mx.array))
-        ffn = sum(map(ffn_bytes, model.blocks))
-        assert bytes_per_token(model, cache, sparse=False) == weights - unread + kv
-        assert bytes_per_token(model, cache, sparse=True) == weights - unread + kv - ffn + session.compact_bytes
-
-
-def test_bytes_per_token_after_a_refresh():
-    """It leaves no compact weights until the next token."""
-    model, read = GlassModel(tiny_model("llama")), {}
-    for refresh in (0, 1):
-        cache = model.make_cache(refresh=refresh)
-        run = time_run(model, mx.arange(1, 9), 5, cache)
-        assert run["select_seconds"] > 0
-        read[refresh] = bytes_per_token(model, cache, sparse=True)
-    assert read[0] == read[1]
-
-
-def test_a_spread_projection_is_read_whole():
-    dense = tiny_model("llama")
-    nn.quantize(dense, group_size=32, bits=4)
-    model = GlassModel(dense)
-    cache = model.make_cache()
-    time_run(model, mx.arange(1, 9), 4, cache)
-    saved = bytes_per_token(model, cache, False) - bytes_per_token(model, cache, True)
-    inputs = sum(a.nbytes for b in model.blocks for n in b.inputs for a in b.module[n].parameters().values())
-    answers = sum(a.nbytes for answer in model.session(cache).compact.answers for a in answer.arrays)
-    assert saved == inputs / 2 - answers
-
-
 @pytest.mark.parametrize(
     ("extra", "gain", "expected"), [(1.0, 0.25, 4), (1.0, 0.3, 4), (1.0, -0.1, None), (-0.5, -0.1, 0), (1.0, 0.0, None)]
 )
@@ -129,6 +81,23 @@ def test_the_command_line(invoke, tiny_dir, tmp_path):
     written = json.loads((tmp_path / "figures.json").read_text())
     assert outcome.out.strip() == table(written).strip()
     assert [line.split()[0] for line in outcome.out.splitlines()[3:]] == ["dense", "0.3", "0.5"]
+
+
+def test_a_plan(invoke, tmp_path):
+    """It is labelled as predicted, needs no weights, and is the same as its JSON."""
+    options = ["--shape", "qwen3-0.6b", "--layers", 1, "--density", "0.3,0.5", "--plan"]
+    outcome = invoke(main, *options, "--json", tmp_path / "plan.json")
+    assert outcome.code == 0
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert written["predicted"] and outcome.out.strip() == plan_table(written).strip()
+    assert "PREDICTED" in outcome.out and max(map(len, outcome.out.splitlines())) <= 100
+    assert all(device["source"] for device in written["devices"].values())
+    assert len(written["plan"]) == 2 * len(written["devices"])
+
+
+def test_this_machine_as_a_device(tiny):
+    device = measure_device(tiny[0], calls=1)
+    assert device.cost(1) == 1 and device.bandwidth > 0 and device.source.startswith("measured")
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def case() -> cases.Case:
     [
         ("density 1", "decode", "token 2: expected"),
         ("sparse", "decode", "relative error"),
-        ("refresh", "_take_pending", "expected evidence of"),
+        ("reread", "_take_pending", "expected evidence of"),
         ("saved", "_find_session", "has no session"),
     ],
 )

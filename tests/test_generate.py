@@ -137,11 +137,10 @@ def test_prompt_cache_over_turns(exact):
     assert cache[0].offset == cache[-1].offset == len(whole) + 5
 
 
-@pytest.mark.parametrize("refresh", [0, "auto"])
-def test_evidence_of_both_turns(demo, refresh):
+def test_evidence_of_both_turns(demo):
     """And of the answer in between."""
     model, tokenizer = demo
-    cache = model.make_cache(refresh=refresh)
+    cache = model.make_cache()
     list(stream_generate(model, tokenizer, PROMPT, 3, prompt_cache=cache))
     before, said = model.session(cache).energy, model.session(cache).generated
     list(stream_generate(model, tokenizer, [500, 600], 3, prompt_cache=cache))

@@ -164,7 +164,7 @@ def test_wrap(demo, caplog):
     [({}, 1), ({"stats": False}, 0), ({"global_weight": 0}, 0), ({"density": 1.0}, 0)],
 )
 def test_no_ranks_warning(tiny_dir, caplog, options, warnings):
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.WARNING):
         model, _ = load(tiny_dir, **options)
     assert model.global_ranks is None
     assert len(caplog.records) == warnings

@@ -134,6 +134,7 @@ class GlassApp(toga.App):
     def refresh(self) -> None:
         """Show the controller's present state, where it has changed."""
         snapshot = self.controller.snapshot(self._login)
+        macos.show_busy(snapshot.busy)
         items = menu(snapshot)
         if items != self._menu:
             self._menu = items

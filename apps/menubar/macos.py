@@ -21,6 +21,10 @@ logger = logging.getLogger("glass_mlx")
 ON_MAC = sys.platform == "darwin"
 
 _retained: list[Any] = []  # objects that AppKit refers to without owning them
+_activities: list[Any] = []  # what this app has told macOS that it is doing: one thing at most
+
+# NSActivityUserInitiated (Foundation/NSProcessInfo.h): no App Nap, and the machine does not go to sleep by itself.
+_USER_INITIATED = 0x00FFFFFF | 1 << 20
 
 
 def _mac_only(default: Any = None) -> Callable:
@@ -54,6 +58,21 @@ def style_status_icon(icon: Any, tooltip: str) -> None:
 def activate(app: Any) -> None:
     """Bring the app's windows to the front, which an app without a Dock icon has to ask for."""
     app._impl.native.activateIgnoringOtherApps(True)
+
+
+@_mac_only()
+def show_busy(busy: bool) -> None:
+    """Tell macOS whether the app is working, so that it is not put to sleep in the middle (App Nap). An app without
+    windows in front is, whatever its server is doing."""
+    if busy == bool(_activities):
+        return
+    from rubicon.objc import ObjCClass
+
+    process = _value(ObjCClass("NSProcessInfo"), "processInfo")
+    if busy:
+        _activities.append(process.beginActivityWithOptions_reason_(_USER_INITIATED, "computing an answer"))
+    else:
+        process.endActivity_(_activities.pop())
 
 
 @_mac_only(False)

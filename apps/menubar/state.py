@@ -82,6 +82,12 @@ class Snapshot:
         """The model that is loaded, or else the chosen one."""
         return self.engine.model or self.settings.model
 
+    @property
+    def busy(self) -> bool:
+        """Whether something is being loaded, answered, measured or downloaded."""
+        working = self.engine.state in ("loading", "generating") or self.engine.queued > 0
+        return working or self.ranks is not None or self.download is not None
+
 
 @dataclass(frozen=True)
 class Fix:

@@ -14,8 +14,12 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
+from .slicing import input_size, slice_rows
+
 SIGNALS = ("impact", "activation")
 EPS = 1e-6
+# Weights that are dequantised at once to find norms: 16 MB in float32.
+_AT_ONCE = 1 << 22
 
 
 def energy(h: mx.array, norms: mx.array | None = None, weights: mx.array | None = None) -> mx.array:
@@ -47,8 +51,13 @@ def output_norms(projection: nn.Module) -> mx.array:
     Returns:
         mx.array: [F] float32.
     """
-    weight = dense_weight(projection).astype(mx.float32)
-    return mx.sqrt(mx.sum(mx.square(weight), axis=0))
+    outputs = projection.weight.shape[0]
+    rows, squares = max(1, _AT_ONCE // input_size(projection)), 0.0
+    for start in range(0, outputs, rows):
+        part = slice_rows(projection, mx.arange(start, min(start + rows, outputs)))
+        squares = squares + mx.sum(mx.square(dense_weight(part).astype(mx.float32)), axis=0)
+        mx.eval(squares)  # else all of it is dequantised at once
+    return mx.sqrt(squares)
 
 
 def dense_weight(projection: nn.Module) -> mx.array:

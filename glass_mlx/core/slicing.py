@@ -118,7 +118,8 @@ class ScatterLinear(nn.Module):
 def take_codes(weight: mx.array, columns: mx.array, bits: int) -> mx.array:
     """Columns of a packed weight, their codes unchanged.
 
-    MLX packs a row's codes as one little-endian string of bits, ``bits`` of them for each column.
+    MLX packs a row's codes as one little-endian string of bits, ``bits`` of them for each column. They are gathered as
+    octets, not as words, which moves a quarter of the bytes.
 
     Args:
         weight (mx.array): [D, F * bits / 32] uint32.
@@ -128,19 +129,17 @@ def take_codes(weight: mx.array, columns: mx.array, bits: int) -> mx.array:
     Returns:
         mx.array: [D, k * bits / 32] uint32.
     """
+    octets = weight.view(mx.uint8)
     bit = columns.astype(mx.int32) * bits
-    word, shift = bit // 32, (bit % 32).astype(mx.uint32)
-    cycle = 32 // math.gcd(32, bits)  # as many codes as fill whole words
-    codes = []
-    for i in range(cycle):  # the i-th code of every cycle
-        code = _take_columns(weight, word[i::cycle])
-        if 32 % bits == 0:
-            codes.append(_within(code, shift[i::cycle]))
-        else:  # some codes go on in the next word; the last of a row has no next one, and does not
-            following = _take_columns(weight, mx.minimum(word[i::cycle] + 1, weight.shape[1] - 1))
-            codes.append(_across(code, following, shift[i::cycle]))
-    packed = mx.stack(_pack(codes, bits), axis=2)  # [D, cycles, words in a cycle]
-    return packed.reshape(weight.shape[0], -1)
+    octet, shift = bit // 8, (bit % 8).astype(mx.uint8)
+    cycle = 8 // math.gcd(8, bits)  # as many codes as fill whole octets
+    places = [octet[i::cycle] for i in range(cycle)]  # of the i-th code of every cycle
+    found = [_take_columns(octets, place) for place in places]
+    rest = []
+    if 8 % bits:  # a code may go on in the next octet; the last of a row has no next one, and does not
+        rest = [_take_columns(octets, mx.minimum(place + 1, octets.shape[1] - 1)) for place in places]
+    packed = mx.stack(_pack(found, rest, [shift[i::cycle] for i in range(cycle)], bits), axis=2)
+    return packed.reshape(weight.shape[0], -1).view(mx.uint32)  # [D, cycles, octets in a cycle]
 
 
 def _take_columns(array: mx.array, columns: mx.array) -> mx.array:
@@ -149,28 +148,22 @@ def _take_columns(array: mx.array, columns: mx.array) -> mx.array:
 
 
 @mx.compile
-def _within(word: mx.array, shift: mx.array) -> mx.array:
-    return word >> shift
-
-
-@mx.compile
-def _across(word: mx.array, following: mx.array, shift: mx.array) -> mx.array:
-    return (word >> shift) | ((following << 1) << (31 - shift))  # in two steps: a shift by 32 is undefined
-
-
-@mx.compile
-def _pack(codes: list[mx.array], bits: int) -> list[mx.array]:
-    """The words that a cycle of codes fills; of each code, only the lowest ``bits`` count."""
+def _pack(found: list[mx.array], rest: list[mx.array], shifts: list[mx.array], bits: int) -> list[mx.array]:
+    """The octets that each cycle of codes fills. A code begins ``shift`` bits into its octet and may end in the next,
+    which is in ``rest`` then."""
+    codes = [octet >> shift for octet, shift in zip(found, shifts)]
+    if rest:  # in two steps: a shift by 8 is undefined
+        codes = [code | ((octet << 1) << (7 - shift)) for code, octet, shift in zip(codes, rest, shifts)]
     packed = []
-    for j in range(len(codes) * bits // 32):
-        word = None
+    for j in range(len(codes) * bits // 8):
+        octet = None
         for i, code in enumerate(codes):
-            up = i * bits - 32 * j  # how far the code's first bit lies above the word's
-            if -bits < up < 32:
+            up = i * bits - 8 * j  # how far the code's first bit lies above the octet's
+            if -bits < up < 8:
                 code = code & (2**bits - 1)
                 part = code << up if up >= 0 else code >> -up
-                word = part if word is None else word | part
-        packed.append(word)
+                octet = part if octet is None else octet | part
+        packed.append(octet)
     return packed
 
 

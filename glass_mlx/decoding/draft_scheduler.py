@@ -10,12 +10,29 @@ _STRETCH, MAX_STRETCH = 64, 1024
 # Recent measurements of a time. The least of them counts, because warming up and interruptions only add to it.
 _RECENT = 5
 
+# Neurons are chosen again after so many tokens of an answer, after three times as many, and then every _CHOICE_GAP.
+_FIRST_CHOICE, _CHOICE_GAP = 32, 128
+
+
+def next_choice(generated: int) -> int:
+    """After how many generated tokens neurons are chosen again, at or after ``generated``."""
+    due = _FIRST_CHOICE
+    while due < generated:
+        due = min(3 * due, due + _CHOICE_GAP)
+    return due
+
+
+def tokens_per_pass(drafted: int, acceptance: float) -> float:
+    """How many tokens a pass emits on average if each drafted one is accepted with this probability (Leviathan et al.,
+    arXiv 2211.17192)."""
+    return sum(acceptance**i for i in range(drafted + 1))
+
 
 class DraftScheduler:
     """How many tokens to draft: a cost model of measured times and of the acceptance so far.
 
-    A pass with k drafted tokens, each accepted with probability a, emits (1 - a^(k+1)) / (1 - a) tokens on average
-    (Leviathan et al., arXiv 2211.17192) in the time of k sparse steps and one dense call over k + 1 tokens.
+    A pass with k drafted tokens emits ``tokens_per_pass`` tokens on average in the time of k sparse steps and one dense
+    call over k + 1 tokens.
 
     Attributes:
         accepted, tried: drafted tokens, the older ones counting less.
@@ -60,8 +77,7 @@ class DraftScheduler:
 
     def _speed(self, k: int) -> float:
         """Tokens a second with k drafted ones in a pass."""
-        a = min(self.acceptance, 0.999)
-        return (1 - a ** (k + 1)) / (1 - a) / (k * min(self._sparse) + self._dense_seconds(k))
+        return tokens_per_pass(k, self.acceptance) / (k * min(self._sparse) + self._dense_seconds(k))
 
     def _dense_seconds(self, k: int) -> float:
         """Seconds of a dense call over k + 1 tokens: measured, or on the line through the step and the nearest."""

@@ -26,8 +26,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import GlassError
 from ..model.glass_model import GlassModel
-from ..model.session import next_choice
-from .draft_scheduler import MAX_STRETCH, DraftScheduler
+from .draft_scheduler import MAX_STRETCH, DraftScheduler, next_choice
 from .sampling import CommonRandomNumbers
 
 
@@ -184,7 +183,7 @@ def verified_generate_step(
         first, logprobs = decoder.read_prompt(prompt, prefill_step_size, prompt_progress_callback or (lambda *_: None))
         token = first.item()
     yield token, logprobs[0], False
-    emitted, due = 1, next_choice(session.config.refresh or "auto", 1)
+    emitted, due = 1, next_choice(1)
     while emitted != max_tokens:
         left = max_tokens - emitted if max_tokens > 0 else MAX_STRETCH
         k = min(scheduler.choose() if draft_tokens is None else draft_tokens, left - 1)
@@ -205,10 +204,12 @@ def verified_generate_step(
         session.accept(kept + 1)
         if session.generated >= due:
             session.drop_choice()
-            due = next_choice(session.config.refresh or "auto", session.generated + 1)
+            due = next_choice(session.generated + 1)
         token = accepted[-1][0]
         for i, one in enumerate(accepted):
             emitted += 1
+            if emitted % 256 == 0:
+                mx.clear_cache()  # as mlx-lm's own loop does
             try:
                 yield one
             except GeneratorExit:

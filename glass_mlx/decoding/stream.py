@@ -16,9 +16,10 @@ from mlx_lm.models.cache import RotatingKVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import GlassError
+from ..model.config import RETIRED
 from ..model.glass_model import GlassModel
 from ..model.quality import agreement_at
-from ..model.session import Session
+from ..model.session import Phase, Session
 from .prompt import Prompt, as_tokens
 from .speculative import stream_verified
 
@@ -49,7 +50,7 @@ class PhasedModel(nn.Module):
     """What mlx-lm's generation loop calls in a GlassModel's place, for one prompt and its answer.
 
     It knows how many tokens the prompt has, so each call is the phase that it is: prefill to the prompt's last token,
-    then select once, then decode, with the rereads that the session's schedule asks for.
+    then select once, then decode.
     """
 
     def __init__(self, model: GlassModel, prompt_tokens: int):
@@ -65,7 +66,7 @@ class PhasedModel(nn.Module):
         if self.prompt_left > 0:
             self.prompt_left -= (inputs if input_embeddings is None else input_embeddings).shape[1]
             return self.model.prefill(inputs, cache, **kwargs)
-        return self.model.run_phase(self.model.session(cache).decoding_phase(), inputs, cache, **kwargs)
+        return self.model.run_phase(Phase.DECODE, inputs, cache, **kwargs)
 
 
 def stream_generate(
@@ -79,7 +80,6 @@ def stream_generate(
     global_weight: float | str | None = None,
     signal: str | None = None,
     layer_budgets: str | None = None,
-    refresh: int | str | None = None,
     compensation: bool | None = None,
     verify: bool = False,
     draft_tokens: int | None = None,
@@ -100,7 +100,7 @@ def stream_generate(
         max_tokens (int): the longest answer; -1 for no limit but the model's context.
         draft_model (nn.Module, optional): for mlx-lm's speculative decoding. The model checks several tokens at once,
             and those calls are dense, so the answer is the dense model's.
-        density, global_weight, signal, layer_budgets, refresh, compensation: where this and later answers of the
+        density, global_weight, signal, layer_budgets, compensation: where this and later answers of the
             conversation differ from the model's configuration (:class:`glass_mlx.GlassConfig`).
         verify (bool): draft sparsely and check with the dense model, whose answer it then is
             (``decoding/speculative.py``).
@@ -116,7 +116,8 @@ def stream_generate(
         GlassError: an argument is out of range, or the prompt is empty or longer than the model's context.
     """
     choice = {"density": density, "global_weight": global_weight, "signal": signal}
-    choice |= {"layer_budgets": layer_budgets, "refresh": refresh, "compensation": compensation}
+    choice |= {"layer_budgets": layer_budgets, "compensation": compensation}
+    kwargs = {name: value for name, value in kwargs.items() if name not in RETIRED}
     if not isinstance(model, nn.Module):
         raise GlassError(f"The model comes first, then the tokenizer; this is a {type(model).__name__!r}.")
     if not isinstance(max_tokens, Integral) or max_tokens < -1 or max_tokens == 0:

@@ -19,12 +19,12 @@ from ..core.slicing import UNIT, ScatterLinear
 from ..decoding.stream import generate
 from ..loading import DEMO_PATH, wrap
 from ..model.blocks import Block, hooked, run_with, watching_inputs
+from ..model.session import Phase
 from ..ranks.format import GlobalStatistics
 from ..ranks.lookup import STATS_DIR
 from ..serving.engine import Engine
 from ..serving.request import Request
 from .conformance_cases import FORMATS, SHIPPED, TOKENS, Case, CheckFailed
-from .teacher_forcing import decode_given
 
 MESSAGES = [{"role": "user", "content": "I want to find a restaurant in San Jose."}]
 
@@ -164,7 +164,7 @@ def check_selection(case: Case) -> str:
 def check_sparse(case: Case) -> str:
     """Decoding on compact weights equals the dense model with the dropped neurons' hidden values as NumPy predicts
     them."""
-    model, cache = case.model, case.prefilled(refresh=0)
+    model, cache = case.model, case.prefilled()
     replaced, dense = copy.deepcopy(cache[:-1]), copy.deepcopy(cache[:-1])
     kept, predictions = model.kept_neurons(cache).values(), _numpy_predictions(case)
     masks = [np.isin(np.arange(b.size), np.array(k)) for b, k in zip(model.blocks, kept)]
@@ -216,28 +216,31 @@ def _keys_and_values(cache: list[Any], tokens: int) -> list[mx.array]:
     return [array[:, :, :tokens] for entry in cache for array in entry.state if isinstance(array, mx.array)]
 
 
-def check_refresh(case: Case) -> str:
-    """A refresh rereads generated tokens densely: keys and values are the dense model's, and evidence is recorded."""
+def check_reread(case: Case) -> str:
+    """The next prompt reads the answer before it again, densely: keys and values are then the dense model's, and the
+    answer's evidence is recorded."""
     model, n, given = case.model, len(case.prompt), mx.array([case.continuation])
-    never = case.prefilled(refresh=0)
-    cache, dense = copy.deepcopy(never), copy.deepcopy(never[:-1])
-    model.session(cache).configure(refresh=4)
-    mx.eval(decode_given(model, given, never), decode_given(model, given, cache))
-    case.dense(given[:, :5], cache=dense)  # the fifth token is read together with the four before it
+    cache = case.prefilled()
+    sparse, dense = copy.deepcopy(cache), copy.deepcopy(cache[:-1])
+    for conversation in (cache, sparse):
+        mx.eval(model.run_phase(Phase.DECODE, given[:, :4], conversation))
+    model.prefill(given[:, 4:5], cache)
+    model.run_phase(Phase.DECODE, given[:, 4:5], sparse)
+    case.dense(given[:, :5], cache=dense)
     recorded = model.session(cache).prompt_tokens
     if recorded != n + 5:
         raise CheckFailed(f"expected evidence of {n + 5} tokens, found {recorded}")
-    expected, found, sparse = (_keys_and_values(c, n + 5) for c in (dense, cache[:-1], never[:-1]))
-    error, effect = max(map(distance, found, expected)), max(map(distance, sparse, expected))
+    expected, found, unrepaired = (_keys_and_values(c, n + 5) for c in (dense, cache[:-1], sparse[:-1]))
+    error, effect = max(map(distance, found, expected)), max(map(distance, unrepaired, expected))
     _near("keys and values against the dense model's", error, case.tolerance)
-    _differs("keys and values without a refresh", effect, case.tolerance)
+    _differs("keys and values before they are read again", effect, case.tolerance)
     return f"5 tokens reread, relative error {error:.1g}, without {effect:.1g}"
 
 
 def check_saved(case: Case) -> str:
     """A prompt cache that was saved and loaded continues like the one in memory."""
     cache = case.model.make_cache(density=0.5)
-    case.answer(n=6, prompt_cache=cache, refresh=4)
+    case.answer(n=6, prompt_cache=cache)
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "cache.safetensors")
         save_prompt_cache(file, cache)
@@ -285,7 +288,7 @@ CHECKS: dict[str, tuple[Callable[[Case], str], str, Iterable[str]]] = {
     "density 1": (check_density_1, "mlx-lm's own tokens", FORMATS),
     "selection": (check_selection, "NumPy keeps the same neurons", FORMATS),
     "sparse": (check_sparse, "equals dense with neurons predicted", FORMATS),
-    "refresh": (check_refresh, "generated tokens are reread densely", FORMATS),
+    "reread": (check_reread, "the next prompt reads the answer again", FORMATS),
     "saved": (check_saved, "a loaded prompt cache continues alike", FORMATS),
     "verified": (check_verified, "the dense model's tokens", FORMATS),
     "thread": (check_thread, "the server's thread answers alike", (SHIPPED,)),

@@ -28,12 +28,13 @@ from ..decoding.speculative import verified_generate_step
 from ..decoding.stream import PhasedModel
 from ..model.config import GlassConfig
 from ..model.glass_model import GlassModel
+from ..model.session import Phase
 from .free_running import sample_continuations
 from .intervals import window_means
-from .teacher_forcing import TextBatch, decode_given
+from .teacher_forcing import TextBatch
 
 # The kinds of decoders that the dense model is compared with.
-KINDS = ("griffin", "glass", "refresh", "verified")
+KINDS = ("griffin", "glass", "verified")
 
 Sampler = Callable[[mx.array], mx.array]
 
@@ -105,7 +106,6 @@ def standard_decoders(
     densities: list[float],
     global_weight: float | str = "auto",
     draft_tokens: int | None = None,
-    refreshes: Sequence[int | str] = ("auto",),
     kinds: Sequence[str] = KINDS,
     layer_budgets: str = GlassConfig.layer_budgets,
 ) -> Decoders:
@@ -115,35 +115,26 @@ def standard_decoders(
         densities (list[float]): of each decoder.
         global_weight (float or "auto"): of all but GRIFFIN.
         draft_tokens (int, optional): always draft this many tokens.
-        refreshes (sequence): values of ``GlassConfig.refresh`` for the kind ``refresh``.
         kinds (sequence): of ``KINDS``.
         layer_budgets (str): of all but GRIFFIN, as ``GlassConfig.layer_budgets``.
     """
-    glass = {"global_weight": global_weight, "refresh": 0, "layer_budgets": layer_budgets}
-    griffin = {"global_weight": 0.0, "signal": "activation", "refresh": 0, "layer_budgets": "uniform"}
+    glass = {"global_weight": global_weight, "layer_budgets": layer_budgets}
+    griffin = {"global_weight": 0.0, "signal": "activation", "layer_budgets": "uniform"}
     griffin["compensation"] = False  # as published
-    configs: dict[str, dict[str, dict[str, Any]]] = {
-        "griffin": {"griffin": griffin},
-        "glass": {"glass": glass},
-        "refresh": {"glass + refresh" + ("" if r == "auto" else f" {r}"): {**glass, "refresh": r} for r in refreshes},
-        "verified": {"verified": {**glass, "refresh": "auto"}},
-    }
     decoders: Decoders = {"dense": {1.0: Decoder()}}
     for kind in kinds:
-        for name, config in configs[kind].items():
-            decoders[name] = {
-                d: Decoder({**config, "density": d}, kind == "verified", draft_tokens=draft_tokens) for d in densities
-            }
+        config = griffin if kind == "griffin" else glass
+        decoders[kind] = {
+            d: Decoder({**config, "density": d}, kind == "verified", draft_tokens=draft_tokens) for d in densities
+        }
     return decoders
 
 
 def simulated_decoders(densities: list[float], acceptances: list[float]) -> Decoders:
     """The decoders whose speed a model with random weights can show; verified ones with simulated acceptance."""
-    decoders = standard_decoders(densities, kinds=("glass", "refresh"))
+    decoders = standard_decoders(densities, kinds=("glass",))
     for a in acceptances:
-        decoders[f"verified, acceptance {a:g}"] = {
-            d: Decoder({"density": d, "refresh": "auto"}, True, acceptance=a) for d in densities
-        }
+        decoders[f"verified, acceptance {a:g}"] = {d: Decoder({"density": d}, True, acceptance=a) for d in densities}
     return decoders
 
 
@@ -210,7 +201,7 @@ def disagreement(
 def teacher_forced_kl(
     model: GlassModel, decoder: Decoder, prompt: list[int], continuation: list[int], dense: mx.array
 ) -> np.ndarray:
-    """KL(dense || decoder) in nats at each of T tokens of a given continuation, with its rereads, [T].
+    """KL(dense || decoder) in nats at each of T tokens of a given continuation, [T].
 
     Args:
         model, decoder, prompt: what decodes, and after which tokens.
@@ -219,7 +210,7 @@ def teacher_forced_kl(
     """
     cache = model.make_cache(**decoder.config)
     first = model.prefill(mx.array([prompt]), cache)[:, -1:]
-    rest = decode_given(model, mx.array([continuation[:-1]]), cache)
+    rest = model.run_phase(Phase.DECODE, mx.array([continuation[:-1]]), cache)
     return np.array(kl_divergence(dense, mx.concatenate([first, rest], axis=1).astype(mx.float32))[0])
 
 

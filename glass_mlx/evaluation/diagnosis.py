@@ -110,17 +110,14 @@ def reason(error: BaseException) -> str:
 
 
 def time_demo(report: Report) -> str:
-    """Time prefill, selection and decoding of the demo model, dense and sparse in turn, and write it into the report.
-
-    There are no rereads: they would weigh too much in an answer as short as this one.
-    """
+    """Time prefill, selection and decoding of the demo model, dense and sparse in turn, into the report."""
     case = make_case(SHIPPED)
     check_wrap(case)
     prompt = mx.random.randint(3, case.dense.args.vocab_size, (PROMPT_TOKENS,), key=mx.random.key(0))
     dense, sparse = [], []
     for _ in range(RUNS + 1):  # the first one warms up
         dense.append(time_run(case.dense, prompt, TOKENS, make_prompt_cache(case.dense)))
-        sparse.append(time_run(case.model, prompt, TOKENS, case.model.make_cache(density=0.5, refresh=0)))
+        sparse.append(time_run(case.model, prompt, TOKENS, case.model.make_cache(density=0.5)))
 
     def median(runs: list[dict], key: str) -> float:
         return statistics.median(run[key] for run in runs[1:])

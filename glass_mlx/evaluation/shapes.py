@@ -79,31 +79,47 @@ def shape_label(shape: str, model: GlassModel, bits: int) -> str:
     return f"{shape} shape, {len(model.dense.layers)} layers, {bits} bits, random weights"
 
 
-def random_model(shape: str, layers: int | None = None, bits: int = 4, seed: int = 0) -> GlassModel:
-    """A model of a true shape with random weights and random global ranks.
+def empty_model(shape: str, layers: int | None = None, bits: int = 4) -> GlassModel:
+    """A model that has the sizes of a true shape and, but for what finding its FFN blocks takes, no weights yet.
 
     Args:
         shape (str): one of ``SHAPES``.
         layers (int, optional): number of layers, if fewer than the shape has, for small machines.
         bits (int): of a weight: 4 or 8 (affine, groups of 64), 16 (bfloat16) or 32 (float32).
-        seed (int): of the random numbers.
-
-    Returns:
-        GlassModel: evaluated.
     """
-    dense = build(shape, layers)
-    dense.set_dtype({16: mx.bfloat16, 32: mx.float32}.get(bits) or activation_dtype())
-    if bits < 16:
-        nn.quantize(dense, group_size=64, bits=bits)
+    return _wrap(_in_format(shape, layers, bits, mx.bfloat16))
+
+
+def random_model(shape: str, layers: int | None = None, bits: int = 4, seed: int = 0) -> GlassModel:
+    """A model of a true shape with random weights and random global ranks, evaluated.
+
+    Args:
+        shape, layers, bits: as for ``empty_model``.
+        seed (int): of the random numbers.
+    """
+    dense = _in_format(shape, layers, bits, activation_dtype())
     keys = iter(mx.random.split(mx.random.key(seed), len(tree_flatten(dense.parameters()))))
     for _, layer in tree_flatten(dense.leaf_modules(), is_leaf=nn.Module.is_module):
         layer.update({name: _random(layer, name, a, next(keys)) for name, a in layer.parameters().items()})
         mx.eval(layer.parameters())
-    model = GlassModel(dense.eval())
-    key = mx.random.key(seed)
-    ranks = [mx.random.permutation(block.size, key=key) + 1 for block in model.blocks]
+    return _wrap(dense, mx.random.key(seed))
+
+
+def _in_format(shape: str, layers: int | None, bits: int, dtype: mx.Dtype) -> nn.Module:
+    """A shape's model with weights of this many bits, not evaluated; ``dtype`` is what quantised ones compute in."""
+    dense = build(shape, layers)
+    dense.set_dtype({16: mx.bfloat16, 32: mx.float32}.get(bits) or dtype)
+    if bits < 16:
+        nn.quantize(dense, group_size=64, bits=bits)
+    return dense.eval()
+
+
+def _wrap(dense: nn.Module, key: mx.array | None = None) -> GlassModel:
+    """A GlassModel with responses that predict nothing, and with random ranks where there is a key."""
+    model = GlassModel(dense)
     responses = [_no_response(block.input_size, block.size) for block in model.blocks]
-    model.set_global_ranks({"impact": ranks, "activation": ranks}, responses=responses)
+    ranks = None if key is None else [mx.random.permutation(block.size, key=key) + 1 for block in model.blocks]
+    model.set_global_ranks(ranks and {"impact": ranks, "activation": ranks}, responses=responses)
     return model
 
 

@@ -175,8 +175,8 @@ class Traffic:
             messages.append({"role": "assistant", "content": text})
 
     def _completion(self) -> None:
-        density, refresh = self.random.choice((None, 0.3, 1.0)), self.random.choice((None, 0, 4, "auto"))
-        options = {"temperature": self.random.choice((0.0, 1.0)), "density": density, "refresh": refresh}
+        density = self.random.choice((None, 0.3, 1.0))
+        options = {"temperature": self.random.choice((0.0, 1.0)), "density": density}
         self._answer(self._submit(prompt=self._text(), logprobs=True, top_logprobs=3, **options))
 
     def _seed(self) -> None:

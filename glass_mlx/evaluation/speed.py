@@ -10,16 +10,18 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step, generation_stream, wired_limit
 from mlx_lm.models.cache import make_prompt_cache
 from tqdm import tqdm
 
-from ..core.slicing import ScatterLinear
+from ..decoding.costs import DeviceClass, step_costs
 from ..decoding.stream import PhasedModel
 from ..model.glass_model import GlassModel
 from ..model.memory import model_bytes
 from .machine import machine, mlx_backend
+
+# How many rows to time, and in how many layers in a row: more than fit into a processor's caches.
+_ROWS, _PROJECTIONS = (1, 2, 3, 4, 6, 8, 10, 16, 32), 8
 
 
 def time_run(model: nn.Module, prompt: mx.array, tokens: int, cache: list[Any], step_size: int = 2048) -> dict:
@@ -34,7 +36,7 @@ def time_run(model: nn.Module, prompt: mx.array, tokens: int, cache: list[Any], 
 
     Returns:
         dict: ``prompt_seconds`` to the first token, without ``select_seconds`` for choosing neurons and slicing;
-        ``step_seconds`` of a decode step, with rereads; ``peak_memory`` in bytes.
+        ``step_seconds`` of a decode step; ``peak_memory`` in bytes.
     """
     session = model.session(cache) if isinstance(model, GlassModel) else None
     driven = model if session is None else PhasedModel(model, prompt.size)
@@ -55,28 +57,29 @@ def time_run(model: nn.Module, prompt: mx.array, tokens: int, cache: list[Any], 
     }
 
 
-def bytes_per_token(model: GlassModel, cache: list[Any], sparse: bool) -> int:
-    """Bytes that a decode step reads: the KV cache, and all weights once. An embedding counts only if it is the output
-    head too; routed experts count in full."""
-    total = model_bytes(model.dense) - _unread_embedding(model.dense)
-    total += sum(a.nbytes for entry in cache[:-1] for _, a in tree_flatten(entry.state) if isinstance(a, mx.array))
-    if sparse:
-        model.select(cache)  # the last token may have been one to reread at
-        compact = model.session(cache).compact
-        total += sum(array.nbytes for answer in compact.answers if answer is not None for array in answer.arrays)
-        for block, projections in zip(model.blocks, compact.projections):
-            for name, own in projections.items():
-                read = model_bytes(own.projection if isinstance(own, ScatterLinear) else own)
-                total += read - model_bytes(block.module[name])
-    return total
+def measure_device(model: GlassModel, calls: int = 5) -> DeviceClass:
+    """This machine as a class of device, by the model's own input projections: what more rows in a call cost, and the
+    bandwidth that reading the weights for one row reaches.
+
+    Args:
+        model (GlassModel): its first blocks' weights are read.
+        calls (int): of which the fastest counts, after one to warm up.
+    """
+    projections = [block.module[block.inputs[0]] for block in model.blocks[:_PROJECTIONS]]
+    inputs, dtype = model.blocks[0].input_size, model.blocks[0].dtype
+    seconds = {}
+    for rows in _ROWS:
+        x = mx.random.normal((rows, inputs)).astype(dtype)
+        seconds[rows] = min(_time([projection(x) for projection in projections]) for _ in range(calls + 1))
+    bandwidth = sum(map(model_bytes, projections)) / seconds[1]
+    relative = {rows: max(1.0, value / seconds[1]) for rows, value in seconds.items()}
+    return DeviceClass(machine(), bandwidth, relative, f"measured, {mlx_backend()}")
 
 
-def _unread_embedding(dense: nn.Module) -> int:
-    """Bytes of the token embedding if the model has an output head of its own; else 0."""
-    leaves = [leaf for _, leaf in tree_flatten(dense.leaf_modules(), is_leaf=nn.Module.is_module)]
-    tables = [m for m in leaves if isinstance(m, (nn.Embedding, nn.QuantizedEmbedding))]
-    heads = {m.weight.shape[0] for m in leaves if isinstance(m, (nn.Linear, nn.QuantizedLinear))}
-    return sum(model_bytes(table) for table in tables if table.weight.shape[0] in heads)
+def _time(arrays: list[mx.array]) -> float:
+    start = time.perf_counter()
+    mx.eval(arrays)
+    return time.perf_counter() - start
 
 
 def compare_speed(
@@ -145,7 +148,8 @@ def _sparse_run(model: GlassModel, density: float, prompt: mx.array, tokens: int
     """Time a run at a density; the cache and its compact weights are freed before the next run's peak is measured."""
     cache = model.make_cache(density=density)
     run = time_run(model, prompt, tokens, cache, step_size)
-    run["ceiling"] = bytes_per_token(model, cache, False) / bytes_per_token(model, cache, density < 1)
+    costs = step_costs(model, density, prompt.size + tokens)
+    run["ceiling"] = costs.dense_step() / costs.sparse_step()
     run["compact_bytes"] = model.session(cache).compact_bytes
     return run
 

@@ -220,20 +220,6 @@ def as_masks(model: GlassModel, kept: list[mx.array]) -> list[mx.array]:
     return [mx.put_along_axis(mask, k, mx.array(True), axis=-1) for mask, k in zip(empty, kept)]
 
 
-def decode_given(model: GlassModel, tokens: mx.array, cache: list[Any]) -> mx.array:
-    """Logits [B, L, vocabulary] of a given continuation [B, L], decoded on compact weights after a prompt.
-
-    It is reread where it would have been if its tokens had come one by one.
-    """
-    session, logits = model.session(cache), []
-    while tokens.shape[1]:
-        left = session.until_reread()
-        length = tokens.shape[1] if left is None else max(1, left)
-        now, tokens = tokens[:, :length], tokens[:, length:]
-        logits.append(model.run_phase(session.decoding_phase(), now, cache))
-    return mx.concatenate(logits, axis=1)
-
-
 def _run(
     model: GlassModel,
     batch: TextBatch,

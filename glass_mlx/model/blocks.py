@@ -108,6 +108,11 @@ class Block:
         sliced = {name: slice_rows(self.module[name], rows) for name in self.inputs}
         return {**sliced, self.output: slice_columns(self.module[self.output], kept)}
 
+    def compact_bytes(self, k: int) -> int:
+        """Size of its compact weights for k neurons. Nothing is evaluated."""
+        compact = self.compact(mx.arange(k, dtype=mx.int32)).values()
+        return sum(v.nbytes for module in compact for v in module.values() if isinstance(v, mx.array))
+
     def replacing(self, projections: Mapping[str, Projection]) -> dict[int, Projection]:
         """Replacements that put these projections, by name, in the place of the block's own."""
         return {id(self.module[name]): projection for name, projection in projections.items()}

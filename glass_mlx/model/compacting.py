@@ -53,8 +53,7 @@ def make_compact(
         mx.eval(arrays[i])
         if files is not None:
             files.release(i, block, projections, stored)
-    if files is not None:
-        mx.clear_cache()
+    mx.clear_cache()  # the buffers of the prefill and of slicing have other sizes than those of decoding
     replacements: dict[int, Projection] = {}
     for block, projections, answer in zip(blocks, made, answers):
         replacements |= block.replacing(projections if answer is None else answer.replacing(block, projections))

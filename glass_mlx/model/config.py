@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,9 @@ from ..core.importance import SIGNALS
 from ..errors import GlassError
 
 LAYER_BUDGETS = ("measured", "uniform")
+# Settings of earlier versions that programs may still name; they change nothing. ``refresh`` read an answer in the
+# making again: for the same time, a higher density is nearer to the dense model (evaluation/README.md).
+RETIRED = ("refresh",)
 
 
 @dataclass(frozen=True)
@@ -23,10 +26,6 @@ class GlassConfig:
         global_weight: weight of the model's global ranks against the prompt's in rank fusion, in [0, 1], which is
             GLASS's own form; or ``"auto"``: choose by the energy that is expected after the prompt (``core/prior.py``).
         signal: ``"impact"`` (activation times output-weight norm) or ``"activation"``.
-        refresh: how often an answer in the making is read again densely. That repairs its keys and values in the
-            cache, adds it to the evidence and chooses the neurons again. Every so many tokens; 0: only with the next
-            prompt; ``"auto"``: every 16 tokens, with a new choice after 32, 96, 224, 352, ... of them, because making
-            compact weights costs more than reading.
         layer_budgets: ``"measured"``: each block gets neurons by how sensitive the model is to it, where the
             statistics say so (``core/layer_budgets.py``); ``"uniform"``: the same share of every block.
         compensation: predict what the dropped neurons would add (``core/compensation.py``); without it they add
@@ -36,7 +35,6 @@ class GlassConfig:
     density: float = 0.5
     global_weight: float | str = "auto"
     signal: str = "impact"
-    refresh: int | str = 0
     layer_budgets: str = "measured"
     compensation: bool = True
 
@@ -51,9 +49,6 @@ class GlassConfig:
             raise GlassError(f'global_weight must be "auto" or between 0 and 1, not {w!r}.')
         if self.signal not in SIGNALS:
             raise GlassError(f"signal must be one of {', '.join(SIGNALS)}, not {self.signal!r}.")
-        r = self.refresh
-        if r != "auto" and (not isinstance(r, Integral) or isinstance(r, bool) or r < 0):
-            raise GlassError(f'refresh must be "auto", 0 or a number of tokens, not {r!r}.')
         if self.layer_budgets not in LAYER_BUDGETS:
             raise GlassError(f"layer_budgets must be one of {', '.join(LAYER_BUDGETS)}, not {self.layer_budgets!r}.")
         if not isinstance(self.compensation, bool):
@@ -61,7 +56,7 @@ class GlassConfig:
 
     def updated(self, **changes: Any) -> GlassConfig:
         """A copy with the given fields changed; None leaves a field as it is."""
-        return replace(self, **{k: v for k, v in changes.items() if v is not None})
+        return replace(self, **{k: v for k, v in changes.items() if v is not None and k not in RETIRED})
 
 
 def _is_number(value: Any) -> bool:

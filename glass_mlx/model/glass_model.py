@@ -40,7 +40,7 @@ class GlassModel(nn.Module):
 
     Every prompt cache from ``make_cache`` carries its own :class:`Session`, so several conversations can be open on one
     model. A call with any other cache, or without one, runs the dense model. The phases are calls: ``prefill``,
-    ``select``, ``decode``, and ``reread``; only where a foreign loop calls the model itself is the phase inferred.
+    ``select`` and ``decode``; only where a foreign loop calls the model itself is the phase inferred.
 
     Attributes:
         dense (nn.Module): the wrapped model, unchanged in behaviour.
@@ -66,7 +66,7 @@ class GlassModel(nn.Module):
             max_session_memory (int, optional): bytes for the compact weights of all sessions. Those of idle sessions
                 are dropped, and made again when needed. Default: ``memory.default_limit``.
             low_memory (bool): let go of the dense FFN weights while decoding, and read them from the model's files
-                again for the next prompt. A configured refresh ``"auto"`` is then off.
+                again for the next prompt.
 
         Raises:
             GlassError: the model has no FFN block that can be sparsified, or it is a GlassModel.
@@ -74,13 +74,11 @@ class GlassModel(nn.Module):
         super().__init__()
         if isinstance(dense, GlassModel):
             raise GlassError("This model is wrapped already; give its dense model, model.dense.")
-        if low_memory and path is None:
-            raise GlassError("low_memory needs the model's directory, to read its weights again.")
         self.dense = dense
         self.config = config or GlassConfig()
-        if low_memory and self.config.refresh == "auto":
-            self.config = self.config.updated(refresh=0)  # each would read all weights from the disk
-        self._plan = Plan.make(dense, path, max_session_memory, low_memory)
+        self._plan = Plan.make(dense, path, max_session_memory)
+        if low_memory:
+            self.let_go_of_dense_weights()
         self.set_global_ranks(global_ranks)
 
     @property
@@ -92,6 +90,21 @@ class GlassModel(nn.Module):
     def left_dense(self) -> dict[str, str]:
         """FFN blocks that stay dense: {path: reason}."""
         return self._plan.left_dense
+
+    @property
+    def low_memory(self) -> bool:
+        """Whether the dense FFN weights are let go of while decoding."""
+        return self._plan.files is not None
+
+    def let_go_of_dense_weights(self) -> None:
+        """From the next choice of neurons on, as ``low_memory`` of the constructor.
+
+        Raises:
+            GlassError: the model's directory is not known.
+        """
+        if self.path is None:
+            raise GlassError("low_memory needs the model's directory, to read its weights again.")
+        self._plan.let_go()
 
     @property
     def memory(self) -> SessionMemory:
@@ -244,8 +257,7 @@ class GlassModel(nn.Module):
         """The call that a phase names; before decoding, neurons are chosen where they are not yet."""
         if phase is Phase.DECODE:
             self.select(cache)
-        calls = {Phase.PREFILL: self.prefill, Phase.DECODE: self.decode, Phase.REREAD: self.reread}
-        return calls[phase](inputs, cache, **kwargs)
+        return {Phase.PREFILL: self.prefill, Phase.DECODE: self.decode}[phase](inputs, cache, **kwargs)
 
     def prefill(self, inputs: mx.array, cache: list[Any], **kwargs: Any) -> mx.array:
         """The dense model over a prompt, or a part of one; the evidence is recorded. What an answer before it decoded
@@ -297,20 +309,6 @@ class GlassModel(nn.Module):
         exact = session.config.density == 1 and not session.pending_reread
         session.advance(_length(inputs, kwargs), None if exact or "input_embeddings" in kwargs else inputs)
         return logits
-
-    def reread(self, inputs: mx.array, cache: list[Any], **kwargs: Any) -> mx.array:
-        """The dense model over the tokens that were decoded sparsely, once more, and over ``inputs``: it repairs their
-        keys and values, records their evidence, and has the neurons chosen again where the schedule says so. Where the
-        cache cannot go back, the tokens are decoded."""
-        session, entries = self.session(cache), cache[:-1]
-        length, choose = _length(inputs, kwargs), session.choice_is_due()
-        pending = self._take_pending(session, entries)
-        if pending is None:
-            return self.run_phase(Phase.DECODE, inputs, cache, **kwargs)
-        inputs = mx.concatenate([pending, inputs], axis=1)
-        logits = self._read(session, entries, inputs, inputs.shape[1], 0, kwargs, choose)
-        session.accept(length)
-        return logits[:, -length:]
 
     # Verified decoding: tokens are drafted sparsely and checked by the dense model.
 

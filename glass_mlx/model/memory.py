@@ -24,13 +24,15 @@ from .session import Session
 logger = logging.getLogger("glass_mlx")
 
 
+def available_memory() -> int:
+    """Bytes to use: on Apple's GPU what the system recommends, elsewhere the machine's memory."""
+    recommended = mx.device_info().get("max_recommended_working_set_size")
+    return int(recommended or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
 def default_limit(model: nn.Module) -> int:
-    """Half of the memory that a loaded model leaves: on Apple's GPU of what the system recommends to use, elsewhere of
-    the machine's memory."""
-    available = mx.device_info().get("max_recommended_working_set_size")
-    if available is None:
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(0, int(available) - model_bytes(model)) // 2
+    """Half of the memory that a loaded model leaves."""
+    return max(0, available_memory() - model_bytes(model)) // 2
 
 
 def model_bytes(model: nn.Module) -> int:

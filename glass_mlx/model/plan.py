@@ -48,16 +48,16 @@ class Plan:
     path: Path | None
     selector: NeuronSelector
     memory: SessionMemory
-    files: WeightFiles | None
     context_length: int | None
     made_for: tuple
+    files: WeightFiles | None = None
     responses: list[Response] | None = None
     quality: list[QualityPoint] = field(default_factory=list)
     draft_schedulers: dict[float, Any] = field(default_factory=dict)
     _norms: list[mx.array] = field(default_factory=list)
 
     @classmethod
-    def make(cls, dense: nn.Module, path: Path | None, max_session_memory: int | None, low_memory: bool) -> Plan:
+    def make(cls, dense: nn.Module, path: Path | None, max_session_memory: int | None) -> Plan:
         """Find the model's blocks; arguments as for :class:`~glass_mlx.GlassModel`.
 
         Raises:
@@ -67,18 +67,13 @@ class Plan:
         for message in summarise(left_dense):
             logger.warning(message)
         limit = default_limit(dense) if max_session_memory is None else max_session_memory
-        files = WeightFiles(path, blocks) if low_memory else None
         selector = NeuronSelector(*_shapes(blocks))
-        return cls(
-            blocks,
-            left_dense,
-            path,
-            selector,
-            SessionMemory(limit),
-            files,
-            context_of(dense, path),
-            signature(dense, blocks),
-        )
+        context, made_for = context_of(dense, path), signature(dense, blocks)
+        return cls(blocks, left_dense, path, selector, SessionMemory(limit), context, made_for)
+
+    def let_go(self) -> None:
+        """Let go of the dense FFN weights while decoding."""
+        self.files = WeightFiles(self.path, self.blocks)
 
     def set_statistics(self, responses: list[Response] | None, *statistics: Any) -> None:
         """Choose neurons by these: ``ranks``, ``domains`` and ``sensitivity`` of :class:`NeuronSelector`; and answer by
@@ -100,11 +95,8 @@ class Plan:
     def norms(self) -> list[mx.array]:
         """Column norms [F] of each block's output projection."""
         if not self._norms:
-            found = []
-            for block in self.blocks:
-                found.append(output_norms(block.module[block.output]))
-                mx.eval(found[-1])  # one block at a time: a quantised one is dequantised for this
-            self._norms = found
+            self._norms = [output_norms(block.module[block.output]) for block in self.blocks]
+            mx.eval(self._norms)
         return self._norms
 
     def accept(self, dense: nn.Module) -> None:

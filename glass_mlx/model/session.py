@@ -14,11 +14,8 @@ from ..errors import GlassError
 from .blocks import CompactWeights
 from .config import GlassConfig
 
-SAVED_AS = "glass_mlx session 4"
+SAVED_AS = "glass_mlx session 5"
 _MAX_SPANS = 8
-# With refresh "auto", generated tokens are read again every _REREAD_GAP tokens. Neurons are chosen again after
-# _FIRST_CHOICE tokens, after three times as many, and from then on every _CHOICE_GAP.
-_REREAD_GAP, _FIRST_CHOICE, _CHOICE_GAP = 16, 32, 128
 # Evidence counts half after this many generated tokens: an answer moves away from what it began with.
 _HALF_LIFE = 128
 
@@ -28,7 +25,6 @@ class Phase(Enum):
 
     PREFILL = "prefill"  # dense, recorded: the tokens of a prompt
     DECODE = "decode"  # on the kept neurons
-    REREAD = "reread"  # dense, recorded: generated tokens once more, with the next one
 
 
 @dataclass(frozen=True)
@@ -44,22 +40,6 @@ class EvidenceSpan:
     end: int
     tokens: int
     evidence: mx.array
-
-
-def next_reread(refresh: int | str, generated: int) -> int:
-    """After how many generated tokens the next reread is due, at or after ``generated``."""
-    gap = _REREAD_GAP if refresh == "auto" else refresh
-    return max(1, -(-generated // gap)) * gap
-
-
-def next_choice(refresh: int | str, generated: int) -> int:
-    """After how many generated tokens a reread chooses the neurons again, at or after ``generated``."""
-    if refresh != "auto":
-        return next_reread(refresh, generated)
-    due = _FIRST_CHOICE
-    while due < generated:
-        due = min(3 * due, due + _CHOICE_GAP)
-    return due
 
 
 class _TakesTurns(type):
@@ -144,22 +124,7 @@ class Session(metaclass=_TakesTurns):
         """
         if length > 1 or self.in_prompt:
             return Phase.PREFILL
-        return self.decoding_phase()
-
-    def decoding_phase(self) -> Phase:
-        """Whether the next generated token is to be decoded, or read densely with those that wait for it."""
-        due = self.pending_reread and self.until_reread() == 0
-        return Phase.REREAD if due else Phase.DECODE
-
-    def until_reread(self) -> int | None:
-        """How many tokens may be decoded before the next reread; None for any number."""
-        if self.config.refresh == 0 or self.config.density == 1:
-            return None
-        return next_reread(self.config.refresh, self.generated) - self.generated
-
-    def choice_is_due(self) -> bool:
-        """Whether a reread now chooses the neurons again."""
-        return next_choice(self.config.refresh, self.generated) == self.generated
+        return Phase.DECODE
 
     # What calls of the model change.
 

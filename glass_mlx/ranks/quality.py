@@ -50,7 +50,7 @@ def measure_quality(
 
 def _continued(model: GlassModel, row: list[int], density: float) -> mx.array:
     """Logits [L, vocabulary] (float32) of a sequence after its prompt, decoded on the neurons that the prompt chose."""
-    cache = model.make_cache(density=density, refresh=0)
+    cache = model.make_cache(density=density)
     model.prefill(mx.array([row[:_PROMPT]]), cache)
     model.select(cache)
     tokens = mx.array([row[_PROMPT:_LENGTH]])

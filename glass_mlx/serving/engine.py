@@ -19,16 +19,19 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.generate import generation_stream, wired_limit
 
 from ..errors import GlassError
 from ..loading import DEFAULT_MODEL, load
 from ..model.config import GlassConfig
+from ..model.memory import available_memory, default_limit
 from .cache_store import ConversationStore
 from .catalogue import DEFAULT_NAME, Catalogue, ModelInfo, Source
 from .errors import EngineFailed, QueueFull, RequestError
@@ -55,7 +58,7 @@ class EngineOptions:
         max_queue: how many requests may wait. More are refused.
         max_prompt_tokens: longer prompts are refused.
         max_cache_bytes, max_conversations: limits of what is kept of past conversations. The least recently used goes
-            first.
+            first. By default a quarter of the memory that the model leaves.
         idle_timeout: seconds without a request until the model is unloaded; None for never.
         prefill_step_size: prompt tokens that are read in one call, at most. The next turn may read one call again.
         kv: mlx-lm's ``kv_bits``, ``kv_group_size`` and ``quantized_kv_start``, to quantise the KV cache.
@@ -70,7 +73,7 @@ class EngineOptions:
     allow_download: bool = False
     max_queue: int = 64
     max_prompt_tokens: int = 131_072
-    max_cache_bytes: int = 2 << 30
+    max_cache_bytes: int | None = None
     max_conversations: int = 10
     idle_timeout: float | None = 600.0
     prefill_step_size: int = 512
@@ -123,6 +126,7 @@ class Engine:
         self._source: Source | None = None
         self._state, self._error, self._speed, self._usage = "unloaded", None, 0.0, None
         self._stored = (0, 0)  # conversations, bytes
+        self._held = ExitStack()  # what is held while a model is loaded
         self._thread = threading.Thread(target=self._run, name="glass_mlx engine", daemon=True)
         self._thread.start()
         atexit.register(self.close)
@@ -288,6 +292,8 @@ class Engine:
                 if (pending := self._queue.pop()) is not None:
                     self._current = pending
                     return partial(self._complete, pending), Future()
+                if self._worker is not None and self._worker.answered is not None:
+                    return self._read_ahead, Future()
                 idle = self.options.idle_timeout if self._worker is not None else None
                 if not self._condition.wait(idle):
                     logger.info("idle: unloading %s", self._source.id)
@@ -313,7 +319,17 @@ class Engine:
             self._state = "ready"
             store = self._worker.store
             self._stored = len(store), store.nbytes
+            mx.clear_cache()  # what an answer computed with would stay allocated until the next one
         pending.put(last)  # only now: whoever receives it finds the engine ready and the conversation in the store
+
+    def _read_ahead(self) -> None:
+        """Read the last answer while nobody waits; what comes in goes first."""
+        try:
+            self._worker.read_ahead(lambda: self._closing or bool(self._jobs) or len(self._queue) > 0)
+        except Exception:  # it was only to save time
+            logger.exception("the answer could not be read ahead")
+        self._stored = len(self._worker.store), self._worker.store.nbytes
+        mx.clear_cache()
 
     def _set_speed(self, speed: float) -> None:
         self._speed = speed
@@ -342,12 +358,13 @@ class Engine:
         options = self.options
         model, tokenizer = load(source.locate(), **vars(options.config), **options.load)
         context = getattr(getattr(model, "args", None), "max_position_embeddings", None)
+        mx.set_cache_limit(available_memory() // 8)
+        self._held.enter_context(wired_limit(model, [generation_stream]))  # else the weights may be paged out when idle
+        kept = default_limit(model.dense) // 2 if options.max_cache_bytes is None else options.max_cache_bytes
         return Worker(
             model,
             tokenizer,
-            ConversationStore(
-                options.max_cache_bytes, options.max_conversations, options.kv.get("quantized_kv_start", 0)
-            ),
+            ConversationStore(kept, options.max_conversations, options.kv.get("quantized_kv_start", 0)),
             options.template_args,
             min(options.max_prompt_tokens, context or options.max_prompt_tokens),
             options.prefill_step_size,
@@ -358,6 +375,7 @@ class Engine:
     def _unload(self) -> None:
         """Free the model, all conversations, and the buffers that MLX would keep for reuse."""
         self._worker = self._source = None
+        self._held.close()
         gc.collect()
         mx.clear_cache()
         self._stored, self._state = (0, 0), "unloaded"

@@ -51,7 +51,7 @@ class Chat:
             stats=args.stats,
             stats_repo=args.stats_repo,
             max_session_memory=args.max_session_memory,
-            low_memory=args.low_memory and not args.dense,
+            low_memory=False if args.dense else args.low_memory,
             build=args.build and not args.dense and args.global_weight != 0,
         )
         self.conversation = Conversation(self.model, self.tokenizer, args.system_prompt, args.max_kv_size)

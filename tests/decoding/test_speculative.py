@@ -168,15 +168,15 @@ def test_a_listener_who_leaves_takes_only_what_he_heard():
 
 def test_evidence_is_recorded_and_the_choice_is_made_again():
     model = GlassModel(tiny_model("llama"))
-    cache = model.make_cache(refresh=8)
+    cache = model.make_cache()
     session, choices = model.session(cache), []
-    for _ in verified_generate_step(mx.array(PROMPT), model, prompt_cache=cache, max_tokens=40, draft_tokens=3):
+    for _ in verified_generate_step(mx.array(PROMPT), model, prompt_cache=cache, max_tokens=110, draft_tokens=3):
         if session.kept is not None and (not choices or choices[-1] is not session.kept):
             choices.append(session.kept)
-    assert 3 <= len(choices) <= 6
-    assert session.prompt_tokens >= len(PROMPT) + 30
+    assert len(choices) == 3  # after the prompt, and after 32 and 96 tokens
+    assert session.prompt_tokens >= len(PROMPT) + 100
     recorded = session.energy.sum().item() / len(model.blocks)  # in tokens, some of them faded
-    assert 0.8 * session.prompt_tokens < recorded < session.prompt_tokens
+    assert 0.6 * session.prompt_tokens < recorded < session.prompt_tokens
 
 
 def test_bad_arguments():

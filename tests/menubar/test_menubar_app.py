@@ -6,6 +6,7 @@ import plistlib
 import subprocess
 import sys
 import tomllib
+import types
 
 os.environ["TOGA_BACKEND"] = "toga_dummy"  # before Toga chooses one
 
@@ -282,7 +283,12 @@ def test_nothing_of_the_mac_raises(monkeypatch):
         macos.menu_is_open: (),
         macos.copy: ("",),
     }
-    functions |= {macos.retitle: (None,), macos.on_reopen: (None,), macos._set_service: (True,)}
+    functions |= {
+        macos.show_busy: (True,),
+        macos.retitle: (None,),
+        macos.on_reopen: (None,),
+        macos._set_service: (True,),
+    }
     monkeypatch.setitem(sys.modules, "rubicon", None)
     for on in (False, True):
         monkeypatch.setattr(macos, "ON_MAC", on)
@@ -300,6 +306,28 @@ def test_the_warning_about_framework_builds(monkeypatch):
     monkeypatch.setattr(macos.platform, "mac_ver", lambda: ("26.1", (), ""))
     monkeypatch.setattr(sys, "_framework", "")
     assert macos.framework_warning() == ""
+
+
+def test_macos_hears_of_work_once_and_of_its_end(monkeypatch):
+    """As Foundation has it: one activity begins with the first work, and it is the one that ends."""
+    calls, token = [], object()
+
+    class Process:
+        def beginActivityWithOptions_reason_(self, options, reason):
+            calls.append(("begin", options))
+            return token
+
+        def endActivity_(self, activity):
+            calls.append(("end", activity))
+
+    fake = types.SimpleNamespace(ObjCClass=lambda name: types.SimpleNamespace(processInfo=Process()))
+    monkeypatch.setitem(sys.modules, "rubicon", types.ModuleType("rubicon"))
+    monkeypatch.setitem(sys.modules, "rubicon.objc", fake)
+    monkeypatch.setattr(macos, "ON_MAC", True)
+    for busy in (False, True, True, False, False, True, False):
+        macos.show_busy(busy)
+    assert [what for what, _ in calls] == ["begin", "end"] * 2
+    assert calls[1] == ("end", token) and calls[0][1] & 0xFF == 0xFF
 
 
 def test_entry(monkeypatch, capsys):

@@ -28,6 +28,23 @@ UNLOADED = EngineStatus("unloaded")
 GENERATING = engine("generating", tokens_per_second=87.61, queued=2)
 TROUBLED = (ServerView("no port", 8080, detail="Another program."), ServerView("failed", 8080, detail="It ended."))
 
+
+@pytest.mark.parametrize(
+    ("changes", "busy"),
+    [
+        ({}, False),
+        ({"engine": UNLOADED}, False),
+        ({"engine": GENERATING}, True),
+        ({"engine": engine("loading")}, True),
+        ({"engine": engine("ready", queued=1)}, True),
+        ({"ranks": Task("demo", 1, 2)}, True),
+        ({"download": Task("demo", 1, 2)}, True),
+    ],
+)
+def test_busy(changes, busy):
+    assert replace(BASE, **changes).busy == busy
+
+
 # changes of the snapshot; the state's key; words in its headline; the fix; what can be chosen and what cannot
 STATES = {
     "ready": (dict(), "ready", "demo · ready · 133 tok/s", None, "chat copy server unload quit", "ranks"),

@@ -140,7 +140,7 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize("which", ["demo", "saved"])
 def test_without_dense_weights_in_memory(which, request):
     path = DEMO_PATH if which == "demo" else request.getfixturevalue("saved")
-    usual, tokenizer = load(path, stats=False, refresh=0)  # as there is none without the weights
+    usual, tokenizer = load(path, stats=False)  # as there is none without the weights
     said, active = {}, {}
     for name, model in (("usual", usual), ("low", load(path, stats=False, low_memory=True)[0])):
         cache, said[name] = model.make_cache(), []
@@ -182,7 +182,7 @@ def elsewhere(call, *args, **options):
         return pool.submit(call, *args, **options).result()
 
 def answers(low_memory):
-    model, tokenizer = load("demo", stats=False, refresh=0, low_memory=low_memory)
+    model, tokenizer = load("demo", stats=False, low_memory=low_memory)
     caches = [model.make_cache() for _ in range(2)]
 
     def turn(text, cache, **options):

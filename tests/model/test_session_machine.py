@@ -39,9 +39,9 @@ def dense_keys(row: list[int]) -> list[np.ndarray]:
 
 
 class Conversation(RuleBasedStateMachine):
-    @initialize(prompt=tokens, refresh=st.sampled_from([0, 0, 3]))
-    def begin(self, prompt, refresh):
-        self.cache = the_model().make_cache(refresh=refresh)
+    @initialize(prompt=tokens)
+    def begin(self, prompt):
+        self.cache = the_model().make_cache()
         self.row: list[int] = []
         self.waiting = 0  # how many of the last tokens no dense call has read
         self.evidence = 0  # how many tokens were recorded
@@ -69,15 +69,11 @@ class Conversation(RuleBasedStateMachine):
     @rule(answer=tokens)
     def generate(self, answer):
         for one in answer:
-            phase = self.session.decoding_phase()
-            mx.eval(the_model().run_phase(phase, mx.array([[one]]), self.cache))
+            mx.eval(the_model().run_phase(Phase.DECODE, mx.array([[one]]), self.cache))
             self.row.append(one)
-            if phase is Phase.REREAD:
-                self.evidence += self.waiting + 1
-                self.waiting = 0
-            elif self.session.config.density < 1 or self.waiting:
+            if self.session.config.density < 1 or self.waiting:
                 self.waiting += 1
-        assert self.session.kept is not None or self.session.config.density == 1 or phase is Phase.REREAD
+        assert self.session.kept is not None or self.session.config.density == 1
 
     @precondition(lambda self: len(self.row) > 1)
     @rule(data=st.data())

@@ -1,0 +1,223 @@
+"""What decoding costs, predicted: the bytes that a step moves, and what more rows in a call cost on a class of device.
+
+Decoding is limited by memory bandwidth, so a step takes as long as reading its bytes does. A call over several tokens
+reads the same weights once, but Metal's quantised kernels take longer for more rows: ``ROWS`` has what was published.
+All figures of this module are predictions. What a machine was measured at comes from ``benchmark`` without ``--plan``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
+
+from ..core.slicing import ScatterLinear, input_size
+from ..model.blocks import Block
+from ..model.glass_model import GlassModel
+from ..model.memory import model_bytes
+from .draft_scheduler import MAX_DRAFT, tokens_per_pass
+
+# Rows that Metal's quantised matrix product takes at once: it reads the weights again for the next ones.
+_TILE = 32
+# Densely read tokens in one call when a prompt, or the answer before it, is read.
+_PREFILL = 512
+
+
+@dataclass(frozen=True)
+class DeviceClass:
+    """A class of device, by published measurements of others.
+
+    Attributes:
+        name: as people call it.
+        bandwidth: of its memory in bytes per second, as Apple states it.
+        rows: by number of rows, the time of a 4-bit product with a large matrix, relative to one row.
+        source: where the times are from; issues and pull requests of ml-explore/mlx.
+    """
+
+    name: str
+    bandwidth: float
+    rows: dict[int, float]
+    source: str
+
+    def cost(self, rows: int) -> float:
+        """The time of a call over this many rows, relative to one row: what was measured, or the line between; above
+        a tile, as many tiles."""
+        tiles = -(-rows // _TILE)
+        return tiles * float(np.interp(min(rows, _TILE), list(self.rows), list(self.rows.values())))
+
+
+DEVICES = (
+    DeviceClass("M4 Pro", 273e9, {1: 1, 2: 1.03, 3: 1.22, 4: 1.47, 6: 2.07, 8: 2.69, 10: 4.5, 32: 4.5}, "#3839, #3852"),
+    DeviceClass("M3 Max", 400e9, {1: 1, 2: 1, 4: 1.28, 6: 2.04, 8: 2.5, 9: 3.14, 10: 3.94, 32: 3.98}, "#3863"),
+    DeviceClass("M3 Ultra", 819e9, {1: 1, 2: 1.83, 4: 3.26, 7: 5.28, 8: 6.12, 16: 6.32, 32: 6.32}, "#4265"),
+)
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Bytes that decoding moves at a density.
+
+    Attributes:
+        dense: weights that a dense step reads.
+        sparse: weights that a sparse step reads, with the answers for the dropped neurons.
+        cache: keys, values and states that a step reads.
+        compacting: read and written when compact weights are made.
+        answering: output projections that are read to make the answers.
+        answer_rows: for how many rows.
+    """
+
+    dense: int
+    sparse: int
+    cache: int
+    compacting: int
+    answering: int
+    answer_rows: int
+
+    def dense_step(self) -> int:
+        return self.dense + self.cache
+
+    def sparse_step(self) -> int:
+        return self.sparse + self.cache
+
+    # The others in as many bytes as take as long.
+
+    def dense_call(self, rows: int, device: DeviceClass) -> float:
+        """A dense call over several tokens."""
+        return device.cost(rows) * self.dense + self.cache
+
+    def choice(self, device: DeviceClass) -> float:
+        """Choosing the neurons and making their weights and the answers for the others."""
+        return self.compacting + device.cost(self.answer_rows) * self.answering if self.compacting else 0
+
+    def verified(self, drafted: int, acceptance: float, device: DeviceClass) -> float:
+        """Verified decoding, for each token that it emits."""
+        passed = drafted * self.sparse_step() + self.dense_call(drafted + 1, device)
+        return passed / tokens_per_pass(drafted, acceptance)
+
+
+def step_costs(model: GlassModel, density: float, context: int) -> StepCosts:
+    """The costs of a model at a density, with ``context`` tokens in its cache. Its weights need not be evaluated."""
+    dense = model_bytes(model.dense) - unread_embedding(model.dense)
+    cache = cache_bytes(model, context)
+    if density == 1:
+        return StepCosts(dense, dense, cache, 0, 0, 0)
+    sparse, compacting, answering, rank = dense, 0, 0, 0
+    if model.config.compensation:
+        answering = sum(model_bytes(block.module[block.output]) for block in model.blocks)
+        rank = model.responses[0].rank if model.responses else 0
+    for block, k in zip(model.blocks, model.kept_counts(density)):
+        compact = block.compact(mx.arange(k, dtype=mx.int32))
+        sparse += sum(_read(compact[name]) - model_bytes(block.module[name]) for name in block.names)
+        sparse += _answer_bytes(block, rank) if answering else 0
+        compacting += _moved(block, compact)
+    return StepCosts(dense, sparse, cache, compacting, answering, rank + 1)
+
+
+def _answer_bytes(block: Block, rank: int) -> int:
+    """What a step reads to answer for a block's dropped neurons (``model/dropped.py``)."""
+    reader = (block.input_size + 1) * (rank + 1) if rank else 0
+    return (block.output_size * (rank + 1) + reader) * block.dtype.size
+
+
+def _read(projection: nn.Module) -> int:
+    """Bytes that a step reads of a compact projection."""
+    return model_bytes(projection.projection if isinstance(projection, ScatterLinear) else projection)
+
+
+def _moved(block: Block, compact: dict[str, nn.Module]) -> int:
+    """Bytes read and written to make a block's compact projections, by the operations of ``core/slicing.py``: rows are
+    copied; columns are gathered, of packed weights as octets, which are read again to pack them."""
+    moved = sum(2 * model_bytes(compact[name]) for name in block.inputs)
+    whole, output = block.module[block.output], compact[block.output]
+    if isinstance(output, ScatterLinear):
+        return moved
+    moved += model_bytes(whole) + model_bytes(output)
+    if isinstance(whole, nn.QuantizedLinear):
+        gathers = 1 if 8 % whole.bits == 0 else 2
+        moved += 2 * gathers * output.weight.shape[0] * input_size(output)
+    return moved
+
+
+def unread_embedding(dense: nn.Module) -> int:
+    """Bytes of the token embedding if the model has an output head of its own; else 0."""
+    leaves = [leaf for _, leaf in tree_flatten(dense.leaf_modules(), is_leaf=nn.Module.is_module)]
+    tables = [m for m in leaves if isinstance(m, (nn.Embedding, nn.QuantizedEmbedding))]
+    heads = {m.weight.shape[0] for m in leaves if isinstance(m, (nn.Linear, nn.QuantizedLinear))}
+    return sum(model_bytes(table) for table in tables if table.weight.shape[0] in heads)
+
+
+def cache_bytes(model: GlassModel, context: int) -> int:
+    """Bytes of a prompt cache that ``context`` tokens fill, drawn on from one token. Nothing is evaluated."""
+    cache = make_prompt_cache(model.dense)
+    model.dense(mx.zeros((1, 1), mx.int32), cache=cache)
+    return sum(_filled(entry, context) for entry in cache)
+
+
+def _filled(entry: Any, context: int) -> int:
+    """Bytes of a layer's cache: keys and values for each token, up to a window, or a state of one size."""
+    if hasattr(entry, "caches"):
+        return sum(_filled(part, context) for part in entry.caches)
+    keys = getattr(entry, "keys", None)
+    if not isinstance(keys, mx.array):
+        return _state_bytes(entry)
+    return _state_bytes(entry) // keys.shape[2] * min(context, getattr(entry, "max_size", None) or context)
+
+
+def _state_bytes(entry: Any) -> int:
+    return sum(a.nbytes for _, a in tree_flatten(entry.state) if isinstance(a, mx.array))
+
+
+def plan(
+    model: GlassModel,
+    densities: Sequence[float],
+    context: int,
+    acceptances: Sequence[float] = (0.6, 0.8, 0.9, 1.0),
+    devices: Sequence[DeviceClass] = DEVICES,
+) -> list[dict[str, Any]]:
+    """What every way to decode is predicted to cost, by density and class of device.
+
+    Args:
+        model (GlassModel): the model; its weights need not be evaluated.
+        densities (list[float]): of the sparse model.
+        context (int): tokens in the cache.
+        acceptances (list[float]): how probable it is that a drafted token is the dense model's.
+        devices (list[DeviceClass]): to predict for.
+
+    Returns:
+        list[dict]: for each density and device ``dense_ms`` and ``sparse_ms`` a token at the full bandwidth;
+        ``speedup`` of sparse steps; ``choice_steps``, what choosing takes in dense steps, and ``break_even_tokens``,
+        after how many tokens that is made good; ``reread_steps``, what each token of an answer costs when the next
+        prompt reads it again, in dense steps; ``verified``: for each acceptance how many tokens to draft and the
+        speed-up.
+    """
+    rows = []
+    for density in densities:
+        costs = step_costs(model, density, context)
+        dense, sparse = costs.dense_step(), costs.sparse_step()
+        for device in devices:
+            choice = costs.choice(device)
+            verified = {}
+            for a in acceptances:
+                by_draft = {k: dense / costs.verified(k, a, device) for k in range(MAX_DRAFT + 1)}
+                best = max(by_draft, key=by_draft.get)
+                verified[f"{a:g}"] = {"draft": best, "speedup": by_draft[best]}
+            rows.append(
+                {
+                    "density": density,
+                    "device": device.name,
+                    "dense_ms": 1e3 * dense / device.bandwidth,
+                    "sparse_ms": 1e3 * sparse / device.bandwidth,
+                    "speedup": dense / sparse,
+                    "choice_steps": choice / dense,
+                    "break_even_tokens": choice / (dense - sparse) if sparse < dense else None,
+                    "reread_steps": costs.dense_call(_PREFILL, device) / _PREFILL / dense,
+                    "verified": verified,
+                }
+            )
+    return rows

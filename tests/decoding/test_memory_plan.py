@@ -1,0 +1,90 @@
+"""Tests of the memory plan: its parts are what real conversations hold, and its sum is their most."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+
+from glass_mlx import GlassModel, load
+from glass_mlx.decoding import memory_plan
+from glass_mlx.decoding.memory_plan import MemoryPlan, plan_memory
+from glass_mlx.evaluation.shapes import random_model
+from glass_mlx.evaluation.tiny_models import tiny_model
+from glass_mlx.model.memory import model_bytes
+
+
+@pytest.mark.parametrize("density", [0.3, 1.0])
+def test_parts(density):
+    model = GlassModel(tiny_model("llama"))
+    model.config = model.config.updated(density=density, compensation=False)
+    cache = model.make_cache()
+    model.prefill(mx.ones((1, 256), mx.int32), cache)
+    model.select(cache)
+    plan = plan_memory(model, context=256)
+    assert plan.model == model_bytes(model.dense)
+    assert plan.compact == model.session(cache).compact_bytes * (density < 1)
+    assert plan.cache == sum(a.nbytes for e in cache[:-1] for a in e.state if isinstance(a, mx.array))
+
+
+def test_prefill_is_near_what_a_call_takes():
+    """An estimate: it is neither a small part of what a call takes here nor many times as much."""
+    model = random_model("qwen3-0.6b", layers=2, bits=32)
+    plan, cache = plan_memory(model, context=512), model.make_cache()
+    model._plan.norms()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    model.prefill(mx.ones((1, 512), mx.int32), cache)
+    mx.eval([entry.state for entry in cache])
+    took = mx.get_peak_memory() - before - plan.cache
+    assert 0.4 * took < plan.prefill < 2.5 * took
+
+
+def test_the_sum():
+    plan = MemoryPlan(model=100, ffn=60, compact=30, cache=5, prefill=10, context=8, available=120)
+    assert plan.needed == 135 and not plan.fits
+    saving = replace(plan, low_memory=True)
+    assert saving.needed == 115 and saving.fits
+    assert "--low-memory" in str(saving) and "--low-memory" not in str(plan)
+
+
+@pytest.fixture
+def lack(monkeypatch, tiny_dir):
+    """Say how many bytes of what it needs a device has too few; returns the model that is loaded then."""
+
+    def loaded(bytes_short: int, **options) -> GlassModel:
+        needed = plan_memory(load(tiny_dir, stats=False, low_memory=False)[0]).needed
+        monkeypatch.setattr(memory_plan, "available_memory", lambda: needed - bytes_short)
+        return load(tiny_dir, stats=False, **options)[0]
+
+    return loaded
+
+
+@pytest.fixture
+def no_prefill(monkeypatch):
+    monkeypatch.setattr(memory_plan, "STEP", 0)
+
+
+def test_enough_memory(lack, no_prefill, caplog):
+    assert not lack(0).low_memory
+    assert "WARNING" not in caplog.text
+
+
+def test_dense_weights_are_let_go_of_where_memory_is_short(lack, no_prefill, caplog):
+    model = lack(1)
+    assert model.low_memory and "from disk" in caplog.text
+    cache = model.make_cache()
+    model.prefill(mx.array([[1, 2, 3]]), cache)
+    model.select(cache)
+    assert mx.all(mx.isfinite(model.decode(mx.array([[4]]), cache))).item()
+
+
+def test_what_was_said_is_done(lack, no_prefill, caplog):
+    assert not lack(1, low_memory=False).low_memory
+    assert "smaller model" in caplog.text
+
+
+def test_no_way_to_fit(lack, no_prefill, caplog):
+    assert lack(10**9).low_memory and "smaller model" in caplog.text
