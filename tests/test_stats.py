@@ -354,3 +354,29 @@ def test_first_chat(start, used, tiny):
     second = start()
     assert second.err == second.log == ""
     assert all(ranks is not None for ranks in used) and len(used) == 2
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_several_models(command, tiny_dir, lively_dir, tmp_path, monkeypatch):
+    """Each has a file in the directory; what fails stops no other, and what is there is not measured again."""
+    models, into = f"{tiny_dir},nonsense,{lively_dir}", tmp_path / "ranks"
+    done = command("build", "--model", models, "--into", into, *FEW)
+    assert done.code == 1 and "nonsense" in done.err.splitlines()[-1]
+    assert "Traceback" not in done.err and f"upload {into}" in done.out
+    files = sorted(into.glob("*.safetensors"))
+    assert {f.stem for f in files} == {tiny_dir.name, lively_dir.name}
+    assert len(json.loads((into / "index.json").read_text())["models"]) == 2
+    before = [f.stat().st_mtime_ns for f in files]
+    again = command("build", "--model", f"{tiny_dir},{lively_dir}", "--into", into, *FEW)
+    assert again.code == 0 and again.out.count("there already") == 2
+    assert [f.stat().st_mtime_ns for f in files] == before
+    with HubServer() as server:
+        server.use(monkeypatch)
+        done = command("upload", into, "--repo", "me/ranks")
+        assert done.code == 0, done.err
+        assert {f.name for f in files} <= set(server.repos["me/ranks"].files)
+
+
+def test_upload_of_an_empty_directory(command, tmp_path):
+    done = command("upload", tmp_path, "--repo", "me/ranks")
+    assert done.code == 1 and "has no ranks files" in done.err
