@@ -52,7 +52,7 @@ class _Formatter(argparse.HelpFormatter):
         if default in (None, argparse.SUPPRESS, (), [], "") or default is False or "default" in text:
             return text
         shown = ",".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
-        return f"{text} (default: {'on' if default is True else shown})".replace("%", "%%").replace("%%%%", "%%")
+        return f"{text} (default: {'on' if default is True else shown.replace('%', '%%')})"
 
 
 class Parser(argparse.ArgumentParser):
