@@ -43,12 +43,13 @@ class EvidenceSpan:
 
 
 class _TakesTurns(type):
-    """Has mlx-lm say in words why it cannot batch conversations: it names the class of what it cannot merge."""
+    """Says in words why mlx-lm cannot batch conversations: its own error names the class of what it cannot merge, and a
+    ``merge`` that raises would have mlx-lm's server try to."""
 
     def __format__(cls, spec: str) -> str:
-        return (
-            "A GlassModel's conversation decodes on neurons of its own. Answer the prompts one after the other with "
-            "glass_mlx.generate, or batch the dense model, model.dense. It"
+        raise GlassError(
+            "A GlassModel's conversations cannot be batched: each decodes on neurons of its own. Answer the prompts one "
+            "after the other with glass_mlx.generate, or batch the dense model, model.dense."
         )
 
 
