@@ -28,7 +28,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.generate import generation_stream, wired_limit
 
-from ..decoding.prompt import context_length
+from ..decoding.stream import context_length
 from ..errors import GlassError
 from ..loading import load
 from ..model.memory import available_memory, default_limit
@@ -345,7 +345,7 @@ class Engine:
     def _load(self, source: Source) -> Worker:
         options = self.options
         model, tokenizer = load(source.locate(), **vars(options.config), **options.load)
-        context = context_length(model, tokenizer)
+        context = context_length(model, tokenizer, model.make_cache())
         mx.set_cache_limit(available_memory() // 8)
         self._held.enter_context(wired_limit(model, [generation_stream]))  # else the weights may be paged out when idle
         kept = default_limit(model.dense) // 2 if options.max_cache_bytes is None else options.max_cache_bytes
@@ -354,7 +354,7 @@ class Engine:
             tokenizer,
             ConversationStore(kept, options.max_conversations, options.kv.get("quantized_kv_start", 0)),
             options.template_args,
-            min(options.max_prompt_tokens, context or options.max_prompt_tokens),
+            min(options.max_prompt_tokens, context - 1 if context else options.max_prompt_tokens),  # and an answer
             options.prefill_step_size,
             options.kv,
             options.verify,
