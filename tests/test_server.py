@@ -30,6 +30,9 @@ from glass_mlx.serving.request import Chunk
 from glass_mlx.serving.server import Server
 
 
+pytestmark = pytest.mark.usefixtures("log_level")  # the command sets it for the log file
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory, tiny_dir):
     with serving(ApiOptions(defaults={"max_tokens": 24}), allow_paths=(tiny_dir.parent,)) as server:
