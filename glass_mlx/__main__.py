@@ -30,7 +30,8 @@ def main() -> None:
     elif command not in COMMANDS:
         from .model_names import near_miss
 
-        print(f"{USAGE}\nglass_mlx: error: no command {command!r} {near_miss(command, COMMANDS)}", file=sys.stderr)
+        close = near_miss(command, COMMANDS)
+        print(f"{USAGE}\nglass_mlx: error: no command {command!r}{close and f'; {close}'}", file=sys.stderr)
         sys.exit(2)
     else:
         sys.argv = [f"glass_mlx {command}", *sys.argv[2:]]

@@ -17,6 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 
@@ -51,7 +52,7 @@ class _Formatter(argparse.HelpFormatter):
         if default in (None, argparse.SUPPRESS, (), [], "") or default is False or "default" in text:
             return text
         shown = ",".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
-        return f"{text} (default: {'on' if default is True else shown})".replace("%", "%%").replace("%%%%", "%%")
+        return f"{text} (default: {'on' if default is True else shown.replace('%', '%%')})"
 
 
 class Parser(argparse.ArgumentParser):
@@ -152,6 +153,36 @@ def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
             parser.error(
                 f"--{name.replace('_', '-')} must be {f'at least {low}' if high == _ANY else f'{low} to {high}'}"
             )
+
+
+# Options that have no effect without another one.
+_NEEDS = {"kv_group_size": "kv_bits", "quantized_kv_start": "kv_bits", "draft_tokens": "verify"}
+_NOT_WITH_DENSE = ("density", "quality", "verify", "low_memory")
+
+
+def warn_of_idle_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Log a warning for each option that was given and has no effect besides the others."""
+
+    def given(name: str) -> bool:
+        return getattr(args, name, None) not in (None, parser.get_default(name))
+
+    def option(name: str) -> str:
+        return f"--{name.replace('_', '-')}"
+
+    idle = [(name, f"without {option(needed)}") for name, needed in _NEEDS.items() if not given(needed)]
+    if getattr(args, "dense", False):
+        idle += [(name, "with --dense") for name in _NOT_WITH_DENSE]
+    for name, why in idle:
+        if given(name):
+            logging.getLogger("glass_mlx").warning("%s has no effect %s", option(name), why)
+
+
+def adapter_directory(text: str) -> str:
+    """Parse the path of an adapter; argparse reports the error."""
+    missing = [name for name in ("adapter_config.json", "adapters.safetensors") if not Path(text, name).is_file()]
+    if missing:
+        raise argparse.ArgumentTypeError(f"{text!r} has no {missing[0]}: give the directory of an adapter")
+    return text
 
 
 def memory_size(text: str) -> int:
@@ -355,14 +386,12 @@ def run(command: Callable[[], None], verbose: bool = False) -> None:
         from . import loading  # noqa: F401  and with it mlx-lm, which takes seconds
     try:
         command()
-    except GlassError as e:
+    except (GlassError, RuntimeError) as e:
         if verbose:
             raise
-        sys.exit(f"error: {e}")
-    except RuntimeError as e:  # what MLX's backend cannot do
-        if verbose:
-            raise
-        reason = printable((str(e).splitlines() or [type(e).__name__])[0])
+        if isinstance(e, GlassError):
+            sys.exit(f"error: {e}")
+        reason = printable((str(e).splitlines() or [type(e).__name__])[0])  # what MLX's backend cannot do
         sys.exit(f"error: MLX: {reason}. See what works here with: python -m glass_mlx doctor")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -46,7 +46,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     add("--prompt", "-p", type=text, default="hello", metavar="TEXT", help="what to answer; -: standard input")
     add("--prefill-response", type=text, metavar="TEXT", help="how the answer begins; the model continues it")
     add("--ignore-chat-template", action="store_true", help="continue the prompt as it is, rather than answer it")
-    add("--use-default-chat-template", action="store_true", help="of the tokenizer, where the model has none")
+    add("--use-default-chat-template", action="store_true", help="no effect: tokenizers have none any more")
     add("--chat-template-config", metavar="JSON", help="arguments of the chat template, an object")
     add("--extra-eos-token", default=(), nargs="+", metavar="TOKEN", help="tokens that end an answer, too")
     add("--min-p", type=float, default=0.0, metavar="P", help="drop tokens below this share of the best one; 0: off")

@@ -35,5 +35,5 @@ ALIASES = {
 def near_miss(name: str, known: Iterable[str]) -> str:
     """ "did you mean X?" with the known names that a mistyped one is like; empty if there are none."""
     by_lower = {other.lower(): other for other in known}
-    close = difflib.get_close_matches(name.lower(), by_lower, n=2)
+    close = difflib.get_close_matches(name.lower(), by_lower, n=2, cutoff=0.75)
     return f"did you mean {' or '.join(by_lower[other] for other in close)}?" if close else ""

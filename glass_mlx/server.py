@@ -6,7 +6,6 @@ python -m glass_mlx.server --model qwen3-4b
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import signal
 import threading
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from .cli import (
     Parser,
+    adapter_directory,
     add_glass_options,
     add_verbose,
     add_verify_options,
@@ -25,6 +25,7 @@ from .cli import (
     say,
     template_args,
     verify_options,
+    warn_of_idle_options,
 )
 from .errors import GlassError
 from .loading import DEFAULT_MODEL
@@ -54,34 +55,6 @@ NOT_SERVED = {
     "--prompt-concurrency": "prompts are read one at a time; clients take turns",
     "--pipeline": "the server runs on one machine",
 }
-# Options that have no effect without another one.
-_NEEDS = {"kv_group_size": "kv_bits", "quantized_kv_start": "kv_bits", "draft_tokens": "verify"}
-_NOT_WITH_DENSE = ("density", "quality", "verify", "low_memory")
-
-
-def warn_of_idle_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Log a warning for each option that was given and has no effect besides the others."""
-
-    def given(name: str) -> bool:
-        return getattr(args, name) not in (None, parser.get_default(name))
-
-    def option(name: str) -> str:
-        return f"--{name.replace('_', '-')}"
-
-    idle = [(name, f"without {option(needed)}") for name, needed in _NEEDS.items() if not given(needed)]
-    if args.dense:
-        idle += [(name, "with --dense") for name in _NOT_WITH_DENSE]
-    for name, why in idle:
-        if given(name):
-            logging.getLogger("glass_mlx").warning("%s has no effect %s", option(name), why)
-
-
-def adapter_directory(text: str) -> str:
-    """Parse the path of an adapter; argparse reports the error."""
-    missing = [name for name in ("adapter_config.json", "adapters.safetensors") if not Path(text, name).is_file()]
-    if missing:
-        raise argparse.ArgumentTypeError(f"{text!r} has no {missing[0]}: give the directory of an adapter")
-    return text
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:

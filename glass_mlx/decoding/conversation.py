@@ -126,7 +126,8 @@ class Conversation(CachedConversation):
             GenerationResponse: the answer, token by token.
 
         Raises:
-            GlassError: the chat template rejects the conversation, or an option is out of range.
+            GlassError: the chat template rejects the conversation, the message alone fills the model's context, or an
+                option is out of range.
         """
         self.left_out, prompt = self._fitting([*self.messages, {"role": "user", "content": text}])
         if not self.cut(self.common_prefix(prompt)):

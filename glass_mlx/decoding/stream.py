@@ -177,12 +177,13 @@ def _within_context(model: GlassModel, tokenizer: Any, cache: list[Any], length:
     if context is None:
         return max_tokens
     used = model.session(cache).offset + length
-    if used >= context:
+    if used > context:
         raise GlassError(
             f"The prompt has {used:,} tokens with what was read before it; the model's context is {context:,}, "
             "with the answer: shorten it."
         )
-    return min(max_tokens, context - used) if max_tokens >= 0 else context - used
+    left = max(1, context - used)  # the last token of a full prompt still has one after it
+    return min(max_tokens, left) if max_tokens >= 0 else left
 
 
 def _described(

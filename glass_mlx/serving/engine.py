@@ -354,7 +354,7 @@ class Engine:
             tokenizer,
             ConversationStore(kept, options.max_conversations, options.kv.get("quantized_kv_start", 0)),
             options.template_args,
-            min(options.max_prompt_tokens, context - 1 if context else options.max_prompt_tokens),  # and an answer
+            min(options.max_prompt_tokens, context or options.max_prompt_tokens),
             options.prefill_step_size,
             options.kv,
             options.verify,

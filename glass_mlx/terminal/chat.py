@@ -52,7 +52,7 @@ class Chat:
             stats_repo=args.stats_repo,
             max_session_memory=args.max_session_memory,
             low_memory=False if args.dense else args.low_memory,
-            build=bool(args.build) and not args.dense and args.global_weight != 0,
+            build=args.build and not args.dense and args.global_weight != 0,
         )
         self.conversation = Conversation(self.model, self.tokenizer, args.system_prompt, args.max_kv_size)
         self.commands = {

@@ -61,9 +61,10 @@ def test_an_answer_ends_with_the_context(short, max_tokens, verify):
     answer = list(stream_generate(*short, [5] * 10, prompt_cache=cache, **options))
     assert len(answer) == 40 - 10 - len(first) - 10
     assert answer[-1].finish_reason == "length"
-    with pytest.raises(GlassError, match="has 40 tokens .* context is 40"):
-        stream_generate(*short, [5] * 40, **options)
-    assert len(list(stream_generate(*short, [5] * 39, **options))) == 1
+    with pytest.raises(GlassError, match="has 41 tokens .* context is 40"):
+        stream_generate(*short, [5] * 41, **options)
+    for length in (39, 40):  # the last token of a full prompt still has one after it
+        assert len(list(stream_generate(*short, [5] * length, **options))) == 1
 
 
 def test_a_sliding_window_goes_on(short, monkeypatch):
@@ -77,7 +78,7 @@ def test_the_tokenizers_limit_where_the_config_says_nothing(tiny):
     limit = tiny[1].model_max_length
     assert tiny[0].context_length is None and limit == 2048
     with pytest.raises(GlassError, match="context is 2,048"):
-        stream_generate(*tiny, [5] * limit)
+        stream_generate(*tiny, [5] * (limit + 1))
 
 
 def test_a_long_conversation_forgets_its_beginning(short):
