@@ -29,6 +29,8 @@ from glass_mlx.serving.output_parser import OutputParser
 from glass_mlx.serving.request import Chunk
 from glass_mlx.serving.server import Server
 
+pytestmark = pytest.mark.usefixtures("log_level")  # the command sets it for the log file
+
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory, tiny_dir):
