@@ -328,3 +328,10 @@ def test_bytes_that_are_no_text():
         )
         assert done.returncode == 0
         assert b"density 0.5" in done.stderr and b"Traceback" not in done.stderr
+
+
+def test_the_answer_is_read_while_the_user_types(talk, chats, tiny_dir):
+    """Before the next message is taken, and before the chat ends."""
+    assert talk("Hello", "And then?", options=("--model", tiny_dir, "--max-tokens", 8)).code == 0
+    session = chats[0].conversation.session
+    assert session.pending_reread == [] and session.generated > 0

@@ -150,6 +150,16 @@ class Conversation(CachedConversation):
             self.settle([*prompt, *generated])
             self.messages.append({"role": "assistant", "content": answer})
 
+    def read_ahead(self) -> None:
+        """Read the last answer again now, while the user thinks, rather than with the next message."""
+        if self.model.low_memory:  # the next message reads all weights from the disk anyway
+            return
+        try:
+            self.model.reread(self.cache)
+        except BaseException:  # what the cache holds is not known any more
+            self._reset_cache()
+            raise
+
     def answer_again(self, **options: Any) -> Iterator[GenerationResponse]:
         """Answer the last message again, with a new cache. The conversation itself stays as it is.
 

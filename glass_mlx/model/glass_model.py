@@ -265,17 +265,26 @@ class GlassModel(nn.Module):
         self._plan.follow(self.dense)
         session, entries = self.session(cache), cache[:-1]
         length = _length(inputs, kwargs)
+        # how many tokens of the answer are read in one call with the prompt
+        pending = self._reread(session, entries, 0 if "input_embeddings" in kwargs else _REREAD)
+        if pending is not None:
+            inputs = mx.concatenate([pending, inputs], axis=1)
+        together = length if pending is None else length + pending.shape[1]
+        return self._read(session, entries, inputs, together, length, kwargs)[:, -length:]
+
+    def reread(self, cache: list[Any]) -> None:
+        """Read what was decoded sparsely again now, densely. The next prompt then has less to read."""
+        self._plan.follow(self.dense)
+        self._reread(self.session(cache), cache[:-1], 0)
+
+    def _reread(self, session: Session, entries: list[Any], leave: int) -> mx.array | None:
+        """Read the tokens that wait for it in calls of ``_REREAD``, until so few are left; returns these, if any."""
         pending = self._take_pending(session, entries)
-        if pending is None:
-            return self._read(session, entries, inputs, length, length, kwargs)
-        together = 0 if "input_embeddings" in kwargs else _REREAD  # how many are read in one call with the prompt
-        while pending.shape[1] > together:
+        while pending is not None and pending.shape[1] > leave:
             now, pending = pending[:, :_REREAD], pending[:, _REREAD:]
             self._read(session, entries, now, now.shape[1], 0, {})
             mx.eval([entry.state for entry in entries], session.evidence)
-        if pending.shape[1] > 0:
-            inputs = mx.concatenate([pending, inputs], axis=1)
-        return self._read(session, entries, inputs, length + pending.shape[1], length, kwargs)[:, -length:]
+        return pending if pending is not None and pending.shape[1] > 0 else None
 
     def select(self, cache: list[Any]) -> None:
         """Choose the conversation's neurons and make their compact weights, where that is not done yet.

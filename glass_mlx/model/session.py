@@ -48,8 +48,8 @@ class _TakesTurns(type):
 
     def __format__(cls, spec: str) -> str:
         raise GlassError(
-            "A GlassModel's conversations cannot be batched: each decodes on neurons of its own. Answer the prompts one "
-            "after the other with glass_mlx.generate, or batch the dense model, model.dense."
+            "A GlassModel's conversations cannot be batched: each decodes on neurons of its own. Answer the prompts "
+            "one after the other with glass_mlx.generate, or batch the dense model, model.dense."
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import mlx.core as mx
@@ -69,10 +70,16 @@ class Chat:
             sizes = sum(block.size for block in self.model.blocks)
             self._note(f"{self.args.model}: {sizes:,} FFN neurons in {len(self.model.blocks)} layers")
             self._note(HELP)
-        for message in messages(line_reader(), (lambda: None) if self.interactive else None):
-            if message in ("q", "/quit", "/exit"):
-                return
-            self._do(message)
+        with ThreadPoolExecutor(1) as thread:
+            ahead: Future | None = None
+            for message in messages(line_reader(), (lambda: None) if self.interactive else None):
+                if ahead is not None:
+                    wait([ahead])
+                if message in ("q", "/quit", "/exit"):
+                    return
+                self._do(message)
+                if self.interactive:  # while the user reads and types
+                    ahead = thread.submit(self.conversation.read_ahead)
 
     def _do(self, message: str) -> None:
         command, _, argument = message.partition(" ")
