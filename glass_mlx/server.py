@@ -12,6 +12,8 @@ import threading
 from pathlib import Path
 
 from .cli import (
+    Parser,
+    adapter_directory,
     add_glass_options,
     add_verbose,
     add_verify_options,
@@ -23,6 +25,7 @@ from .cli import (
     say,
     template_args,
     verify_options,
+    warn_of_idle_options,
 )
 from .errors import GlassError
 from .loading import DEFAULT_MODEL
@@ -43,16 +46,26 @@ except ModuleNotFoundError as e:
 
 KEY_VARIABLE = "GLASS_API_KEY"
 
+# Options of mlx-lm's server, and why this one has them not.
+NOT_SERVED = {
+    "--draft-model": "there are no draft models; --verify drafts with the model itself",
+    "--num-draft-tokens": "there are no draft models; see --verify and --draft-tokens",
+    "--use-default-chat-template": "transformers has no default templates any more; give one with --chat-template",
+    "--decode-concurrency": "answers are given one at a time; clients take turns",
+    "--prompt-concurrency": "prompts are read one at a time; clients take turns",
+    "--pipeline": "the server runs on one machine",
+}
+
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """The options of mlx-lm's server, and GLASS's."""
-    parser = argparse.ArgumentParser("glass_mlx.server", description=__doc__.split("\n")[0])
+    parser = Parser("glass_mlx.server", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--model",
         help="the model behind default_model, loaded at once: an alias, a Hub repository or a directory (default: "
         "demo, loaded at the first request)",
     )
-    parser.add_argument("--adapter-path", help="adapter weights to fuse into the default model")
+    parser.add_argument("--adapter-path", type=adapter_directory, help="adapter weights to fuse into the default model")
     parser.add_argument("--host", default=DEFAULT_HOST, help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="port; 0: any free one (default: %(default)s)")
     parser.add_argument("--trust-remote-code", action="store_true", help="let tokenizers run code of their repository")
@@ -72,7 +85,16 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     add_glass_options(parser, build=False)
     add_verify_options(parser)
     add_verbose(parser)
+    for option, reason in NOT_SERVED.items():
+        parser.add_argument(option, nargs="?", action=_Refuse, const=reason, help=argparse.SUPPRESS)
     return parser
+
+
+class _Refuse(argparse.Action):
+    """An option that the server knows and does not have."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        parser.error(f"{self.option_strings[0]}: {self.const}")
 
 
 def _add_cache_options(parser: argparse.ArgumentParser) -> None:
@@ -143,6 +165,7 @@ def main() -> None:
     if args.max_tokens < 1:
         parser.error("--max-tokens must be at least 1")
     check_numbers(parser, args)
+    warn_of_idle_options(parser, args)
     run(lambda: serve(args), args.verbose)
 
 
@@ -158,7 +181,7 @@ def serve(args: argparse.Namespace) -> None:
         signal.signal(number, lambda *_: stopped.set())
     try:
         server.start()
-        if args.model is not None:
+        if args.model is not None or args.adapter_path or args.kv_bits:  # these may not fit the model
             _preload(engine)
         say(f"glass_mlx is at {server.url}/v1 (log: {log or 'none'}). Ctrl-C stops it.")
         while not stopped.wait(1) and server.alive and engine.alive:

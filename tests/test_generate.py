@@ -85,7 +85,8 @@ def test_response(demo, signal):
         assert (r.kept_neurons, r.total_neurons) == (round(0.3 * total), total)
         assert (r.prompt_tokens, r.generation_tokens) == (len(demo[1].encode(PROMPT)), n)
         assert r.logprobs.shape == (4096,) and not r.from_draft
-        assert min(r.prompt_tps, r.generation_tps, r.peak_memory) > 0
+        assert min(r.prompt_tps, r.peak_memory) > 0
+        assert (r.generation_tps > 0) == (n > 1)  # one token is no interval
     assert [r.finish_reason for r in responses] == [None] * (N - 1) + ["length"]
     assert generate(*demo, PROMPT, max_tokens=N, **options) == "".join(r.text for r in responses)
 

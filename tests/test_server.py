@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,6 +14,7 @@ import threading
 import time
 
 import httpx
+import mlx_lm.server
 import openai
 import pytest
 from conftest import ROOT
@@ -25,6 +28,8 @@ from glass_mlx.serving.engine import Engine
 from glass_mlx.serving.output_parser import OutputParser
 from glass_mlx.serving.request import Chunk
 from glass_mlx.serving.server import Server
+
+pytestmark = pytest.mark.usefixtures("log_level")  # the command sets it for the log file
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +98,7 @@ def test_stream_usage(client, expected):
 
 
 def test_a_verified_answer(client):
-    options = {"density": 0.25, "refresh": 16, "verify": True}
+    options = {"density": 0.25, "verify": True}
     answer = client.chat.completions.create(model="demo", messages=QUESTION, extra_body=options)
     assert answer.usage.glass["verified"]
     dense = client.chat.completions.create(model="demo", messages=QUESTION, extra_body={"density": 1})
@@ -145,6 +150,102 @@ def test_completion(client):
     assert "".join(answer.choices[0].logprobs.tokens) == answer.choices[0].text
     stream = client.completions.create(model="demo", prompt="The old house", max_tokens=8, stream=True)
     assert "".join(chunk.choices[0].text for chunk in stream) == answer.choices[0].text
+
+
+def test_several_prompts_and_answers(client):
+    """Each is what it would be alone; together they cost what they cost alone, but for the prompts."""
+    options = {"model": "demo", "max_tokens": 3, "temperature": 1.0, "seed": 5}
+    alone = [client.completions.create(prompt=p, **options) for p in ("The old house", "I want")]
+    both = client.completions.create(prompt=["The old house", "I want"], n=2, **options)
+    assert [choice.index for choice in both.choices] == [0, 1, 2, 3]
+    assert [choice.text for choice in both.choices[::2]] == [one.choices[0].text for one in alone]
+    assert both.choices[0].text != both.choices[1].text  # of another seed
+    assert both.usage.prompt_tokens == sum(one.usage.prompt_tokens for one in alone)
+    assert both.usage.completion_tokens == 12
+    said = [""] * 4
+    for chunk in client.completions.create(prompt=["The old house", "I want"], n=2, stream=True, **options):
+        said[chunk.choices[0].index] += chunk.choices[0].text
+    assert said == [choice.text for choice in both.choices]
+
+
+def test_several_answers_of_a_chat(client):
+    options = {"model": "demo", "messages": QUESTION, "max_tokens": 4, "n": 2, "temperature": 1.0, "seed": 1}
+    answer = client.chat.completions.create(**options, logprobs=True)
+    said = [choice.message.content for choice in answer.choices]
+    assert said[0] != said[1] and all(len(choice.logprobs.content) == 4 for choice in answer.choices)
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**options, stream=True)]
+    for index in range(2):
+        mine = [choice.delta for choice in chunks if choice.index == index]
+        assert mine[0].role == "assistant" and "".join(delta.content or "" for delta in mine) == said[index]
+
+
+def test_a_client_that_goes_gives_up_all_its_answers(served, http):
+    body = {"model": "tiny", "prompt": ["a", "b", "c"], "n": 3, "max_tokens": 1_000_000}
+    with connect(served) as connection:
+        connection.sendall(raw("/v1/completions", body))
+        until(lambda: served.engine.status().state == "generating")
+    until(lambda: not served.api.pending and served.engine.status().state == "ready")
+    assert served.engine.status().queued == 0
+
+
+def test_echo(client):
+    alone = client.completions.create(model="demo", prompt="The old house", max_tokens=3).choices[0].text
+    for prompt in ("The old house", [1, 384, 1117, 1100]):
+        echoed = client.completions.create(model="demo", prompt=prompt, max_tokens=3, echo=True).choices[0].text
+        if isinstance(prompt, str):
+            assert echoed == prompt + alone
+        stream = client.completions.create(model="demo", prompt=prompt, max_tokens=3, echo=True, stream=True)
+        assert "".join(chunk.choices[0].text for chunk in stream) == echoed
+
+
+def test_a_text_and_its_continuation_are_one_text(client, demo):
+    """The leading space is the model's."""
+    for prompt in ("I want to", "The old house stood"):
+        answer = client.completions.create(model="demo", prompt=prompt, max_tokens=6, logprobs=0).choices[0]
+        tokens = demo[1].encode(prompt + answer.text)
+        assert demo[1].decode(tokens, skip_special_tokens=True) == prompt + answer.text
+        assert answer.text == "".join(answer.logprobs.tokens) and answer.text.startswith(" ")
+
+
+def test_the_last_message_is_continued(client):
+    """What comes is what would have come."""
+    options = {"model": "demo", "extra_body": {"density": 1}}
+    whole = client.chat.completions.create(messages=QUESTION, **options).choices[0].message.content
+    begun = whole[: whole.index(" ", 6)]
+    messages = [*QUESTION, {"role": "assistant", "content": begun}]
+    answer = client.chat.completions.create(messages=messages, **options)
+    assert begun + answer.choices[0].message.content == whole
+
+
+def test_warnings(http, caplog):
+    """They come in a header, streamed or not, and in the log."""
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    for stream in (False, True):
+        caplog.clear()
+        body = {"messages": QUESTION, "max_tokens": 1, "stream": stream, "guided_json": {}, "tools": tools}
+        response = http.post(CHAT, json=body)
+        for told in ("guided_json is ignored", "chat template does not show them"):
+            assert told in response.headers["x-glass-warning"] and told in caplog.text
+    assert "x-glass-warning" not in http.post(CHAT, json={"messages": QUESTION, "max_tokens": 1}).headers
+    refused = http.post(CHAT, json={"messages": QUESTION, "adapters": "x"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "adapters")
+
+
+def test_the_context_ends_an_answer(model_copy):
+    config = model_copy / "config.json"
+    config.write_text(config.read_text().replace("{", '{"max_position_embeddings": 64, ', 1))
+    with serving(model=str(model_copy), load={"stats": False}) as server:
+        for given in ({"max_tokens": 150}, {"max_tokens": -1}):
+            body = {"messages": QUESTION, "logit_bias": {"2": -100}, **given}
+            answer = httpx.post(server.url + CHAT, json=body, timeout=60).json()
+            assert answer["usage"]["total_tokens"] == 64 and answer["choices"][0]["finish_reason"] == "length"
+
+
+def test_top_p_of_nothing_is_the_most_likely_token(client, expected):
+    """And so is a temperature that rounding would make nonsense of."""
+    for options in ({"temperature": 1.5, "top_p": 0}, {"temperature": 1e-30}):
+        answer = client.chat.completions.create(model="demo", messages=QUESTION, **options)
+        assert answer.choices[0].message.content == expected[0]
 
 
 def test_settings_of_a_request(client):
@@ -471,6 +572,45 @@ def test_nor_are_they_let_in_without_a_key_by_other_ways(served, host):
 def test_bad_options(invoke, option, value, told):
     done = invoke(server.main, option, value)
     assert done.code == 2 and f"{option} must be {told}" in done.err
+
+
+def test_options_of_mlx_lms_server(invoke):
+    """Each is taken, or refused with the reason."""
+    known = set(re.findall(r'"(--[a-z-]+)"', inspect.getsource(mlx_lm.server.main)))
+    ours = {option for action in server.setup_arg_parser()._actions for option in action.option_strings}
+    assert len(known) > 20 and known <= ours
+    for option, reason in server.NOT_SERVED.items():
+        for value in ((), ("2",)):
+            done = invoke(server.main, option, *value)
+            assert done.code == 2 and f"{option}: {reason}" in done.err
+
+
+def test_an_adapter_that_is_not_there(invoke, tmp_path):
+    for path, missing in ((tmp_path / "none", "adapter_config.json"), (tmp_path, "adapters.safetensors")):
+        (tmp_path / "adapter_config.json").touch()
+        done = invoke(server.main, "--adapter-path", path)
+        assert done.code == 2 and "--adapter-path" in done.err and missing in done.err
+
+
+def test_settings_that_do_not_fit_the_model(invoke, tmp_path):
+    """They are found out at the start, also of the model that is otherwise loaded at the first request."""
+    done = invoke(server.main, "--port", 0, "--kv-bits", 4, "--log-dir", tmp_path)
+    assert done.code == 1 and "--kv-group-size" in done.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("line", "idle"),
+    [
+        ("--kv-group-size 32", "--kv-group-size has no effect without --kv-bits"),
+        ("--draft-tokens 2", "--draft-tokens has no effect without --verify"),
+        ("--dense --quality fast", "--quality has no effect with --dense"),
+        ("--kv-bits 8 --kv-group-size 32 --verify --draft-tokens 2", None),
+    ],
+)
+def test_options_that_have_no_effect(invoke, monkeypatch, caplog, line, idle):
+    monkeypatch.setattr(server, "serve", lambda args: None)
+    assert invoke(server.main, *line.split()).code == 0
+    assert [record.getMessage() for record in caplog.records] == ([idle] if idle else [])
 
 
 def test_options():

@@ -15,8 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
+from glass_mlx.downloads import Download, removal
 from glass_mlx.errors import GlassError
 from glass_mlx.loading import ALIASES, DEFAULT_MODEL
 from glass_mlx.model.config import GlassConfig
@@ -25,12 +24,13 @@ from glass_mlx.serving.engine import Engine, EngineOptions
 from glass_mlx.serving.errors import UnknownModel
 from glass_mlx.serving.measuring import MeasuringStopped
 from glass_mlx.serving.request import Usage
+from glass_mlx.sizes import fit, size, usable_memory
 
 from . import jobs
 from .jobs import Cancelled, Job
 from .server_control import ServerControl
 from .settings import Settings, load_settings, save_settings, settings_path
-from .state import Model, Snapshot, decoding_density, fit, size
+from .state import Model, Snapshot, decoding_density
 
 logger = logging.getLogger("glass_mlx")
 
@@ -236,13 +236,13 @@ class Controller:
 
     def describe_download(self, name: str) -> str:
         """What a download takes, in words, or why it is not possible. Asks the Hub."""
-        found: list[jobs.Plan] = []
+        found: list[Download] = []
         error = _error_of(lambda: found.append(jobs.plan(jobs.repo_name(name))))
         if error is not None:
             return error
         (plan,) = found
         words = {"fits": "fits this machine", "tight": "is tight here", "too large": "is too large for this memory"}
-        verdict = words[fit(plan.total, self._density(), memory_size())]
+        verdict = words[fit(plan.total, self._density(), usable_memory())]
         rest = "" if plan.missing == plan.total else f", {size(plan.missing)} of it still to come"
         return f"{size(plan.total)}{rest}; {verdict}; {size(plan.free)} are free on the disk."
 
@@ -252,7 +252,7 @@ class Controller:
             self._change(replace(self.settings, model=DEFAULT_MODEL))
         if self._engine.status().model == name:
             _error_of(self._engine.unload().result)
-        error = _error_of(lambda: jobs.delete(_repo(name)))
+        error = _error_of(lambda: removal([name])[0].execute())
         self.scan()
         self.notify(f"{name} could not be deleted. {error}" if error else f"{name} was deleted.")
 
@@ -277,7 +277,7 @@ class Controller:
         self._engine.stop_measuring()
 
     def _fitting(self) -> tuple[Model, ...]:
-        memory, density = memory_size(), self._density()
+        memory, density = usable_memory(), self._density()
         return tuple(replace(model, fit=fit(model.size, density, memory)) for model in self._models)
 
     # Settings and notices.
@@ -352,12 +352,6 @@ class Controller:
         self.cancel_download()
         self._server.stop()
         self._engine.close()
-
-
-def memory_size() -> int:
-    """Bytes that a model may take: what macOS recommends for the GPU; elsewhere the machine's memory."""
-    recommended = mx.device_info().get("max_recommended_working_set_size")
-    return int(recommended or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def _repo(name: str) -> str:

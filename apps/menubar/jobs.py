@@ -1,23 +1,22 @@
-"""Downloaded models: how large they are, downloads with progress that can be cancelled, and deleting."""
+"""Downloads: how large they are, and jobs that show their progress and can be cancelled."""
 
 from __future__ import annotations
 
 import io
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, scan_cache_dir, snapshot_download
-from huggingface_hub.errors import DryRunError
+from huggingface_hub import snapshot_download
 from tqdm import tqdm
 
+from glass_mlx.downloads import Download, plan_download
 from glass_mlx.errors import GlassError
 from glass_mlx.hub import hub_access
 from glass_mlx.loading import ALIASES, MODEL_FILES
 from glass_mlx.model_files import problem
+from glass_mlx.sizes import size
 
-from .state import Task, size
+from .state import Task
 
 
 class Cancelled(Exception):
@@ -59,32 +58,17 @@ def repo_name(text: str) -> str:
     return name
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a download takes: the bytes of the model, those that are not here yet, and those that the disk has free."""
-
-    total: int
-    missing: int
-    free: int
-
-
-def plan(name: str) -> Plan:
+def plan(name: str) -> Download:
     """Ask the Hub what the download of a model takes.
 
     Raises:
         GlassError: it is not a model, or the Hub refuses it.
     """
     repo = ALIASES.get(name, name)
-    with hub_access(repo):
-        try:
-            files = snapshot_download(repo, allow_patterns=MODEL_FILES, dry_run=True)
-        except DryRunError as e:
-            raise (e.__cause__ or e) from None  # the error of the Hub or the network
-    names = [file.filename for file in files]
-    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+    planned = plan_download(repo)
+    if "config.json" not in planned.names or not any(name.endswith(".safetensors") for name in planned.names):
         raise GlassError(f"{repo} is not a model for mlx-lm. Look for a conversion of it in mlx-community.")
-    missing = sum(file.file_size for file in files if file.will_download)
-    return Plan(sum(file.file_size for file in files), missing, _free())
+    return planned
 
 
 def download(job: Job) -> None:
@@ -103,27 +87,6 @@ def download(job: Job) -> None:
         path = Path(snapshot_download(repo, allow_patterns=MODEL_FILES, tqdm_class=_bar(job)))
     if (reason := problem(path)) is not None:
         raise GlassError(f"{repo} {reason}. Look for a conversion of it in mlx-community.")
-
-
-def delete(repo: str) -> None:
-    """Delete a repository from the Hub cache.
-
-    Raises:
-        GlassError: it is not there.
-    """
-    cache = scan_cache_dir(constants.HF_HUB_CACHE)
-    commits = [r.commit_hash for found in cache.repos if found.repo_id == repo for r in found.revisions]
-    if not commits:
-        raise GlassError("It is not in the Hub cache.")
-    cache.delete_revisions(*commits).execute()
-
-
-def _free() -> int:
-    """Bytes that are free where the Hub cache is."""
-    place = Path(constants.HF_HUB_CACHE)
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    return shutil.disk_usage(place).free
 
 
 def _bar(job: Job) -> type[tqdm]:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from glass_mlx.model.quality import QUALITIES
+from glass_mlx.sizes import size
 
-from .state import Model, Snapshot, Status, download_progress, progress, size, speed, status
+from .state import Model, Snapshot, Status, download_progress, progress, speed, status
 
 DENSITIES = (0.3, 0.5, 0.7)
 LINE = 58  # characters of a line of text in the menu

@@ -10,9 +10,10 @@ import toga
 from toga.style import Pack
 
 from glass_mlx.model.quality import QUALITIES
+from glass_mlx.sizes import size
 
 from .settings import Settings
-from .state import Snapshot, size
+from .state import Snapshot
 from .window import MARGIN, WIDTH, fit_to_content
 
 DENSITIES = tuple(n / 10 for n in range(1, 10))

@@ -1,4 +1,4 @@
-"""Sampling for verified decoding: a draft and its check draw the same random numbers."""
+"""Sampling: what its settings mean at their edges, and for verified decoding common random numbers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,18 @@ from collections.abc import Callable
 
 import mlx.core as mx
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, apply_xtc, greedy_sampler
+
+_COLDEST = 1e-5  # below it, one over the temperature leaves the range of 16-bit numbers, and rounding decides
+
+
+def effective_temperature(temp: float, top_p: float) -> float:
+    """The temperature for mlx-lm's samplers, which take ``top_p`` 0 as no limit: the most likely token is meant.
+
+    Args:
+        temp (float): the temperature asked for.
+        top_p (float): the probability to sample from, in [0, 1].
+    """
+    return temp if temp >= _COLDEST and top_p > 0 else 0.0
 
 
 class CommonRandomNumbers:

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 from ..core.compensation import Response
 from ..model.glass_model import GlassModel
-from ..ranks.response import DEFAULT_RANK
+from ..ranks.amounts import DEFAULT_RANK
 
 BITS = (4, 8, 16, 32)
 

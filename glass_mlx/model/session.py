@@ -42,7 +42,18 @@ class EvidenceSpan:
     evidence: mx.array
 
 
-class Session:
+class _TakesTurns(type):
+    """Says in words why mlx-lm cannot batch conversations: its own error names the class of what it cannot merge, and a
+    ``merge`` that raises would have mlx-lm's server try to."""
+
+    def __format__(cls, spec: str) -> str:
+        raise GlassError(
+            "A GlassModel's conversations cannot be batched: each decodes on neurons of its own. Answer the prompts "
+            "one after the other with glass_mlx.generate, or batch the dense model, model.dense."
+        )
+
+
+class Session(metaclass=_TakesTurns):
     """A conversation's evidence, its kept neurons and their compact weights.
 
     It has the interface of an mlx-lm cache entry, so whatever mlx-lm does to a prompt cache (evaluate, deep-copy, trim,

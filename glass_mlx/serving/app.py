@@ -20,13 +20,15 @@ from starlette.staticfiles import StaticFiles
 from .catalogue import DEFAULT_NAME
 from .engine import Engine
 from .errors import RequestError, UnknownModel
-from .http_errors import EXCEPTION_HANDLERS, error_response
+from .fields import warning_header
+from .http_errors import EXCEPTION_HANDLERS, error_body
 from .openapi import document
-from .request import Chunk, PendingCompletion
-from .schema import ChatBody, CompletionBody, parse
+from .request import Chunk, PendingCompletion, Usage, total
+from .responses import ResponseBody
+from .schema import Body, ChatBody, CompletionBody, parse
 from .security import SecurityMiddleware, SharingMiddleware, read_body
 from .sockets import parse_origin
-from .writers import ChatWriter, Health, Model, ModelList, TextWriter
+from .writers import Health, Model, ModelList
 
 logger = logging.getLogger("glass_mlx")
 
@@ -74,6 +76,7 @@ class Api:
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
                 Route("/chat/completions", self.chat, methods=["POST"]),
                 Route("/v1/completions", self.complete, methods=["POST"]),
+                Route("/v1/responses", self.respond, methods=["POST"]),
                 Route("/v1/models", self.models),
                 Route("/v1/models/{id:path}", self.model),
                 Route("/v1/status", self.status),
@@ -93,10 +96,13 @@ class Api:
         self.app = SharingMiddleware(secured, origins)
 
     async def chat(self, request: Request) -> Response | EventStream:
-        return await self._complete(request, ChatBody, ChatWriter)
+        return await self._complete(request, ChatBody)
 
     async def complete(self, request: Request) -> Response | EventStream:
-        return await self._complete(request, CompletionBody, TextWriter)
+        return await self._complete(request, CompletionBody)
+
+    async def respond(self, request: Request) -> Response | EventStream:
+        return await self._complete(request, ResponseBody)
 
     async def models(self, request: Request) -> Response:
         return _json(ModelList(data=await self._models()))
@@ -140,38 +146,37 @@ class Api:
         found = await asyncio.to_thread(self.engine.models)
         return [Model(**asdict(model)) for model in found]
 
-    async def _complete(self, request: Request, body_type: type, writer_type: type) -> Response | EventStream:
+    async def _complete(self, request: Request, body_type: type[Body]) -> Response | EventStream:
         try:
             data = await read_body(request, self.options.max_body_bytes, self.options.body_timeout)
         except ClientDisconnect:
             return Response(status_code=400)  # nobody reads it
         client = request.client.host if request.client else ""
 
-        def submit() -> tuple[Any, PendingCompletion]:
+        def submit() -> tuple[Any, list[str], list[PendingCompletion]]:
             body = parse(body_type, data)
-            return body, self.engine.submit(body.request(client, self.options.defaults))
+            warnings = body.warnings()
+            return body, warnings, self.engine.submit_all(body.requests(client, self.options.defaults))
 
-        body, pending = await asyncio.to_thread(submit)  # a large body takes a while
-        asked = pending.request
-        writer = writer_type(pending.source.id, asked.logprobs)
+        body, warnings, pending = await asyncio.to_thread(submit)  # a large body takes a while
+        writer = body.writer(pending[0].source.id, len(pending))
         delivery = _Delivery(self, pending, request.receive)
         try:
             # Most failures come before the first chunk, when a status code can still be sent.
-            chunk = await pending.get(KEEPALIVE if body.stream else None)
+            chunks = delivery.chunks(KEEPALIVE if body.stream else None)
+            first = await anext(chunks)
+            headers = delivery.warn(warnings)
             if body.stream:
-                return EventStream(_events(delivery, writer, chunk, body.include_usage), delivery)
-            while True:
-                if chunk is not None:
-                    writer.add(chunk)
-                    delivery.record(chunk)
-                    if chunk.finish_reason:
-                        break
-                chunk = await pending.get()
+                return EventStream(_events(delivery, writer, first, chunks, body), delivery, headers)
+            writer.add(first[1], first[0])
+            async for index, chunk in chunks:
+                writer.add(chunk, index)
+            answer = _dump(writer.response(delivery.usage(body)))
         except BaseException:
             delivery.close()
             raise
         delivery.close()
-        return Response(_dump(writer.response()), media_type="application/json")
+        return Response(answer, media_type="application/json", headers=headers)
 
 
 class PageFiles(StaticFiles):
@@ -184,98 +189,127 @@ class PageFiles(StaticFiles):
 
 
 class _Delivery:
-    """A completion on its way to a client. It is cancelled when the client disconnects, and logged when it ends.
+    """Completions of one request on their way to a client. They are cancelled when the client disconnects, and logged
+    when they end.
 
     The connection must not be read by anything else: the request's body was read before, and :class:`EventStream` does
     not read.
     """
 
-    def __init__(self, api: Api, pending: PendingCompletion, receive: Callable[[], Awaitable[dict[str, Any]]]):
+    def __init__(self, api: Api, pending: list[PendingCompletion], receive: Callable[[], Awaitable[dict[str, Any]]]):
         self.api, self.pending = api, pending
-        self._last: Chunk | None = None
+        self.client_left = False
+        self._usages: list[Usage] = []
         self._text: list[str] = []
-        api.pending.add(pending)
+        api.pending.update(pending)
         self._watch = asyncio.create_task(self._cancel_on_disconnect(receive))
 
-    def record(self, chunk: Chunk) -> None:
-        """Note a chunk that was delivered."""
-        self._last = chunk
-        if self.api.options.log_prompts:
-            self._text.append(chunk.reasoning + chunk.text)
+    async def chunks(self, timeout: float | None) -> AsyncIterator[tuple[int, Chunk | None]]:
+        """All chunks, each with the number of its choice; None where none came in time. A chunk counts as delivered
+        once the next one is asked for."""
+        for index, pending in enumerate(self.pending):
+            last = None
+            while last is None:
+                chunk = await pending.get(timeout)
+                yield index, chunk
+                if chunk is not None:
+                    last = self._record(index, chunk)
+
+    def warn(self, warnings: list[str]) -> dict[str, str]:
+        """Log what the client should know of its request; returns the header that says it."""
+        header = warning_header([*warnings, *self.pending[0].warnings])
+        for text in header.values():
+            logger.warning("%s: %s", self.pending[0].request.client, text)
+        return header
+
+    def usage(self, body: Body) -> Usage:
+        """What all of them cost."""
+        return total(self._usages, getattr(body, "n", None) or 1)
 
     def close(self) -> None:
         """End the delivery, whether it is complete or not."""
         self._watch.cancel()
-        self.api.pending.discard(self.pending)
-        if self._last is None or self._last.finish_reason is None:
-            self.pending.cancel()
-        self._log()
+        self.api.pending.difference_update(self.pending)
+        for pending in self.pending[len(self._usages) :]:
+            pending.cancel()
+        if self.api.options.log_prompts:
+            request = self.pending[0].request
+            texts = {"prompt": request.messages or request.prompt, "answer": "".join(self._text)}
+            logger.info("%s", json.dumps(texts, ensure_ascii=False))
 
-    def _log(self) -> None:
-        request, usage = self.pending.request, self._last.usage if self._last else None
-        if usage is not None:
+    def _record(self, index: int, chunk: Chunk) -> str | None:
+        """Note a chunk that was delivered; returns why the completion has ended, if it has."""
+        if self.api.options.log_prompts:
+            self._text.append(chunk.reasoning + chunk.text)
+        if chunk.finish_reason:
+            pending, usage = self.pending[index], chunk.usage
+            self._usages.append(usage)
             logger.info(
                 "%s for %s: %d prompt tokens (%d cached), %d generated, %.1f tok/s, %s",
-                self.pending.source.id,
-                request.client,
+                pending.source.id,
+                pending.request.client,
                 usage.prompt_tokens,
                 usage.cached_tokens,
                 usage.completion_tokens,
                 usage.generation_tps,
-                self._last.finish_reason,
+                chunk.finish_reason,
             )
-        if self.api.options.log_prompts:
-            texts = {"prompt": request.messages or request.prompt, "answer": "".join(self._text)}
-            logger.info("%s", json.dumps(texts, ensure_ascii=False))
+        return chunk.finish_reason
 
     async def _cancel_on_disconnect(self, receive: Callable[[], Awaitable[dict[str, Any]]]) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        self.pending.cancel()
+        self.client_left = True
+        for pending in self.pending:
+            pending.cancel()
 
 
 class EventStream:
     """A response of server-sent events. Starlette's own would read the connection, which the delivery does here."""
 
-    def __init__(self, events: AsyncIterator[bytes], delivery: _Delivery):
+    def __init__(self, events: AsyncIterator[bytes], delivery: _Delivery, headers: dict[str, str]):
         self.events, self.delivery = events, delivery
+        sent = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", **headers}
+        self.headers = [(name.lower().encode(), value.encode("latin-1")) for name, value in sent.items()]
 
     async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.start", "status": 200, "headers": self.headers})
             async for event in self.events:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
+                if not self.delivery.client_left:
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             self.delivery.close()
 
 
-async def _events(delivery: _Delivery, writer: Any, chunk: Chunk | None, include_usage: bool) -> AsyncIterator[bytes]:
-    """The events of a stream, of which ``chunk`` is the first chunk. A chunk counts as delivered once the next event is
-    asked for."""
-    if (event := writer.first_event()) is not None:
-        yield _event(event)
+async def _events(
+    delivery: _Delivery, writer: Any, first: tuple[int, Chunk | None], others: AsyncIterator, body: Body
+) -> AsyncIterator[bytes]:
+    """The events of a stream: those of the first chunk, of the others, and the end."""
+
+    async def chunks() -> AsyncIterator[tuple[int, Chunk | None]]:
+        yield first
+        async for item in others:
+            yield item
+
+    begun = -1
     try:
-        while True:
+        async for index, chunk in chunks():
+            if index > begun:
+                begun = index
+                for event in writer.first_events(index):
+                    yield writer.frame(event)
             if chunk is None:
                 yield b": keepalive\n\n"
             else:
-                if (event := writer.event(chunk)) is not None:
-                    yield _event(event)
-                delivery.record(chunk)
-                if chunk.finish_reason:
-                    break
-            chunk = await delivery.pending.get(KEEPALIVE)
-        if include_usage:
-            yield _event(writer.usage_event(chunk.usage))
-        yield b"data: [DONE]\n\n"
+                for event in writer.events(chunk, index):
+                    yield writer.frame(event)
+        for event in writer.last_events(delivery.usage(body), body.include_usage):
+            yield writer.frame(event)
+        yield writer.end
     except RequestError as e:
-        yield b"data: " + error_response(e).body + b"\n\n"
-
-
-def _event(model: BaseModel) -> bytes:
-    return b"data: " + _dump(model) + b"\n\n"
+        yield writer.failure(error_body(e))
 
 
 def _json(model: BaseModel, status: int = 200) -> Response:

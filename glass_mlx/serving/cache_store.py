@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Container
-from contextlib import suppress
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
+from ..decoding.control_tokens import template_tokens
 from ..decoding.conversation import CachedConversation
-from ..decoding.prompt import render
 from ..model.session import Session
 
 _SHORTEST_CALL = 32  # tokens; a message below that is read together with the next one
@@ -96,10 +95,7 @@ def message_marks(tokenizer: Any) -> frozenset[int]:
     """The control tokens by which the chat template tells messages apart, and EOS."""
     marks = set(tokenizer.eos_token_ids)
     if tokenizer.has_chat_template:
-        chat = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
-        with suppress(Exception):  # templates raise all sorts of errors; then EOS is left
-            control = tokenizer.added_tokens_decoder
-            marks |= {t for t in render(tokenizer, chat, add_generation_prompt=True) if str(control.get(t, "")).strip()}
+        marks |= template_tokens(tokenizer, tokenizer.apply_chat_template)
     return frozenset(marks)
 
 

@@ -21,11 +21,13 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import generation_stream, wired_limit
 
+from ..decoding.stream import context_length
 from ..errors import GlassError
 from ..loading import load
 from ..model.memory import available_memory, default_limit
@@ -33,7 +35,7 @@ from .cache_store import ConversationStore
 from .catalogue import DEFAULT_NAME, Catalogue, ModelInfo, Source
 from .engine_options import EngineOptions
 from .engine_status import EngineStatus, ModelFacts
-from .errors import BadRequest, EngineFailed, QueueFull, RequestError
+from .errors import BadRequest, EngineFailed, QueueFull, RequestError, shown_reason
 from .measuring import Measurement
 from .prompt_limit import PromptLimit
 from .queue import RoundRobinQueue
@@ -79,14 +81,23 @@ class Engine:
             QueueFull: too many requests are waiting.
             EngineFailed: the engine is closed.
         """
-        pending = PendingCompletion(request, self.catalogue.resolve(request.model), self._drop_cancelled)
-        self._limit(pending.source).check(request)
+        return self.submit_all([request])[0]
+
+    def submit_all(self, requests: list[Request]) -> list[PendingCompletion]:
+        """Queue several requests of one client, each when the one before it has ended: they take one place.
+
+        Returns and raises what :meth:`submit` does.
+        """
+        pending = [PendingCompletion(r, self.catalogue.resolve(r.model), self._drop_cancelled) for r in requests]
+        for one in pending:
+            self._limit(one.source).check(one.request)
+        for one, following in pairwise(pending):
+            one.following = following
         with self._condition:
             self._check_open()
             if len(self._queue) >= self.options.max_queue:
                 raise QueueFull(f"The queue is full: {len(self._queue)} requests are waiting. Try again later.")
-            self._queue.push(request.client, pending)
-            self._condition.notify()
+            self._push(pending[0])
         return pending
 
     def call(self, function: Callable[[Any, Any], Any], model: str = DEFAULT_NAME) -> Future:
@@ -225,11 +236,18 @@ class Engine:
         if not self.alive:
             raise EngineFailed("The engine is closed.")
 
+    def _push(self, pending: PendingCompletion | None) -> None:
+        """Put a request into the queue, if there is one. The caller holds the condition."""
+        if pending is not None:
+            self._queue.push(pending.request.client, pending)
+            self._condition.notify()
+
     def _drop_cancelled(self, pending: PendingCompletion) -> None:
         """Take a cancelled request out of the queue, if it is still waiting."""
         with self._condition:
             if self._queue.remove(pending.request.client, pending):
                 pending.put(Chunk(finish_reason="cancelled", usage=Usage()))
+                self._push(pending.following)
 
     # What follows runs on the engine's thread.
 
@@ -244,7 +262,9 @@ class Engine:
                 future.set_exception(e)
             del work, job, future  # they refer to the model, which would stay in memory
         for pending in self._queue.clear():
-            pending.put(EngineFailed("The engine was closed."))
+            while pending is not None:
+                pending.put(EngineFailed("The engine was closed."))
+                pending = pending.following
         for _, future in self._jobs:
             future.cancel()
         if self._measurement is not None:
@@ -273,9 +293,15 @@ class Engine:
         return None
 
     def _complete(self, pending: PendingCompletion) -> None:
-        if pending.cancelled:  # since it left the queue: no reason to load a model
-            pending.put(Chunk(finish_reason="cancelled", usage=Usage()))
-            return
+        last = Chunk(finish_reason="cancelled", usage=Usage())
+        if not pending.cancelled:  # since it left the queue: no reason to load a model
+            last = self._generate(pending)
+        with self._condition:
+            self._push(pending.following)
+        pending.put(last)  # only now: whoever receives it finds the engine ready and the conversation in the store
+
+    def _generate(self, pending: PendingCompletion) -> Chunk | RequestError:
+        """Complete a request: the last chunk, or why it failed."""
         try:
             worker = self._ensure_loaded(pending.source)
             self._state = "generating"
@@ -292,7 +318,7 @@ class Engine:
             store = self._worker.store
             self._stored = len(store), store.nbytes
             mx.clear_cache()  # what an answer computed with would stay allocated until the next one
-        pending.put(last)  # only now: whoever receives it finds the engine ready and the conversation in the store
+        return last
 
     def _read_ahead(self) -> None:
         """Read the last answer while nobody waits; what comes in goes first."""
@@ -336,7 +362,7 @@ class Engine:
         except Exception as e:
             logger.error("%s cannot be loaded: %s", source.id, e, exc_info=not isinstance(e, GlassError))
             self._unload()
-            self._state, self._error = "failed", f"{source.id} cannot be loaded. See the log."
+            self._state, self._error = "failed", f"{source.id} cannot be loaded{shown_reason(e)}"
             if isinstance(e, RequestError):
                 raise
             raise EngineFailed(self._error) from e
@@ -347,7 +373,7 @@ class Engine:
     def _load(self, source: Source) -> Worker:
         options = self.options
         model, tokenizer = load(source.locate(), **vars(options.config), **options.load)
-        context = getattr(getattr(model, "args", None), "max_position_embeddings", None)
+        context = context_length(model, tokenizer, model.make_cache())
         mx.set_cache_limit(available_memory() // 8)
         self._held.enter_context(wired_limit(model, [generation_stream]))  # else the weights may be paged out when idle
         kept = default_limit(model.dense) // 2 if options.max_cache_bytes is None else options.max_cache_bytes

@@ -6,6 +6,7 @@ responses.
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
 from ..errors import GlassError
@@ -82,3 +83,12 @@ class InvalidKey(RequestError):
     """The API key is missing or wrong."""
 
     status, code, headers = 401, "invalid_api_key", {"WWW-Authenticate": "Bearer"}
+
+
+_PATH = re.compile(r"(?<![\w.])(?:[~.]{0,2}[/\\]|[A-Za-z]:\\)")
+
+
+def shown_reason(error: Exception) -> str:
+    """Why something failed, as any client may see it: the error's own words, unless they name a path."""
+    reason = str(error).rstrip(".")
+    return f": {reason}." if isinstance(error, GlassError) and not _PATH.search(reason) else ". See the log."

@@ -15,6 +15,11 @@ def error_response(error: RequestError) -> JSONResponse:
     return _response(error.status, str(error), error.param, error.code, error.headers)
 
 
+def error_body(error: RequestError) -> ErrorBody:
+    """The same for an event of a stream."""
+    return _body(error.status, str(error), error.param, error.code)
+
+
 def _request_error(_: Request, error: RequestError) -> JSONResponse:
     return error_response(error)
 
@@ -34,6 +39,9 @@ EXCEPTION_HANDLERS = {RequestError: _request_error, HTTPException: _http_excepti
 def _response(
     status: int, message: str, param: str | None = None, code: str | None = None, headers: dict[str, str] | None = None
 ) -> JSONResponse:
+    return JSONResponse(_body(status, message, param, code).model_dump(), status, headers)
+
+
+def _body(status: int, message: str, param: str | None, code: str | None) -> ErrorBody:
     kind = "server_error" if status >= 500 else "invalid_request_error"
-    body = ErrorBody(error=Error(message=message, type=kind, param=param, code=code))
-    return JSONResponse(body.model_dump(), status, headers)
+    return ErrorBody(error=Error(message=message, type=kind, param=param, code=code))

@@ -9,11 +9,14 @@ from pydantic import TypeAdapter
 
 from .._version import __version__
 from .engine import EngineStatus
+from .response_writer import ResponseEvent, ResponseObject
+from .responses import ResponseBody
 from .schema import ChatBody, CompletionBody
 from .writers import ChatChunk, ChatCompletion, ErrorBody, Health, Model, ModelList, TextCompletion
 
 _MODELS = (
-    *(ChatBody, CompletionBody, ChatCompletion, ChatChunk, TextCompletion),
+    *(ChatBody, CompletionBody, ResponseBody, ChatCompletion, ChatChunk, TextCompletion),
+    *(ResponseObject, ResponseEvent),
     *(Model, ModelList, EngineStatus, Health, ErrorBody),
 )
 _REF = "#/components/schemas/{model}"
@@ -81,9 +84,11 @@ def _paths(refs: dict[type, dict]) -> dict[str, Any]:
     measure = operation("Measure a model's global ranks while nobody waits", EngineStatus, ("400", *_FORBIDDEN, "404"))
     stop = operation("End that, and keep what was measured", EngineStatus, _FORBIDDEN)
     complete = operation("Continue a text", TextCompletion, _COMPLETING, CompletionBody, TextCompletion)
+    respond = operation("Answer an input", ResponseObject, _COMPLETING, ResponseBody, ResponseEvent)
     return {
         "/v1/chat/completions": {"post": operation("Answer a chat", ChatCompletion, _COMPLETING, ChatBody, ChatChunk)},
         "/v1/completions": {"post": complete},
+        "/v1/responses": {"post": respond},
         "/v1/models": {"get": operation("The models that requests may name", ModelList, _FORBIDDEN)},
         "/v1/models/{id}": {"get": model},
         "/v1/status": {"get": status},

@@ -60,7 +60,9 @@ class PromptLimit:
             args = check_template_args({**(self.template_args or {}), **request.template_args})
         except GlassError as e:
             raise BadRequest(str(e), "chat_template_kwargs") from e
-        return {**args, "tools": request.tools}
+        if request.continue_final_message:  # not every renderer knows the word
+            args["continue_final_message"] = True
+        return {**args, "add_generation_prompt": request.add_generation_prompt, "tools": request.tools}
 
     def render(self, messages: list[dict[str, Any]], **options: Any) -> Any:
         """A chat in the model's template, as tokens or, with ``tokenize=False``, as text.
@@ -80,7 +82,7 @@ class PromptLimit:
     def _text(self, request: Request) -> str:
         if request.messages is None:
             return request.prompt or ""
-        return self.render(request.messages, add_generation_prompt=True, **self.options(request), tokenize=False)
+        return self.render(request.messages, **self.options(request), tokenize=False)
 
 
 def _characters(value: Any) -> int:

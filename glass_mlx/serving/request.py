@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import queue
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .catalogue import Source
@@ -23,12 +23,18 @@ class Request:
         model: ``demo``, an alias, a Hub repository, or ``default_model``.
         client: who sent the request. Clients take turns in the queue.
         tools: function definitions for the chat template.
+        forced_tools: names of those that the answer must call one of; none if it need not call any.
+        one_call: whether the answer ends after its first call.
+        schema: the JSON schema that the answer must follow, if any.
+        strict_schema: whether a schema is refused that says more than can be enforced.
         template_args: further arguments of the chat template.
-        max_tokens: the most tokens to generate.
+        add_generation_prompt, continue_final_message: the answer begins a message of its own, or goes on with the last.
+        echo: whether the text begins with the prompt.
+        max_tokens: the most tokens to generate; -1 for as many as the model's context has room for.
         stop: texts that end the answer. They are not part of it.
         seed: of the random numbers that tokens are sampled with. Without one they are new for every request.
         quality: instead of a density, the one for this quality.
-        density, global_weight, signal, layer_budgets, refresh, compensation, verify: where they differ from the
+        density, global_weight, signal, layer_budgets, compensation, verify: where they differ from the
             engine's.
         logprobs: whether each token comes with its log-probability and with its ``top_logprobs`` most likely rivals.
 
@@ -40,7 +46,14 @@ class Request:
     model: str = "default_model"
     client: str = ""
     tools: list[dict[str, Any]] | None = None
+    forced_tools: tuple[str, ...] = ()
+    one_call: bool = False
+    schema: dict[str, Any] | None = None
+    strict_schema: bool = False
     template_args: dict[str, Any] = field(default_factory=dict)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    echo: bool = False
     max_tokens: int = 512
     stop: tuple[str, ...] = ()
     seed: int | None = None
@@ -49,7 +62,6 @@ class Request:
     global_weight: float | str | None = None
     signal: str | None = None
     layer_budgets: str | None = None
-    refresh: int | str | None = None
     compensation: bool | None = None
     verify: bool | None = None
     temperature: float = 0.0
@@ -62,7 +74,9 @@ class Request:
     repetition_penalty: float = 0.0
     repetition_context_size: int = 20
     presence_penalty: float = 0.0
+    presence_context_size: int = 20
     frequency_penalty: float = 0.0
+    frequency_context_size: int = 20
     logprobs: bool = False
     top_logprobs: int = 0
 
@@ -126,6 +140,18 @@ class Chunk:
     usage: Usage | None = None
 
 
+def total(usages: list[Usage], n: int) -> Usage:
+    """What several completions cost together, of which each n have the same prompt; the rest is the last one's."""
+    prompts = usages[::n]
+    return replace(
+        usages[-1],
+        prompt_tokens=sum(usage.prompt_tokens for usage in prompts),
+        cached_tokens=sum(usage.cached_tokens for usage in prompts),
+        completion_tokens=sum(usage.completion_tokens for usage in usages),
+        drafted_tokens=sum(usage.drafted_tokens for usage in usages),
+    )
+
+
 class PendingCompletion:
     """A submitted request. Iterate over it, with ``for`` or ``async for``, for the chunks of its completion.
 
@@ -134,11 +160,15 @@ class PendingCompletion:
 
     Attributes:
         request, source: what was asked, and of which model.
+        warnings: what the client should know of its request, as of the first chunk.
+        following: the request that is queued when this one has ended, if any.
         cancelled: whether nobody wants the rest any more.
     """
 
     def __init__(self, request: Request, source: Source, on_cancel: Callable[[PendingCompletion], None]):
         self.request, self.source = request, source
+        self.warnings: list[str] = []
+        self.following: PendingCompletion | None = None
         self.cancelled = False
         self._on_cancel = on_cancel
         self._items: queue.SimpleQueue[Chunk | RequestError] = queue.SimpleQueue()

@@ -17,6 +17,7 @@ from starlette.requests import Request
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .errors import BodyTimeout, BodyTooLarge, Forbidden, InvalidKey
+from .fields import WARNING_HEADER
 from .http_errors import error_response
 
 HEADERS = {
@@ -42,7 +43,7 @@ class SharingMiddleware(CORSMiddleware):
             allow_methods=("*",),
             allow_headers=("*",),
             allow_private_network=True,
-            expose_headers=("Retry-After",),
+            expose_headers=("Retry-After", WARNING_HEADER),
         )
 
     async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:

@@ -17,7 +17,7 @@ from mlx_lm.sample_utils import make_logits_processors
 
 from ..decoding import sampling
 from ..decoding.conversation import CachedConversation
-from ..decoding.prompt import encode
+from ..decoding.prompt import ContinuingTokenizer, encode
 from ..decoding.stream import GenerationResponse, stream_generate
 from ..errors import GlassError
 from ..model.config import GlassConfig
@@ -25,9 +25,12 @@ from ..model.glass_model import GlassModel
 from ..model.quality import density_for
 from .cache_store import ConversationStore, message_marks, prompt_call_ends, stays_cuttable
 from .errors import BadRequest
+from .grammar import Grammars
 from .output_parser import OutputParser
 from .prompt_limit import PromptLimit
 from .request import Chunk, PendingCompletion, Request, Token, Usage
+
+_BEFORE = 4  # tokens, of which a character has at most so many
 
 
 class _Cancelled(Exception):
@@ -62,6 +65,7 @@ class Worker:
     def __post_init__(self):
         """Raises GlassError if the model's KV cache cannot be quantised as asked; else every request would find out."""
         self.marks = message_marks(self.tokenizer)
+        self.grammars = Grammars(self.tokenizer)
         if self.kv.get("kv_bits") is None:
             return
         cache = self.model.make_cache()[:-1]
@@ -90,10 +94,13 @@ class Worker:
         request = pending.request
         config = self._config(request)
         prompt = self._encode(request)
+        pending.warnings += self._warnings(request, prompt)
+        grammar = self.grammars.processor(request, prompt)
+        pending.warnings += grammar.warnings if grammar is not None else ()
         call_ends = prompt_call_ends(prompt, self.marks, self.prefill_step_size)
         conversation = self.store.take(prompt, call_ends, config.signal, lambda: self.model.make_cache(**vars(config)))
         conversation.session.configure(**vars(config))
-        completion = _Completion(self, pending, conversation, prompt, call_ends)
+        completion = _Completion(self, pending, conversation, prompt, call_ends, grammar)
         last = completion.run(on_speed)
         if (kept := completion.reusable()) is not None:
             self.store.put(kept)
@@ -153,7 +160,6 @@ class Worker:
                 global_weight=request.global_weight,
                 signal=request.signal,
                 layer_budgets=request.layer_budgets,
-                refresh=request.refresh,
                 compensation=request.compensation,
             )
         except GlassError as e:
@@ -173,7 +179,7 @@ class Worker:
         tokenizer, limit = self.tokenizer, self.limit
         limit.check(request)
         if request.messages is not None:
-            prompt = limit.render(request.messages, add_generation_prompt=True, **limit.options(request))
+            prompt = limit.render(request.messages, **limit.options(request))
         elif isinstance(request.prompt, str):
             prompt = encode(tokenizer, request.prompt)
         else:
@@ -185,6 +191,20 @@ class Worker:
         if any(not 0 <= t < size for t in (*prompt, *(request.logit_bias or ()))):
             raise BadRequest(f"A token id is out of range: this model has the ids 0 to {size - 1}.")
         return prompt
+
+    def _warnings(self, request: Request, prompt: list[int]) -> list[str]:
+        """What the client should know that depends on the model."""
+        if not request.tools:
+            return []
+        warnings, limit = [], self.limit
+        if limit.render(request.messages, **{**limit.options(request), "tools": None}) == prompt:
+            warnings.append("tools: this model's chat template does not show them to it")
+        if not request.forced_tools and not self.grammars.writes_calls_as_json:
+            if any(tool["function"].get("strict") for tool in request.tools):
+                warnings.append("strict: this model's form of tool calls cannot be enforced")
+            if request.schema is not None:
+                warnings.append("tools: this model can call none in an answer of a given form")
+        return warnings
 
     def token(self, id: int, logprob: float = 0.0, top: tuple[Token, ...] = ()) -> Token:
         """A token with its text. It is decoded after another token, because alone it may lose its leading space."""
@@ -204,10 +224,11 @@ class _Completion:
         conversation: CachedConversation,
         prompt: list[int],
         call_ends: list[int],
+        grammar: Callable[[mx.array, mx.array], mx.array] | None,
     ):
         self.worker, self.pending, self.request = worker, pending, pending.request
         self.conversation, self.prompt, self.call_ends = conversation, prompt, call_ends
-        self.in_cache = len(conversation.tokens)
+        self.grammar, self.in_cache = grammar, len(conversation.tokens)
         self.verify = worker.verify_options(self.request)
         self.verified = bool(self.verify.get("verify")) and conversation.session.config.density < 1
         self.generated: list[int] = []
@@ -221,7 +242,19 @@ class _Completion:
         # Seeded right before generating, and no other request runs until it ends, so the random numbers are its own.
         # Without a seed: 64 fresh bits, or the answers that follow a seeded request would always be the same.
         mx.random.seed(self.request.seed % 2**64 if self.request.seed is not None else secrets.randbits(64))
-        parser = OutputParser(self.worker.tokenizer, self.prompt, self.request.stop, self.request.tools)
+        request, tokenizer = self.request, self.worker.tokenizer
+        parser = OutputParser(
+            tokenizer,
+            self.prompt,
+            request.stop,
+            request.tools,
+            is_chat=request.messages is not None,
+            bare_call=self.worker.grammars.forces_bare_call(request),
+            one_call=request.one_call,
+        )
+        if request.echo:
+            said = request.prompt if isinstance(request.prompt, str) else tokenizer.decode(self.prompt)
+            self.pending.put(Chunk(said))
         response, chunk, finish = None, Chunk(), "cancelled"
         try:
             self._read_beginning()
@@ -231,15 +264,15 @@ class _Completion:
         usage = self._usage(response) if response is not None else Usage(len(self.prompt))
         if finish != "cancelled":
             rest = parser.finish()
-            ended = response.token in self.worker.tokenizer.eos_token_ids
+            ended = response.token in tokenizer.eos_token_ids
             chunk = Chunk(
                 chunk.text + rest.text,
                 chunk.reasoning + rest.reasoning,
                 chunk.tool_calls + rest.tool_calls,
                 None if ended else self._token(response),
             )
-            if parser.has_tool_calls and finish == "stop":
-                finish = "tool_calls"
+            if finish == "stop":
+                finish = "tool_calls" if parser.has_tool_calls else "length" if parser.is_reasoning else "stop"
         return replace(chunk, finish_reason=finish, usage=usage)
 
     def _generate(
@@ -281,13 +314,14 @@ class _Completion:
     def answered(self, last: Chunk) -> tuple[Request, str] | None:
         """The request and its answer, if there may be a next turn that has them; not so where it calls tools."""
         answer = self.text + last.text
-        goes_on = self.request.messages is not None and last.finish_reason in ("stop", "length") and answer
+        is_turn = self.request.messages is not None and not self.request.continue_final_message
+        goes_on = is_turn and last.finish_reason in ("stop", "length") and answer
         return (self.request, answer) if goes_on else None
 
     def _stream(self) -> Iterator[GenerationResponse]:
         worker, request, conversation = self.worker, self.request, self.conversation
         sampler = (sampling if self.verified else sample_utils).make_sampler(
-            request.temperature,
+            sampling.effective_temperature(request.temperature, request.top_p),
             request.top_p,
             request.min_p,
             top_k=request.top_k if request.top_k < len(worker.tokenizer) else 0,  # mlx-lm refuses more
@@ -300,14 +334,17 @@ class _Completion:
             request.repetition_penalty,
             request.repetition_context_size,
             request.presence_penalty,
-            request.repetition_context_size,
+            request.presence_context_size,
             request.frequency_penalty,
-            request.repetition_context_size,
+            request.frequency_context_size,
         )
         offset = conversation.session.offset
         # mlx-lm shows the processors only the tokens of this call, but penalties count earlier tokens as well
-        before = mx.array(self.prompt[max(0, offset - request.repetition_context_size) : offset], dtype=mx.int32)
+        sizes = request.repetition_context_size, request.presence_context_size, request.frequency_context_size
+        before = mx.array(self.prompt[max(0, offset - max(sizes)) : offset], dtype=mx.int32)
         processors = [lambda t, logits, p=p: p(mx.concatenate([before, t]), logits) for p in processors]
+        if self.grammar is not None:
+            processors.append(self.grammar)  # the last one: nothing may lift what it forbids
 
         def on_progress(done: int, total: int) -> None:
             if self.pending.cancelled and done < total:
@@ -315,7 +352,7 @@ class _Completion:
 
         return stream_generate(
             worker.model,
-            worker.tokenizer,
+            self._tokenizer(),
             self.prompt[offset:],
             request.max_tokens,
             prompt_cache=conversation.cache,
@@ -326,6 +363,12 @@ class _Completion:
             **self.verify,
             **worker.kv,
         )
+
+    def _tokenizer(self) -> Any:
+        """The tokenizer to write the answer with. A chat's answer begins a text; others go on with one."""
+        tokenizer, request = self.worker.tokenizer, self.request
+        goes_on = request.messages is None or request.continue_final_message
+        return ContinuingTokenizer(tokenizer, self.prompt[-_BEFORE:]) if goes_on else tokenizer
 
     def _token(self, response: GenerationResponse) -> Token:
         if not self.request.logprobs:

@@ -191,21 +191,22 @@ class Health(_Out):
     status: Literal["ok", "unavailable"]
 
 
-class _Writer:
-    """Makes the responses to one request: either the events of a stream, or one whole response."""
+class _Choice:
+    """One of the answers to a request.
 
-    prefix: str
+    Attributes:
+        whole: what was collected of it.
+        tokens: its tokens.
+        calls: how many tool calls were written of it.
+        offset: how many characters of text.
+    """
 
-    def __init__(self, model: str, logprobs: bool):
-        self._base = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self._logprobs = logprobs
-        self._whole = Chunk()
-        self._tokens: list[Token] = []
+    def __init__(self):
+        self.whole, self.tokens, self.calls, self.offset = Chunk(), [], 0, 0
 
     def add(self, chunk: Chunk) -> None:
-        """Collect a chunk for :meth:`response`."""
-        whole = self._whole
-        self._whole = Chunk(
+        whole = self.whole
+        self.whole = Chunk(
             whole.text + chunk.text,
             whole.reasoning + chunk.reasoning,
             whole.tool_calls + chunk.tool_calls,
@@ -213,7 +214,32 @@ class _Writer:
             usage=chunk.usage,
         )
         if chunk.token is not None:
-            self._tokens.append(chunk.token)
+            self.tokens.append(chunk.token)
+
+
+class _Writer:
+    """Makes the responses to one request: either the events of a stream, or one whole response."""
+
+    prefix: str
+
+    def __init__(self, model: str, logprobs: bool, choices: int = 1):
+        self._base = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._logprobs = logprobs
+        self._choices = [_Choice() for _ in range(choices)]
+
+    end = b"data: [DONE]\n\n"  # what is sent after the last event
+
+    def frame(self, event: BaseModel) -> bytes:
+        """An event as it is sent."""
+        return b"data: " + event.model_dump_json(exclude_unset=True).encode() + b"\n\n"
+
+    def failure(self, error: ErrorBody) -> bytes:
+        """The event of an error, as it is sent."""
+        return self.frame(error)
+
+    def add(self, chunk: Chunk, index: int = 0) -> None:
+        """Collect a chunk of a choice for :meth:`response`."""
+        self._choices[index].add(chunk)
 
 
 class ChatWriter(_Writer):
@@ -221,60 +247,60 @@ class ChatWriter(_Writer):
 
     prefix = "chatcmpl"
 
-    def __init__(self, model: str, logprobs: bool):
-        super().__init__(model, logprobs)
-        self._tool_calls = 0
-
-    def first_event(self) -> BaseModel:
+    def first_events(self, index: int = 0) -> list[BaseModel]:
         """The event that tells the role."""
-        return self._event(AssistantMessage(role="assistant", content=""), None, None)
+        return [self._event(AssistantMessage(role="assistant", content=""), None, None, index)]
 
-    def event(self, chunk: Chunk) -> BaseModel | None:
-        """The event for a chunk; None if it has nothing to show."""
-        delta = self._message(chunk, stream=True)
+    def events(self, chunk: Chunk, index: int = 0) -> list[BaseModel]:
+        """The events for a chunk of a choice; none if it has nothing to show."""
+        delta = self._message(chunk, self._choices[index], stream=True)
         logprobs = self._chat_logprobs([chunk.token]) if chunk.token is not None else None
         if not delta.model_fields_set and not chunk.finish_reason and logprobs is None:
-            return None
-        return self._event(delta, chunk.finish_reason, logprobs)
+            return []
+        return [self._event(delta, chunk.finish_reason, logprobs, index)]
 
-    def usage_event(self, usage: CompletionUsage) -> BaseModel:
+    def last_events(self, usage: CompletionUsage, include_usage: bool) -> list[BaseModel]:
         """The event after the last chunk, for clients that ask for the usage."""
-        return ChatChunk(**self._base, object="chat.completion.chunk", choices=[], usage=Usage.of(usage))
+        if not include_usage:
+            return []
+        return [ChatChunk(**self._base, object="chat.completion.chunk", choices=[], usage=Usage.of(usage))]
 
-    def response(self) -> BaseModel:
+    def response(self, usage: CompletionUsage) -> BaseModel:
         """The whole response."""
-        whole = self._whole
-        message = self._message(whole, stream=False)
+        choices = [self._whole_choice(i, choice) for i, choice in enumerate(self._choices)]
+        return ChatCompletion(**self._base, object="chat.completion", choices=choices, usage=Usage.of(usage))
+
+    def _whole_choice(self, index: int, choice: _Choice) -> ChatChoice:
+        whole = choice.whole
+        message = self._message(whole, choice, stream=False)
         message.role = "assistant"
         message.content = whole.text if whole.text or not whole.tool_calls else None
-        choice = ChatChoice(
-            index=0, message=message, finish_reason=whole.finish_reason, logprobs=self._chat_logprobs(self._tokens)
-        )
-        return ChatCompletion(**self._base, object="chat.completion", choices=[choice], usage=Usage.of(whole.usage))
+        logprobs = self._chat_logprobs(choice.tokens)
+        return ChatChoice(index=index, message=message, finish_reason=whole.finish_reason, logprobs=logprobs)
 
-    def _event(self, delta: AssistantMessage, finish_reason: str | None, logprobs: ChatLogprobs | None) -> ChatChunk:
-        choice = ChunkChoice(index=0, delta=delta, finish_reason=finish_reason, logprobs=logprobs)
+    def _event(
+        self, delta: AssistantMessage, finish_reason: str | None, logprobs: ChatLogprobs | None, index: int
+    ) -> ChatChunk:
+        choice = ChunkChoice(index=index, delta=delta, finish_reason=finish_reason, logprobs=logprobs)
         return ChatChunk(**self._base, object="chat.completion.chunk", choices=[choice])
 
-    def _message(self, chunk: Chunk, stream: bool) -> AssistantMessage:
+    def _message(self, chunk: Chunk, choice: _Choice, stream: bool) -> AssistantMessage:
         fields: dict[str, Any] = {}
         if chunk.text:
             fields["content"] = chunk.text
         if chunk.reasoning:
             fields |= {"reasoning": chunk.reasoning, "reasoning_content": chunk.reasoning}
         if chunk.tool_calls:
-            numbered = enumerate(chunk.tool_calls, self._tool_calls)
+            numbered = enumerate(chunk.tool_calls, choice.calls)
             fields["tool_calls"] = [ToolCallOutput(**call, **({"index": i} if stream else {})) for i, call in numbered]
-            self._tool_calls += len(chunk.tool_calls)
+            choice.calls += len(chunk.tool_calls)
         return AssistantMessage(**fields)
 
     def _chat_logprobs(self, tokens: list[Token]) -> ChatLogprobs | None:
         if not self._logprobs:
             return None
         return ChatLogprobs(
-            content=[
-                TokenLogprob(**_logprob(t), top_logprobs=[TopLogprob(**_logprob(o)) for o in t.top]) for t in tokens
-            ]
+            content=[TokenLogprob(**logprob(t), top_logprobs=[TopLogprob(**logprob(o)) for o in t.top]) for t in tokens]
         )
 
 
@@ -283,44 +309,41 @@ class TextWriter(_Writer):
 
     prefix = "cmpl"
 
-    def __init__(self, model: str, logprobs: bool):
-        super().__init__(model, logprobs)
-        self._offset = 0  # characters of the text so far
+    def first_events(self, index: int = 0) -> list[BaseModel]:
+        return []
 
-    def first_event(self) -> None:
-        return None
+    def events(self, chunk: Chunk, index: int = 0) -> list[BaseModel]:
+        """The events for a chunk of a choice; none if it has nothing to show."""
+        logprobs = self._text_logprobs([chunk.token], index) if chunk.token is not None else None
+        if not chunk.text and not chunk.finish_reason and logprobs is None:
+            return []
+        return [self._response([self._choice(index, chunk, logprobs)])]
 
-    def event(self, chunk: Chunk) -> BaseModel | None:
-        """The event for a chunk; None if it has nothing to show."""
-        text = chunk.reasoning + chunk.text  # a continued text has no sections
-        logprobs = self._text_logprobs([chunk.token]) if chunk.token is not None else None
-        if not text and not chunk.finish_reason and logprobs is None:
-            return None
-        return self._response(text, chunk.finish_reason, logprobs)
-
-    def usage_event(self, usage: CompletionUsage) -> BaseModel:
+    def last_events(self, usage: CompletionUsage, include_usage: bool) -> list[BaseModel]:
         """The event after the last chunk, for clients that ask for the usage."""
-        return TextCompletion(**self._base, object="text_completion", choices=[], usage=Usage.of(usage))
+        return [self._response([], usage=Usage.of(usage))] if include_usage else []
 
-    def response(self) -> BaseModel:
+    def response(self, usage: CompletionUsage) -> BaseModel:
         """The whole response."""
-        whole = self._whole
-        text = whole.reasoning + whole.text
-        response = self._response(text, whole.finish_reason, self._text_logprobs(self._tokens))
-        response.usage = Usage.of(whole.usage)
-        return response
+        choices = [
+            self._choice(i, choice.whole, self._text_logprobs(choice.tokens, i))
+            for i, choice in enumerate(self._choices)
+        ]
+        return self._response(choices, usage=Usage.of(usage))
 
-    def _response(self, text: str, finish_reason: str | None, logprobs: TextLogprobs | None) -> TextCompletion:
-        choice = TextChoice(index=0, text=text, finish_reason=finish_reason, logprobs=logprobs)
-        return TextCompletion(**self._base, object="text_completion", choices=[choice])
+    def _choice(self, index: int, chunk: Chunk, logprobs: TextLogprobs | None) -> TextChoice:
+        return TextChoice(index=index, text=chunk.text, finish_reason=chunk.finish_reason, logprobs=logprobs)
 
-    def _text_logprobs(self, tokens: list[Token]) -> TextLogprobs | None:
+    def _response(self, choices: list[TextChoice], **usage: Usage) -> TextCompletion:
+        return TextCompletion(**self._base, object="text_completion", choices=choices, **usage)
+
+    def _text_logprobs(self, tokens: list[Token], index: int) -> TextLogprobs | None:
         if not self._logprobs:
             return None
-        offsets = []
+        choice, offsets = self._choices[index], []
         for token in tokens:
-            offsets.append(self._offset)
-            self._offset += len(token.text)
+            offsets.append(choice.offset)
+            choice.offset += len(token.text)
         return TextLogprobs(
             tokens=[t.text for t in tokens],
             token_logprobs=[_finite(t.logprob) for t in tokens],
@@ -329,7 +352,8 @@ class TextWriter(_Writer):
         )
 
 
-def _logprob(token: Token) -> dict[str, Any]:
+def logprob(token: Token) -> dict[str, Any]:
+    """A token's text, log-probability and bytes."""
     has_text = "\ufffd" not in token.text  # a token may be a part of a character
     return {
         "token": token.text,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import mlx.core as mx
 import mlx_lm
 import pytest
@@ -280,3 +282,30 @@ def test_two_conversations_on_one_model(exact):
         _say(second, other)
     assert said == expected
     assert not any("session" in name for name, _ in tree_flatten(exact[0].parameters()))
+
+
+def test_the_answer_is_read_ahead_on_another_thread(demo):
+    """Then the next message reads itself only, and is answered as it would be."""
+    with ThreadPoolExecutor(1) as thread:
+        answers = []
+        for ahead in (False, True):
+            conversation = Conversation(*demo)
+            said = [_say(conversation, TURNS[0], 12)]
+            if ahead:
+                thread.submit(conversation.read_ahead).result()
+                assert conversation.session.pending_reread == []
+            waiting = sum(tokens.shape[1] for tokens in conversation.session.pending_reread)
+            assert (waiting == 0) == ahead
+            said += [_say(conversation, text, 12) for text in TURNS[1:]]
+            _check(conversation)
+            answers.append(said)
+        assert answers[0] == answers[1]
+
+
+def test_reading_ahead_that_fails_leaves_the_conversation_usable(dense, monkeypatch):
+    _say(dense, TURNS[0])
+    monkeypatch.setattr(type(dense.model), "reread", lambda model, cache: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        dense.read_ahead()
+    assert len(_say(dense, TURNS[1])) > 0
+    _check(dense)

@@ -17,12 +17,13 @@ from apps.menubar import jobs
 from apps.menubar.controller import Controller
 from apps.menubar.jobs import repo_name
 from apps.menubar.settings import Settings, load_settings, save_settings
-from apps.menubar.state import size, status
+from apps.menubar.state import status
 from glass_mlx import GlassError
 from glass_mlx.ranks import measure
 from glass_mlx.ranks.lookup import cache_dir
 from glass_mlx.serving.measuring import Measurement
 from glass_mlx.serving.server import Server
+from glass_mlx.sizes import size
 
 REPO = "mlx-community/tiny"
 
@@ -271,7 +272,7 @@ def test_the_size_before_a_download_and_deleting(make, tiny_dir, hub, monkeypatc
     controller.download(REPO)
     until(lambda: key(controller) == "ready" and controller.settings.model == REPO)
     assert f"{total}, 0 kB of it still to come; fits" in controller.describe_download(REPO)
-    monkeypatch.setattr(controller_module, "memory_size", lambda: 1000)
+    monkeypatch.setattr(controller_module, "usable_memory", lambda: 1000)
     assert "is too large for this memory" in controller.describe_download(REPO)
     controller.dismiss()
     controller.delete_model(REPO)
@@ -279,7 +280,7 @@ def test_the_size_before_a_download_and_deleting(make, tiny_dir, hub, monkeypatc
     assert [model.name for model in controller.snapshot().models] == ["demo"]
     assert (controller.settings.model, key(controller)) == ("demo", "unloaded")
     controller.delete_model(REPO)
-    assert "It is not in the Hub cache." in controller.snapshot().notices[-1]
+    assert f"{REPO} could not be deleted" in controller.snapshot().notices[-1]
 
 
 def test_other_settings(make):
@@ -314,7 +315,7 @@ def test_no_network(make):
 
 
 def test_too_large_a_model_is_not_loaded(make, tiny_dir, hub, monkeypatch):
-    monkeypatch.setattr(controller_module, "memory_size", lambda: 100_000)
+    monkeypatch.setattr(controller_module, "usable_memory", lambda: 100_000)
     hub.repo(REPO, files_of(tiny_dir))
     controller = make()
     controller.download(REPO)

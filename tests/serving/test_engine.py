@@ -117,7 +117,8 @@ def test_sampling(demo_engine):
     banned = demo_engine.call(lambda model, tokenizer: tokenizer.encode("What", add_special_tokens=False)[0]).result()
     greedy = text(demo_engine.submit(Request(messages=[USER], max_tokens=12)))
     assert greedy.startswith("What")
-    assert not text(demo_engine.submit(Request(messages=[USER], logit_bias={banned: -100.0}))).startswith("What")
+    unlike = text(demo_engine.submit(Request(messages=[USER], logit_bias={banned: -100.0}, max_tokens=4)))
+    assert not unlike.startswith("What")
     options = {"temperature": 1.0, "top_p": 0.9, "top_k": 50, "min_p": 0.01, "xtc_probability": 0.1}
     penalties = {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.5}
     assert last(demo_engine.submit(ask("Hello", **options, **penalties))).finish_reason
@@ -125,7 +126,7 @@ def test_sampling(demo_engine):
 
 
 def test_stop(demo_engine):
-    whole = text(demo_engine.submit(Request(messages=[USER])))
+    whole = text(demo_engine.submit(Request(messages=[USER], max_tokens=12)))
     word = whole.split()[2]
     chunks = list(demo_engine.submit(Request(messages=[USER], stop=(word,))))
     assert "".join(chunk.text for chunk in chunks) == whole[: whole.index(word)]
@@ -359,11 +360,11 @@ def test_concurrent_clients_get_what_they_would_get_alone(lively_engine, make_li
     assert said == expected
 
 
-def test_budget(make):
-    engine = make(max_cache_bytes=2_000_000)
+def test_budget(make_lively):
+    engine = make_lively(max_cache_bytes=200_000)
     for i in range(6):
         text(engine.submit(ask(f"{i} " * 40, client=str(i))))
-        assert engine.status().cache_bytes <= 2_000_000
+        assert engine.status().cache_bytes <= 200_000
     assert 0 < engine.status().conversations < 6
 
 
@@ -476,12 +477,17 @@ def test_requests_leave_nothing_behind(make, tiny_dir):
     """The store of conversations is full after ten of them; from then on memory is flat."""
     engine = make(model=str(tiny_dir), load={"stats": False})
     held = []
+
+    def count(*_) -> tuple[int, int]:
+        """On the engine's thread, while it does nothing else."""
+        gc.collect()
+        return len(gc.get_objects()), mx.get_active_memory()
+
     for _ in range(3):
         for i in range(24):
             options = {"seed": i, "temperature": 0.7, "logprobs": True} if i % 3 == 0 else {}
             list(engine.submit(ask(f"I need {i} hotels.", client=str(i % 7), max_tokens=3, **options)))
-        gc.collect()
-        held.append((len(gc.get_objects()), engine.status().memory_bytes))
+        held.append(engine.call(count).result())
     assert abs(held[2][0] - held[1][0]) < 24  # less than one object for each request
     assert abs(held[2][1] - held[1][1]) < 100_000
 
@@ -564,12 +570,12 @@ def test_the_models_own_context_is_the_limit(make, model_copy):
         text(engine.submit(Request(prompt=[1] * 17)))
 
 
-@pytest.mark.parametrize("start", [0, 60, 90])
+@pytest.mark.parametrize("start", [0, 30, 50])
 def test_quantised_kv(make, start):
     """The next turn is the same with a cache of the last one, wherever quantising began."""
     kinds = {"kv": {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": start}}
     engine, fresh = make(**kinds), make(**kinds, max_conversations=0)
-    question = "Hello, I need a train. " * 10
+    question = "Hello, I need a train. " * 5
     answer = text(engine.submit(ask(question)))
     following = Request(messages=turns(question, answer, "To London."), max_tokens=5, logprobs=True)
     chunks, expected = list(engine.submit(following)), list(fresh.submit(following))
@@ -583,8 +589,8 @@ def test_a_kv_cache_that_cannot_be_quantised_so(make, kv):
     engine = make(kv={**kv, "quantized_kv_start": 0})
     with pytest.raises(EngineFailed, match="cannot be loaded") as e:
         engine.load().result()
-    assert "KV cache cannot be quantised so (--kv-bits, --kv-group-size)" in str(e.value.__cause__)
-    assert engine.status().state == "failed"
+    assert "KV cache cannot be quantised so (--kv-bits, --kv-group-size)" in str(e.value)
+    assert engine.status().state == "failed" and engine.status().error == str(e.value)
 
 
 def test_close(make, tiny_dir):

@@ -33,7 +33,7 @@ def test_requests_go_first(engine, monkeypatch):
     def on_tokens(measurement, tokens):
         real(measurement, tokens)
         status = engine.status()
-        seen.append((status.state, measurement.progress.tokens, bool(status.queued)))
+        seen.append((status.state, measurement.progress.tokens, status.usage))
         if len(answers) < 2:  # it is answered before the next step
             answers.append(engine.submit(ask("Hello", max_tokens=2)))
 
@@ -47,7 +47,7 @@ def test_requests_go_first(engine, monkeypatch):
     assert {state for state, _, _ in seen} == {"measuring"}
     tokens = [tokens for _, tokens, _ in seen]
     assert tokens == sorted(tokens) and len(set(tokens)) > 3
-    assert not any(queued for _, _, queued in seen)
+    assert seen[0][2] is None and seen[-1][2] is not None  # answered long before the end
     status = engine.load().result()
     assert (status.state, status.has_ranks, status.measuring) == ("ready", True, None)
 

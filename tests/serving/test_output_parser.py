@@ -11,6 +11,7 @@ from mlx_lm.tool_parsers import json_tools
 from glass_mlx.serving.output_parser import OutputParser
 from glass_mlx.serving.request import Chunk
 
+TOOLS = [{"type": "function", "function": {"name": "weather"}}]
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_call>'
 
 
@@ -32,8 +33,8 @@ def tokenizer(thinking: bool = True, tools: bool = True) -> SimpleNamespace:
     )
 
 
-def read(text: str, size: int, stop=(), prompt=(1,), **kind) -> tuple[Chunk, OutputParser]:
-    parser = OutputParser(tokenizer(**kind), list(prompt), tuple(stop))
+def read(text: str, size: int, stop=(), prompt=(1,), given=TOOLS, options=None, **kind) -> tuple[Chunk, OutputParser]:
+    parser = OutputParser(tokenizer(**kind), list(prompt), tuple(stop), given, **(options or {}))
     said, thought, calls = "", "", ()
     parts = [text[i : i + size] for i in range(0, len(text), size)]
     for part in parts:
@@ -87,8 +88,8 @@ def test_reasoning_that_the_template_began(size):
 
 @sizes
 def test_reasoning_cut_short(size):
-    chunk, _ = read("<think>let me <", size)
-    assert (chunk.reasoning, chunk.text) == ("let me <", "")
+    chunk, parser = read("<think>let me <", size)
+    assert (chunk.reasoning, chunk.text, parser.is_reasoning) == ("let me <", "", True)
 
 
 @sizes
@@ -105,7 +106,56 @@ def test_tool_calls(size, count, ended):
 
 
 @sizes
-@pytest.mark.parametrize("inner", ["{broken", "[1]", "{}", '"text"'])
+@pytest.mark.parametrize("stop, thought, said", [("two", "one two three", "four two"), ("four", "one two three", "")])
+def test_stop_words_are_those_of_the_answer(size, stop, thought, said):
+    chunk, parser = read("<think>one two three</think>four two", size, (stop,))
+    assert (chunk.reasoning, chunk.text) == (thought, said.removesuffix(stop)) and parser.stopped
+
+
+@sizes
+def test_without_tools_nothing_is_a_call(size):
+    chunk, parser = read(f"I ask. {CALL}!", size, given=None)
+    assert chunk.text == f"I ask. {CALL}!" and not chunk.tool_calls and not parser.has_tool_calls
+
+
+@sizes
+def test_a_continued_text_has_no_sections(size):
+    text = f"<think>hm</think>{CALL}"
+    chunk, _ = read(text, size, options={"is_chat": False})
+    assert (chunk.text, chunk.reasoning, chunk.tool_calls) == (text, "", ())
+
+
+@sizes
+def test_a_call_without_markers(size):
+    """It may come after reasoning that the template began."""
+    call = CALL.splitlines()[1]
+    for text, prompt, thought in ((call, (1,), ""), (f"hm</think>{call}", (1, 8, 7), "hm")):
+        chunk, parser = read(text, size, prompt=prompt, options={"bare_call": True})
+        assert (chunk.text, chunk.reasoning) == ("", thought) and parser.has_tool_calls
+        assert chunk.tool_calls[0]["function"]["name"] == "weather"
+    assert read(call[:-3], size, options={"bare_call": True})[0].text == call[:-3]
+
+
+@sizes
+def test_one_call_is_enough(size):
+    chunk, parser = read(f"{CALL}{CALL} more", size, options={"one_call": True})
+    assert len(chunk.tool_calls) == 1 and parser.stopped and chunk.text == ""
+
+
+@pytest.mark.parametrize("arguments", ['"{\\"city\\": \\"Ulm\\"}"', '{"city": "Ulm"}'])
+def test_arguments_come_out_once(arguments):
+    """Some models write them as a string."""
+    chunk, _ = read(f'<tool_call>{{"name": "weather", "arguments": {arguments}}}</tool_call>', 5)
+    assert json.loads(chunk.tool_calls[0]["function"]["arguments"]) == {"city": "Ulm"}
+
+
+def test_no_marker_is_invented():
+    """What is cut off within a call that cannot be read is passed on as it is."""
+    assert read("Well. <tool_call>{broken", 3)[0].text == "Well. <tool_call>{broken"
+
+
+@sizes
+@pytest.mark.parametrize("inner", ["{broken", "[1]", "{}", '"text"', '{"name": "f", "arguments": [1]}'])
 def test_a_broken_tool_call_is_passed_on_as_text(size, inner):
     text = f"<tool_call>{inner}</tool_call>done"
     chunk, parser = read(text, size)

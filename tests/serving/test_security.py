@@ -25,7 +25,7 @@ from glass_mlx.serving.sockets import parse_origin
 
 # what the model cannot take (unknown tokens, a call's arguments that are no JSON) is valid by the document
 EXCLUDED = [positive_data_acceptance]
-EXAMPLES = 15
+EXAMPLES = 10
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_preflight_of_an_allowed_origin(client, allowed, key):
 @pytest.mark.parametrize("origins", [("https://my.app",), ("*",)])
 def test_pages_of_an_allowed_origin_can_read_errors(client, engine, monkeypatch, path, headers, body, status, origins):
     if status == 500:
-        monkeypatch.setattr(engine, "submit", lambda request: 1 / 0)
+        monkeypatch.setattr(engine, "submit_all", lambda requests: 1 / 0)
     served = client(origins=origins, api_key="k", max_body_bytes=10_000)
     response = served.post(path, json=body, headers={"Origin": "https://my.app", "Authorization": "Bearer k"} | headers)
     assert is_error(response, status)
@@ -272,7 +272,7 @@ def test_a_crash_tells_nothing(client, engine, monkeypatch):
     def crash(request):
         raise RuntimeError("/home/me/secret")
 
-    monkeypatch.setattr(engine, "submit", crash)
+    monkeypatch.setattr(engine, "submit_all", crash)
     response = client().post(CHAT, json={"messages": QUESTION})
     assert is_error(response, 500) and "secret" not in response.text
 

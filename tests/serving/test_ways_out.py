@@ -75,6 +75,7 @@ def gate(request, monkeypatch):
         monkeypatch.setattr(engine_module, "load", held_load)
     elif place == "prefill":
         monkeypatch.setattr(GlassModel, "prefill", held_prefill)
+        monkeypatch.setattr(worker.Worker, "read_ahead", lambda *_: None)  # it prefills while nobody asks
     else:
         monkeypatch.setattr(worker, "stream_generate", held_stream)
     yield gate
