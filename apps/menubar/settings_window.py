@@ -57,7 +57,7 @@ class SettingsWindow:
         self.model = _selection({name: name for name in {settings.model: 0, **dict.fromkeys(names)}}, settings.model)
         self.way = _selection({_words(way): way for way in ways}, chosen)
         self.port = toga.NumberInput(min=0, max=65535, step=1, value=settings.port, style=Pack(width=110))
-        self.idle = toga.NumberInput(min=0, max=100_000, step=1, value=settings.idle_minutes, style=Pack(width=110))
+        self.idle = toga.NumberInput(min=0, max=100_000, step=0.5, value=settings.idle_minutes, style=Pack(width=110))
         self.server = toga.Switch("Start the server with the app", value=settings.start_server)
         self.login = toga.Switch("Start the app at login", value=bool(s.login), enabled=s.login is not None)
         downloaded = {f"{model.name} · {size(model.size)}": model.name for model in s.models if model.downloaded}

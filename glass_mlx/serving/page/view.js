@@ -52,7 +52,7 @@ function editSaid(said, turn, act) {
   };
   const buttons = make("p", { className: "buttons" }, button("quiet", "Cancel", close), button("accent", "Ask again", send));
   said.classList.add("edited");
-  said.replaceChildren(field, buttons);
+  said.replaceChildren(before[0], field, buttons); // the heading stays
   field.focus();
 }
 
