@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from huggingface_hub import ModelCard
+
+from ..core.slicing import is_quantised
 
 if TYPE_CHECKING:
     from ..model.glass_model import GlassModel
@@ -87,6 +88,6 @@ def _original(path: Path | None, name: str) -> str:
 
 def _quantization(model: GlassModel) -> str:
     projection = model.blocks[0].module[model.blocks[0].inputs[0]]
-    if isinstance(projection, nn.QuantizedLinear):
+    if is_quantised(projection):
         return f"{projection.mode} {projection.bits}-bit, groups of {projection.group_size}"
     return str(projection.weight.dtype).removeprefix("mlx.core.")

@@ -36,7 +36,7 @@ OTHER = [8, 97, 9, 32, 38, 46]
 STEPS = [8, 97, 9]
 
 
-NO_DENSE_FFN = set("dbrx gpt_oss granitemoe mamba mamba2 mellum minimax mixtral olmoe phimoe phixtral rwkv7".split())
+NO_DENSE_FFN = set("dbrx mamba mamba2 rwkv7".split())
 FAMILIES = sorted(set(model_types()) - NO_DENSE_FFN)
 # mlx-lm's own block-sparse attention sees other keys when a prompt comes in chunks.
 CHUNKABLE = [name for name in FAMILIES if name != "phi3small"]
