@@ -10,6 +10,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..core.compensation import Response
+from ..core.ranking import rank_by_expert
+from ..core.slicing import is_quantised
+from ..model.blocks import Block
 from ..model.glass_model import GlassModel
 from ..ranks.response import DEFAULT_RANK
 
@@ -117,10 +120,14 @@ def _in_format(shape: str, layers: int | None, bits: int, dtype: mx.Dtype) -> nn
 def _wrap(dense: nn.Module, key: mx.array | None = None) -> GlassModel:
     """A GlassModel with responses that predict nothing, and with random ranks where there is a key."""
     model = GlassModel(dense)
-    responses = [_no_response(block.input_size, block.size) for block in model.blocks]
-    ranks = None if key is None else [mx.random.permutation(block.size, key=key) + 1 for block in model.blocks]
+    responses = [None if block.experts else _no_response(block.input_size, block.size) for block in model.blocks]
+    ranks = None if key is None else [_random_ranks(block, key) for block in model.blocks]
     model.set_global_ranks(ranks and {"impact": ranks, "activation": ranks}, responses=responses)
     return model
+
+
+def _random_ranks(block: Block, key: mx.array) -> mx.array:
+    return rank_by_expert(mx.random.uniform(shape=(block.size,), key=key), block.experts)
 
 
 def _no_response(inputs: int, size: int) -> Response:
@@ -131,12 +138,12 @@ def _no_response(inputs: int, size: int) -> Response:
 
 def _random(layer: nn.Module, name: str, array: mx.array, key: mx.array) -> mx.array:
     """Random values of about unit gain for a layer's array."""
-    if isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+    if is_quantised(layer):
         fan_in = layer.scales.shape[-1] * layer.group_size
         scale = 2 * (3 / fan_in) ** 0.5 / (2**layer.bits - 1)  # uniform codes around zero
         if name == "weight":
             return mx.random.randint(-(2**31), 2**31 - 1, array.shape, mx.int32, key=key).view(mx.uint32)
         return mx.full(array.shape, scale if name == "scales" else -scale * (2**layer.bits - 1) / 2, array.dtype)
-    if array.ndim == 2:
+    if array.ndim > 1:
         return mx.random.normal(array.shape, array.dtype, scale=array.shape[-1] ** -0.5, key=key)
     return mx.ones(array.shape, array.dtype)

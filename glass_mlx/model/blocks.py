@@ -58,7 +58,8 @@ class Block:
         output: name of the projection from the neurons.
         size: F, the number of neurons (intermediate_size), those of all experts together.
         fused: row order of a fused projection: ``""``, ``"halves"`` or ``"interleaved"``.
-        active: how many of its routed experts a token is sent to; 1 if it is dense.
+        experts: E, how many routed experts it has; 0 if it is dense.
+        active: how many of them a token is sent to; 1 if it is dense.
     """
 
     path: str
@@ -67,6 +68,7 @@ class Block:
     output: str
     size: int
     fused: str = ""
+    experts: int = 0
     active: int = 1
 
     def __post_init__(self):
@@ -82,12 +84,6 @@ class Block:
     def _replaced(self) -> list[nn.Module]:
         """What a call may replace: the projections, and the module of routed experts."""
         return [self.module[name] for name in self.names] + ([self.module] if self.experts else [])
-
-    @property
-    def experts(self) -> int:
-        """E, how many routed experts it has; 0 if it is dense."""
-        weight = self.module[self.output].weight
-        return weight.shape[0] if weight.ndim == 3 else 0
 
     @property
     def width(self) -> int:
@@ -155,7 +151,7 @@ class Block:
         if not routing:
             return energy(h, norms, weights)
         if weights is not None:
-            weights = mx.repeat(weights.reshape(-1), self.active)
+            weights = mx.repeat(weights.reshape(-1), routing[0].size // weights.size)
         return expert_energy(h, routing[0], self.experts, norms, weights).reshape(-1) / self.active
 
     def rows(self, kept: mx.array) -> mx.array:
@@ -250,8 +246,8 @@ def hooked(blocks: list[Block], observe: Callable[..., mx.array | None]) -> dict
 
 def by_token(blocks: list[Block], observe: Callable[..., mx.array | None]) -> dict[int, Projection]:
     """As :func:`hooked`, but what routed experts compute comes in the order of the tokens [...], each with a of its
-    experts: ``observe(i, h, experts)`` with hidden vectors [..., a, F / E] and experts [..., a]. mlx-lm sorts them by
-    expert where there are many, and the order that it sorts them in is found again."""
+    experts: ``observe(i, h, experts)`` with hidden vectors [..., a, 1, F / E] and experts [..., a]. mlx-lm sorts them
+    by expert where there are many, and the order that it sorts them in is found again."""
 
     def remember(block: Block, x: mx.array, experts: mx.array) -> mx.array:
         carried()[id(block)] = experts
@@ -265,7 +261,7 @@ def by_token(blocks: list[Block], observe: Callable[..., mx.array | None]) -> di
         if routing[0].ndim == 1:
             order = mx.argsort(experts.flatten())
         rows = h.reshape(experts.size, -1)[mx.argsort(order)]
-        seen = observe(i, rows.reshape(*experts.shape, -1), experts)
+        seen = observe(i, rows.reshape(*experts.shape, 1, -1), experts)
         return None if seen is None else seen.reshape(rows.shape)[order].reshape(h.shape)
 
     routed = {id(block.module): partial(remember, block) for block in blocks if block.experts}

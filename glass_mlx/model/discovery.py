@@ -8,7 +8,6 @@ its neurons once its projections are sliced. No family needs code of its own her
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -211,14 +210,19 @@ def _structure(path: str, module: nn.Module, inputs: tuple[str, ...], output: st
             if hasattr(p, "linear") or hasattr(p, "fuse"):
                 return "has an adapter: fuse it into the model first (mlx_lm.fuse)"
             return f"{type(p).__name__} projections cannot be sliced"
-    experts = {p.weight.shape[:-2] for p in projections}  # (E,) or, if they are dense, ()
-    size, widths = input_size(projections[-1]), {p.weight.shape[-2] for p in projections[:-1]}
-    if len(experts) > 1 or (experts == {()} and _LONE in path.split(".")):
+    axes = {p.weight.shape[:-2] for p in projections}  # (E,) or, if they are dense, ()
+    if len(axes) > 1:
         return ""
-    if widths == {size}:
-        return Block(path, module, inputs, output, math.prod(*experts) * size)
-    if widths == {2 * size} and len(inputs) == 1:
-        return Block(path, module, inputs, output, math.prod(*experts) * size, HALVES)
+    (axis,) = axes
+    experts = axis[0] if axis else 0
+    if not experts and _LONE in path.split("."):
+        return "one expert by itself, which few tokens are sent to"
+    width, widths = input_size(projections[-1]), {p.weight.shape[-2] for p in projections[:-1]}
+    size = width * (experts or 1)
+    if widths == {width}:
+        return Block(path, module, inputs, output, size, experts=experts)
+    if widths == {2 * width} and len(inputs) == 1:
+        return Block(path, module, inputs, output, size, HALVES, experts)
     return ""
 
 
@@ -231,10 +235,9 @@ def _precise(block: Block, layout: str) -> Block:
     kind = plain_class(block.module)
     module = kind.__new__(kind)
     module.__dict__.update(block.module.__dict__)
-    everything = bool(block.experts)
+    everything, experts = bool(block.experts), min(block.experts, _TRIED)
     dict.update(module, {**block.module, **{name: in_float32(p, everything) for name, p in projections.items()}})
-    experts = min(block.experts, _TRIED) or 1
-    return Block(block.path, module, block.inputs, block.output, experts * block.width, layout)
+    return Block(block.path, module, block.inputs, block.output, (experts or 1) * block.width, layout, experts)
 
 
 def _compare(block: Block) -> str:
