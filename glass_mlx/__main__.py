@@ -3,20 +3,38 @@
 import importlib
 import sys
 
-COMMANDS = ("chat", "generate", "server", "stats", "evaluate", "benchmark", "tradeoff", "families", "doctor")
+COMMANDS = {
+    "chat": "chat with a model in the terminal",
+    "generate": "answer one prompt, or continue a text",
+    "server": "serve an OpenAI-compatible API and a chat page",
+    "models": "list, download and remove models: which fit, which have ranks",
+    "stats": "measure, check, compare and share a model's global ranks",
+    "doctor": "check on small models that everything works on this machine",
+    "evaluate": "how far sparse decoding is from the dense model",
+    "benchmark": "speed and memory against plain mlx-lm",
+    "tradeoff": "speed against fidelity, for all ways to decode",
+    "families": "the model families that are covered",
+}
+USAGE = f"usage: glass_mlx {{{','.join(COMMANDS)}}} ..."
 
 
 def main() -> None:
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if command not in COMMANDS:
-        usage = f"usage: glass_mlx {{{','.join(COMMANDS)}}} ..."
-        if command in ("-h", "--help"):
-            print(usage)
-            return
-        print(f"{usage}\nglass_mlx: error: no command {command!r}", file=sys.stderr)
+    if command in ("-h", "--help"):
+        print(USAGE, *(f"  {name:10} {does}" for name, does in COMMANDS.items()), sep="\n")
+        print("\nglass_mlx COMMAND --help says more about each.")
+    elif command == "--version":
+        from ._version import __version__
+
+        print(f"glass_mlx {__version__}")
+    elif command not in COMMANDS:
+        from .model_names import near_miss
+
+        print(f"{USAGE}\nglass_mlx: error: no command {command!r} {near_miss(command, COMMANDS)}", file=sys.stderr)
         sys.exit(2)
-    sys.argv = [f"glass_mlx {command}", *sys.argv[2:]]
-    importlib.import_module(f"glass_mlx.{command}").main()
+    else:
+        sys.argv = [f"glass_mlx {command}", *sys.argv[2:]]
+        importlib.import_module(f"glass_mlx.{command}").main()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .cli import add_model_or_shape, add_verbose, density, global_weight, list_of, print_result, run
+from .cli import Parser, add_model_or_shape, add_verbose, density, global_weight, list_of, print_result, run
 from .core.importance import SIGNALS
 from .decoding.costs import DEVICES, plan
 from .evaluation.machine import backend
@@ -28,7 +28,7 @@ from .model.config import GlassConfig
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """The options of mlx-lm's benchmark, and GLASS's."""
-    parser = argparse.ArgumentParser(prog="glass_mlx.benchmark", description="Speed of GLASS against plain mlx-lm.")
+    parser = Parser("glass_mlx.benchmark", description="Speed of GLASS against plain mlx-lm.")
     add_model_or_shape(parser)
     parser.add_argument("--density", type=list_of(density), default=[0.3, 0.5, 0.7], metavar="X[,X...]")
     parser.add_argument("--global-weight", type=global_weight, default=GlassConfig.global_weight, metavar="WEIGHT")

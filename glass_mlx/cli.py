@@ -1,28 +1,72 @@
-"""What the command lines share: GLASS's options, and errors as one line."""
+"""What the command lines share: GLASS's options, and errors as one line.
+
+Nothing that takes long to import is imported before the options are parsed: what is mistyped is said at once.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import logging
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Collection
+import threading
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+
+def _excepthook(kind: type[BaseException], *error: Any) -> None:
+    """Python's, but for Ctrl-C in the first moments, before ``run``: it ends the process without a traceback."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, *error)
+
+
+sys.excepthook = _excepthook
 
 import mlx.core as mx
-from mlx_lm import sample_utils
 
+from ._version import __version__
 from .core.importance import SIGNALS
-from .decoding import sampling
-from .decoding.prompt import check_template_args
 from .errors import GlassError, printable, printable_lines
 from .files import write_atomically
 from .model.config import LAYER_BUDGETS, GlassConfig
 from .model.quality import QUALITIES
+from .model_names import DEFAULT_MODEL, near_miss
 from .serving.logs import OneLineFormatter
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Help that ends with the default, where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        if default in (None, argparse.SUPPRESS, (), [], "") or default is False or "default" in text:
+            return text
+        shown = ",".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
+        return f"{text} (default: {'on' if default is True else shown})".replace("%", "%%").replace("%%%%", "%%")
+
+
+class Parser(argparse.ArgumentParser):
+    """A command's options. ``--help`` says the defaults, and an error is a line after that of the usage."""
+
+    def __init__(self, prog: str, **kwargs: Any):
+        super().__init__(prog=prog, **{"formatter_class": _Formatter, **kwargs})
+        if " " not in prog:  # not of a command's command
+            self.add_argument("--version", action="version", version=f"glass_mlx {__version__}")
+
+    def error(self, message: str) -> None:
+        wrong = re.match(r"unrecognized arguments: (--[^ =]+)", message)
+        close = near_miss(wrong[1], self._option_string_actions) if wrong else ""
+        usage = f"usage: {self.prog} [options]; {self.prog} --help lists them"
+        self.exit(2, f"{usage}\n{self.prog}: error: {printable(message)}{close and f'; {close}'}\n")
 
 
 def density(text: str) -> float:
@@ -64,8 +108,15 @@ def one_of(names: Collection[str]) -> Callable[[str], str]:
     return parse
 
 
+def text(argument: str) -> str:
+    """A text from the command line, in which bytes that are no text of this machine's are replaced."""
+    return argument.encode(errors="surrogateescape").decode(errors="replace")
+
+
 def template_args(text: str) -> dict[str, Any]:
     """Parse arguments of the chat template, a JSON object; argparse reports the error."""
+    from .decoding.prompt import check_template_args
+
     try:
         args = json.loads(text or "{}")
         if not isinstance(args, dict):
@@ -86,12 +137,15 @@ _RANGES = {
     **dict.fromkeys(("draft_tokens", "num_draft_tokens", "max_queue", "max_prompt_tokens"), (1, _ANY)),
     "prompt_cache_size": (1, _ANY),
     "xtc_threshold": (0, 0.5),
+    "seed": (0, 2**64 - 1),
     "port": (0, 65535),
 }
 
 
 def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Report a number on the command line that is out of its range, as argparse reports errors."""
+    if getattr(args, "max_tokens", 1) < -1 or getattr(args, "max_tokens", 1) == 0:
+        parser.error("--max-tokens must be positive, or -1 for no limit")
     for name, (low, high) in _RANGES.items():
         value = getattr(args, name, None)
         if value is not None and not low <= value <= high:  # nor is it NaN
@@ -193,7 +247,28 @@ def verify_options(args: argparse.Namespace) -> dict:
 
 def sampler_maker(args: argparse.Namespace) -> Callable[..., Callable]:
     """The function that makes the sampler: mlx-lm's, or its like for verified decoding."""
+    from mlx_lm import sample_utils
+
+    from .decoding import sampling
+
     return sampling.make_sampler if args.verify else sample_utils.make_sampler
+
+
+def add_generation_options(parser: argparse.ArgumentParser, max_tokens: int, seed: int | None) -> None:
+    """Add those of mlx-lm's options that its chat and its generate share; arguments: what the defaults are."""
+    add = parser.add_argument
+    add("--model", default=DEFAULT_MODEL, help="an alias, a Hub repository or a directory")
+    add("--trust-remote-code", action="store_true", help="let tokenizers run code of their repository")
+    add("--adapter-path", metavar="DIR", help="adapter weights to fuse into the model")
+    add("--system-prompt", type=text, metavar="TEXT", help="what the model is told before the first message")
+    add("--max-tokens", "-m", type=int, default=max_tokens, metavar="N", help="longest answer in tokens; -1: no limit")
+    add("--temp", type=float, default=0.0, metavar="T", help="sampling temperature; 0: always the likeliest token")
+    add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens of this probability")
+    add("--xtc-probability", type=float, default=0.0, metavar="P", help="how often to exclude the likeliest tokens")
+    add("--xtc-threshold", type=float, default=0.1, metavar="P", help="of those, the ones above this probability")
+    add("--seed", type=int, default=seed, metavar="N", help="of the sampling's random numbers")
+    add("--max-kv-size", type=int, metavar="N", help="remember only so many tokens (default: all)")
+    add("--prefill-step-size", type=int, default=2048, metavar="N", help="prompt tokens to read in one call")
 
 
 def add_float32(parser: argparse.ArgumentParser) -> None:
@@ -209,11 +284,15 @@ def add_float32(parser: argparse.ArgumentParser) -> None:
 def add_model_or_shape(parser: argparse.ArgumentParser) -> None:
     """Add the options for what to measure: a model, or random weights of a model's shape."""
     from .evaluation.shapes import BITS, SHAPES
-    from .loading import DEFAULT_MODEL
 
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--model", help=f"directory, Hub repository or alias (default: {DEFAULT_MODEL})")
-    what.add_argument("--shape", choices=SHAPES, help="random weights of this model's shape: speed only, no download")
+    what.add_argument(
+        "--shape",
+        choices=SHAPES,
+        metavar="MODEL",
+        help=f"random weights of this model's shape, for speed only, without a download: {', '.join(SHAPES)}",
+    )
     parser.add_argument("--layers", type=positive, help="with --shape: number of layers, for small machines")
     parser.add_argument("--bits", type=int, choices=BITS, default=4, help="with --shape: of a weight (default: 4)")
 
@@ -228,6 +307,15 @@ def print_result(result: dict[str, Any], table: Callable[[dict[str, Any]], str],
     say(table(result))
 
 
+def print_table(table: Table) -> None:
+    """Print a table, no wider than the terminal; files and pipes have room for whole names."""
+    from rich.console import Console
+
+    for column in table.columns:
+        column.overflow = "fold"  # names are seen in whole
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
 def say(text: object) -> None:
     """Print what may have come out of anyone's file or request."""
     print(printable_lines(str(text)), flush=True)
@@ -237,11 +325,29 @@ def add_verbose(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
 
 
+@contextlib.contextmanager
+def _quiet_interrupts() -> Iterator[None]:
+    """Ctrl-C ends the process without a word, whatever it is at: code that is being imported may not pass it on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def run(command: Callable[[], None], verbose: bool = False) -> None:
     """Run a command line's work: a GlassError, or an error of MLX's backend, ends it with one line and exit code 1."""
     to_stderr = logging.StreamHandler()
     to_stderr.setFormatter(OneLineFormatter("[%(levelname)s] %(message)s"))
     logging.basicConfig(handlers=[to_stderr])
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show, or has not sent as text, is replaced
+            stream.reconfigure(errors="replace")
+    with _quiet_interrupts():
+        from . import loading  # noqa: F401  and with it mlx-lm, which takes seconds
     try:
         command()
     except GlassError as e:

@@ -12,10 +12,12 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from .cli import add_verbose, run
-from .evaluation.conformance_cases import FORMATS
-from .evaluation.diagnosis import PROMPT_TOKENS, Report, Result, steps
+from .cli import Parser, add_verbose, run
+
+if TYPE_CHECKING:
+    from .evaluation.diagnosis import Report, Result
 
 
 def diagnose(show: Callable[..., None] = print, verbose: bool = False) -> Report:
@@ -25,6 +27,9 @@ def diagnose(show: Callable[..., None] = print, verbose: bool = False) -> Report
         show (callable): prints; it takes what ``print`` takes.
         verbose (bool): write the tracebacks of failed checks to stderr.
     """
+    from .evaluation.conformance_cases import FORMATS  # only now: it takes seconds to import
+    from .evaluation.diagnosis import Report, steps
+
     report = Report()
     show(heading(report), flush=True)
     for name, holds, run_step in steps(report):
@@ -76,6 +81,8 @@ def lines(name: str, holds: str, results: list[Result]) -> str:
 
 def timings(report: Report) -> str:
     """Times and speeds of the demo model as text."""
+    from .evaluation.diagnosis import PROMPT_TOKENS
+
     t, s, d = report.times, report.speeds, report.device
     return (
         f"\ndemo model on {d['name']} ({d['backend']}), density 0.5\n"
@@ -87,8 +94,8 @@ def timings(report: Report) -> str:
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="glass_mlx.doctor", description="Check on small models that GLASS works on this machine, and how fast."
+    parser = Parser(
+        "glass_mlx.doctor", description="Check on small models that GLASS works on this machine, and how fast."
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     add_verbose(parser)

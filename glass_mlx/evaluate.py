@@ -26,7 +26,7 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
-from .cli import add_float32, add_verbose, density, global_weight, list_of, one_of, positive, print_result, run
+from .cli import Parser, add_float32, add_verbose, density, global_weight, list_of, one_of, positive, print_result, run
 from .evaluation import exact, fidelity, lm_eval_tasks
 from .evaluation.free_running import fit_length
 from .evaluation.intervals import windows
@@ -42,9 +42,7 @@ _EXACT_SELECTORS = ("griffin", "glass-i", "glass")
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="glass_mlx.evaluate", description="Fidelity of sparse decoding to the dense model."
-    )
+    parser = Parser("glass_mlx.evaluate", description="Fidelity of sparse decoding to the dense model.")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="directory, Hub repository or alias")
     parser.add_argument("--density", type=list_of(density), default=[0.5], metavar="X[,X...]")
     parser.add_argument(

@@ -14,15 +14,11 @@ from dataclasses import asdict
 
 import mlx.core as mx
 
-from .cli import add_verbose, run
-from .evaluation.coverage import survey
-from .model_files import model_types
+from .cli import Parser, add_verbose, run
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="glass_mlx.families", description="List the model families that GLASS covers."
-    )
+    parser = Parser("glass_mlx.families", description="List the model families that GLASS covers.")
     parser.add_argument("names", nargs="*", help="only these families (default: all)")
     parser.add_argument("--json", action="store_true", help="print one JSON list and nothing else")
     add_verbose(parser)
@@ -32,6 +28,8 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 def main() -> None:
     parser = setup_arg_parser()
     args = parser.parse_args()
+    from .model_files import model_types  # only now: it takes seconds to import
+
     known = model_types()
     for name in args.names:
         if name not in known:
@@ -40,6 +38,8 @@ def main() -> None:
 
 
 def _print(names: list[str], as_json: bool) -> None:
+    from .evaluation.coverage import survey
+
     mx.disable_compile()  # on a CPU, compiling costs more than it saves in one small call
     logging.getLogger("glass_mlx").setLevel(logging.ERROR)  # the table includes what would be warned of
     families = []

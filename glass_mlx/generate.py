@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import setup_arg_parser as setup_mlx_lm_parser
 
 from .cli import (
+    Parser,
+    add_generation_options,
     add_glass_options,
     add_verify_options,
     check_numbers,
@@ -22,26 +23,48 @@ from .cli import (
     run,
     sampler_maker,
     template_args,
+    text,
     verify_options,
 )
-from .decoding.prompt import render
-from .decoding.stream import GenerationResponse, statistics, stream_generate
 from .errors import GlassError, printable_lines
-from .loading import DEFAULT_MODEL, load
-from .model.glass_model import GlassModel
-from .model.saved_cache import UnusableCache, read_prompt_cache
+
+if TYPE_CHECKING:
+    from .decoding.stream import GenerationResponse
+    from .model.glass_model import GlassModel
+
+
+def _yes(argument: str) -> bool:
+    """mlx-lm's rule for ``--verbose``."""
+    return argument.lower() not in ("false", "f")
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """mlx-lm's options for generate, and GLASS's."""
-    parser = setup_mlx_lm_parser()
-    parser.prog = "glass_mlx.generate"
-    parser.description = "Generate text on the FFN neurons that the prompt calls for."
-    # an explicit --verbose True also shows tracebacks
-    parser.set_defaults(model=DEFAULT_MODEL, verbose=None)
+    parser = Parser("glass_mlx.generate", description="Generate text on the FFN neurons that the prompt calls for.")
+    add_generation_options(parser, max_tokens=100, seed=None)
+    add = parser.add_argument
+    add("--prompt", "-p", type=text, default="hello", metavar="TEXT", help="what to answer; -: standard input")
+    add("--prefill-response", type=text, metavar="TEXT", help="how the answer begins; the model continues it")
+    add("--ignore-chat-template", action="store_true", help="continue the prompt as it is, rather than answer it")
+    add("--use-default-chat-template", action="store_true", help="of the tokenizer, where the model has none")
+    add("--chat-template-config", metavar="JSON", help="arguments of the chat template, an object")
+    add("--extra-eos-token", default=(), nargs="+", metavar="TOKEN", help="tokens that end an answer, too")
+    add("--min-p", type=float, default=0.0, metavar="P", help="drop tokens below this share of the best one; 0: off")
+    add("--min-tokens-to-keep", type=int, default=1, metavar="N", help="but keep at least so many")
+    add("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens; 0: from all")
+    add("--prompt-cache-file", metavar="FILE", help="what has been read before, as mlx_lm.cache_prompt writes it")
+    add("--kv-bits", type=int, metavar="N", help="quantise the KV cache to this many bits (default: not)")
+    add("--kv-group-size", type=int, default=64, metavar="N", help="group size of the quantised KV cache")
+    add("--quantized-kv-start", type=int, default=5000, metavar="N", help="first token to quantise")
+    add("--quantize-activations", "-qa", action="store_true", help="quantise activations as the weights they meet are")
+    add("--draft-model", metavar="MODEL", help="another model, to draft for this one; its answer is then the dense one")
+    add("--num-draft-tokens", type=int, default=3, metavar="K", help="how many tokens that one drafts")
+    add("--image", default=(), nargs="+", metavar="FILE", help="not supported: text only")
+    # None: an explicit True also shows tracebacks
+    add("--verbose", type=_yes, metavar="BOOL", help="print figures after the answer; False: only the answer")
     add_glass_options(parser, build=False)
     add_verify_options(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    add("--json", action="store_true", help="print one JSON object and nothing else")
     return parser
 
 
@@ -50,19 +73,20 @@ def main() -> None:
     args = parser.parse_args()
     if args.image:
         parser.error("--image: glass_mlx generates from text only")
-    if args.max_tokens == 0 or args.max_tokens < -1:
-        parser.error("--max-tokens must be positive, or -1 for no limit")
     check_numbers(parser, args)
     if args.draft_model and args.prompt_cache_file:
         parser.error("--draft-model cannot be used with --prompt-cache-file")
     try:
-        template = template_args(args.chat_template_config or "{}")
+        template = template_args(args.chat_template_config) if args.chat_template_config else {}
     except argparse.ArgumentTypeError as e:
         parser.error(f"argument --chat-template-config: {e}")
     run(lambda: _generate(args, template), args.verbose is True)
 
 
 def _generate(args: argparse.Namespace, template: dict[str, Any]) -> None:
+    from .decoding.stream import statistics, stream_generate
+    from .loading import load
+
     if args.seed is not None:
         mx.random.seed(args.seed)
     cached = _read_cache(args.prompt_cache_file) if args.prompt_cache_file else None
@@ -87,21 +111,24 @@ def _generate(args: argparse.Namespace, template: dict[str, Any]) -> None:
     if decorated:
         print("=" * 10)
     used: nn.Module = model.dense if args.dense else model
-    text, tokens, response = "", [], None
+    answer, tokens, drafted, response = "", [], 0, None
     shown = printable_lines if sys.stdout.isatty() else str  # files and pipes get it as it is
     try:
         for response in stream_generate(used, tokenizer, prompt, args.max_tokens, **options):
-            text += response.text
+            answer += response.text
             tokens.append(response.token)
+            drafted += response.from_draft
             if not args.json:
                 print(shown(response.text), end="", flush=True)
     except (ValueError, RuntimeError) as e:  # options of mlx-lm's that the model, or the prompt cache, cannot have
         raise GlassError(f"mlx-lm cannot generate with these options: {str(e).splitlines()[0]}") from e
     if args.json:
-        print(json.dumps(_as_json(text, tokens, response)))
+        print(json.dumps(_as_json(answer, tokens, response)))
     elif decorated:
         print("\n" + "=" * 10)
         print(statistics(response))
+        if args.verify or args.draft_model:
+            print(f"Drafted: {drafted / len(tokens):.0%} of the tokens")
     else:
         print()
 
@@ -120,6 +147,8 @@ def _options(args: argparse.Namespace, model: GlassModel, tokenizer: Any, cached
         xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
     )
     if args.draft_model:
+        from .loading import load
+
         draft, draft_tokenizer = load(args.draft_model, stats=False)
         if draft_tokenizer.vocab_size != tokenizer.vocab_size:
             raise GlassError(f"{args.draft_model} cannot draft for {args.model}: their vocabularies differ.")
@@ -134,6 +163,8 @@ def _options(args: argparse.Namespace, model: GlassModel, tokenizer: Any, cached
 
 
 def _read_cache(path: str) -> list[Any]:
+    from .model.saved_cache import UnusableCache, read_prompt_cache
+
     try:
         return read_prompt_cache(path)
     except UnusableCache as e:
@@ -141,6 +172,8 @@ def _read_cache(path: str) -> list[Any]:
 
 
 def _with_session(path: str, cached: list[Any], model: GlassModel) -> list[Any]:
+    from .model.saved_cache import UnusableCache
+
     try:
         return model.add_session(cached)
     except UnusableCache as e:
@@ -149,6 +182,8 @@ def _with_session(path: str, cached: list[Any], model: GlassModel) -> list[Any]:
 
 def _prompt(args: argparse.Namespace, tokenizer: Any, template: dict[str, Any], after_cache: bool) -> list[int]:
     """The prompt's tokens; after a prompt cache, as in mlx-lm, only what the template has from the user's text on."""
+    from .decoding.prompt import render
+
     prompt = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
     if prompt == "-":
         prompt = sys.stdin.read()
@@ -171,9 +206,9 @@ def _prompt(args: argparse.Namespace, tokenizer: Any, template: dict[str, Any], 
     return tokenizer.encode(rendered(prompt, tokenize=False)[start:], add_special_tokens=False)
 
 
-def _as_json(text: str, tokens: list[int], r: GenerationResponse) -> dict[str, Any]:
+def _as_json(answer: str, tokens: list[int], r: GenerationResponse) -> dict[str, Any]:
     return {
-        "text": text,
+        "text": answer,
         "tokens": tokens,
         "prompt_tokens": r.prompt_tokens,
         "generation_tokens": r.generation_tokens,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import mlx.nn as nn
 import mlx_lm
@@ -20,35 +21,11 @@ from .model.config import GlassConfig
 from .model.glass_model import GlassModel
 from .model.quality import costs_more_than, density_for
 from .model_files import check_model, problem
+from .model_names import ALIASES, DEFAULT_MODEL, DEMO_PATH, near_miss
 from .ranks.format import GlobalStatistics
 from .ranks.lookup import find_statistics
 
 logger = logging.getLogger("glass_mlx")
-
-DEFAULT_MODEL = "demo"
-DEMO_PATH = Path(__file__).parent / "demo" / "model"
-
-# Short names of models that people run on a Mac.
-ALIASES = {
-    "mistral-7b": "mlx-community/Mistral-7B-Instruct-v0.3-4bit",
-    "ministral-8b": "mlx-community/Ministral-8B-Instruct-2410-4bit",
-    "llama-3.1-8b": "mlx-community/Meta-Llama-3.1-8B-Instruct-4bit",
-    "llama-3.2-1b": "mlx-community/Llama-3.2-1B-Instruct-4bit",
-    "llama-3.2-3b": "mlx-community/Llama-3.2-3B-Instruct-4bit",
-    "qwen2.5-7b": "mlx-community/Qwen2.5-7B-Instruct-4bit",
-    "qwen3-0.6b": "mlx-community/Qwen3-0.6B-4bit",
-    "qwen3-1.7b": "mlx-community/Qwen3-1.7B-4bit",
-    "qwen3-4b": "mlx-community/Qwen3-4B-4bit",
-    "qwen3-8b": "mlx-community/Qwen3-8B-4bit",
-    "qwen3-14b": "mlx-community/Qwen3-14B-4bit",
-    "gemma-2-2b": "mlx-community/gemma-2-2b-it-4bit",
-    "gemma-3-1b": "mlx-community/gemma-3-1b-it-4bit",
-    "gemma-3-4b": "mlx-community/gemma-3-4b-it-4bit",
-    "gemma-3-12b": "mlx-community/gemma-3-12b-it-4bit",
-    "phi-3.5-mini": "mlx-community/Phi-3.5-mini-instruct-4bit",
-    "phi-4": "mlx-community/phi-4-4bit",
-    "smollm3-3b": "mlx-community/SmolLM3-3B-4bit",
-}
 
 # What mlx-lm downloads from a repository, and the card.
 MODEL_FILES = [
@@ -75,6 +52,8 @@ def resolve_model(name: str | Path, revision: str | None = None) -> Path:
     Raises:
         GlassError: there is no such model, or it cannot be downloaded.
     """
+    if not isinstance(name, (str, os.PathLike)):
+        raise GlassError(f"Give the model's name or directory, not {type(name).__name__!r}; wrap takes loaded models.")
     if str(name) == DEFAULT_MODEL:
         return DEMO_PATH
     path = Path(name).expanduser()
@@ -86,12 +65,17 @@ def resolve_model(name: str | Path, revision: str | None = None) -> Path:
         raise GlassError(f"{path} is a file: give the model's directory.")
     repo = ALIASES.get(str(name), str(name))
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
+        close = near_miss(str(name), (DEFAULT_MODEL, *ALIASES))
         raise GlassError(
-            f"Unknown model {str(name)!r}: give a directory, a Hub repository (owner/name), or one of the aliases "
-            f"{DEFAULT_MODEL}, {', '.join(ALIASES)}."
+            f"Unknown model {str(name)!r}: {close or 'give a directory, a Hub repository or an alias (mistral-7b).'} "
+            "All aliases: python -m glass_mlx.models list --all"
         )
-    with hub_access(repo, revision):
-        path = Path(snapshot_download(repo, revision=revision, allow_patterns=MODEL_FILES))
+    try:
+        with hub_access(repo, revision):
+            path = Path(snapshot_download(repo, revision=revision, allow_patterns=MODEL_FILES))
+    except GlassError as e:
+        close = "" if repo in ALIASES.values() else near_miss(repo, ALIASES.values())
+        raise GlassError(f"{e} {close[:1].upper()}{close[1:]}".strip()) from e
     if (reason := problem(path)) is not None:  # without a network, what there is of it comes back
         raise GlassError(f"{repo} in {constants.HF_HUB_CACHE} {reason}. If a download was cut short, go online.")
     return path
@@ -112,6 +96,49 @@ def load_dense(path: Path, adapter_path: str | None = None, **options: Any) -> t
         fused = [(n, m.fuse()) for n, m in model.named_modules() if hasattr(m, "fuse")]
         model.update_modules(tree_unflatten(fused))
     return model, tokenizer, config
+
+
+class LoadOptions(TypedDict, total=False):
+    """What :func:`load` takes besides its first arguments."""
+
+    revision: str | None
+    trust_remote_code: bool
+    density: float
+    global_weight: float | str
+    signal: str
+    layer_budgets: str
+    compensation: bool
+    quality: str | None
+    stats: str | Path | bool | None
+    stats_repo: str | None
+    build: bool
+    max_session_memory: int | None
+    low_memory: bool | None
+
+
+@overload
+def load(
+    path_or_hf_repo: str | Path = ...,
+    tokenizer_config: dict[str, Any] | None = ...,
+    model_config: dict[str, Any] | None = ...,
+    adapter_path: str | None = ...,
+    lazy: bool = ...,
+    return_config: Literal[False] = ...,
+    **options: Unpack[LoadOptions],
+) -> tuple[GlassModel, TokenizerWrapper]: ...
+
+
+@overload
+def load(
+    path_or_hf_repo: str | Path = ...,
+    tokenizer_config: dict[str, Any] | None = ...,
+    model_config: dict[str, Any] | None = ...,
+    adapter_path: str | None = ...,
+    lazy: bool = ...,
+    *,
+    return_config: Literal[True],
+    **options: Unpack[LoadOptions],
+) -> tuple[GlassModel, TokenizerWrapper, dict[str, Any]]: ...
 
 
 def load(
@@ -135,7 +162,7 @@ def load(
     build: bool = False,
     max_session_memory: int | None = None,
     low_memory: bool | None = None,
-):
+) -> tuple[GlassModel, TokenizerWrapper] | tuple[GlassModel, TokenizerWrapper, dict[str, Any]]:
     """Load a model that decodes with GLASS.
 
     Args:
@@ -168,7 +195,7 @@ def load(
     model = GlassModel(dense, config, path=path, max_session_memory=max_session_memory, low_memory=bool(low_memory))
     statistics = find_statistics(model, stats, stats_repo)
     if statistics is None and build and stats is not False:
-        statistics = _build(model, tokenizer)
+        statistics = build_statistics(model, tokenizer)
     _use(model, statistics, stats is not False)
     if quality is not None:
         model.config = model.config.updated(density=density_for(quality, model.quality))
@@ -199,9 +226,22 @@ def wrap(
         path (str, optional): the model's directory, kept as ``GlassModel.path``.
         choice: fields of ``GlassConfig`` that differ from ``config``.
 
+    Returns:
+        GlassModel: the model itself if it is one already.
+
     Raises:
-        GlassError, StatsError: as in :func:`load`.
+        GlassError, StatsError: as in :func:`load`; or this is no model, or one that is wrapped already and nothing else
+            can be given.
     """
+    if isinstance(model, GlassModel):
+        if config is not None or stats is not None or path is not None or choice:
+            raise GlassError(
+                "The model is wrapped already: set its config, or give density and the like to stream_generate; "
+                "wrap(model.dense, ...) makes another one."
+            )
+        return model
+    if not isinstance(model, nn.Module):
+        raise GlassError(f"wrap takes a model, the first of what mlx_lm.load returns, not {type(model).__name__!r}.")
     config = (config or GlassConfig()).updated(**choice)
     wrapped = GlassModel(model, config, path=Path(path) if path is not None else None)
     statistics = stats.check(wrapped) if isinstance(stats, GlobalStatistics) else find_statistics(wrapped, stats)
@@ -231,21 +271,24 @@ def _use(model: GlassModel, statistics: GlobalStatistics | None, expected: bool)
         statistics.use_in(model)
     elif expected and model.config.global_weight != 0 and model.config.density < 1:
         logger.warning(
-            "no global ranks for this model: the prompt alone chooses the neurons. "
-            "Measure them once with: python -m glass_mlx.stats build --model %s",
+            "no global ranks for this model: the prompt alone chooses the neurons, and answers stray further from the "
+            "dense model's. Measuring them takes minutes for a small model, and can be stopped at any time: "
+            "/measure in the chat, or python -m glass_mlx.stats build --model %s",
             model.path or "MODEL",
         )
 
 
-def _build(model: GlassModel, tokenizer: TokenizerWrapper) -> GlobalStatistics | None:
-    """Measure a model's statistics; None if the user interrupts it or they cannot be written."""
+def build_statistics(model: GlassModel, tokenizer: TokenizerWrapper) -> GlobalStatistics | None:
+    """Measure a model's statistics, with a progress bar; None if the user interrupts it or they cannot be written."""
     from .ranks.measure import build_ranks  # only here: it is rarely needed
 
-    logger.warning("no global ranks for this model yet: measuring them, once. Press Ctrl-C to go on without.")
+    logger.warning(
+        "no global ranks for this model yet: measuring them, once. Ctrl-C goes on without; what was read is kept."
+    )
     try:
         return GlobalStatistics.read(build_ranks(model, tokenizer))
     except KeyboardInterrupt:
-        logger.warning("stopped; what was measured is kept for the next time.")
+        pass  # it has been said what is kept
     except GlassError as e:  # the cache cannot be written, say; the model runs without
         logger.warning("not measured: %s", e)
     return None

@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 from .cli import (
+    Parser,
     add_glass_options,
     add_verbose,
     add_verify_options,
@@ -46,7 +47,7 @@ KEY_VARIABLE = "GLASS_API_KEY"
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """The options of mlx-lm's server, and GLASS's."""
-    parser = argparse.ArgumentParser("glass_mlx.server", description=__doc__.split("\n")[0])
+    parser = Parser("glass_mlx.server", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--model",
         help="the model behind default_model, loaded at once: an alias, a Hub repository or a directory (default: "

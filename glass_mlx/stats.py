@@ -8,34 +8,31 @@ python -m glass_mlx.stats upload F --repo owner/name     share them
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from .cli import add_verbose, density, positive, run, say
+from .cli import Parser, add_verbose, density, positive, print_table, run, say
 from .core.importance import SIGNALS
 from .errors import GlassError, StatsError, printable
-from .loading import ALIASES, DEFAULT_MODEL, load
-from .model.glass_model import GlassModel
+from .model_names import ALIASES, DEFAULT_MODEL
 from .ranks.agreement import compare
+from .ranks.amounts import DEFAULT_RANK, DEFAULT_STABLE_AT, DEFAULT_TOKENS
 from .ranks.format import GlobalStatistics, merge, write_index
 from .ranks.lookup import STATS_DIR, local_files
-from .ranks.measure import DEFAULT_STABLE_AT, DEFAULT_TOKENS, build_ranks
-from .ranks.response import DEFAULT_RANK
-from .ranks.share import upload
-from .ranks.sources import Source, dataset_rows, given_sequences, null_prompt, text_rows
+
+if TYPE_CHECKING:
+    from .model.glass_model import GlassModel
+    from .ranks.sources import Source
 
 _FILE = "a file, or the name of a listed model"
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="glass_mlx.stats", description="Global neuron ranks.")
+    parser = Parser("glass_mlx.stats", description="Global neuron ranks.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     def add(name: str, does: Any, text: str) -> argparse.ArgumentParser:
@@ -65,8 +62,8 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     plot.add_argument("--model", help="also draw how a prompt's own ranks overlap with these")
     plot.add_argument("--prompt", help="the prompt for that (default: the bundled ones)")
     plot.add_argument("--density", type=density, default=0.5, help="share of the neurons to compare")
-    share = add("upload", _upload, "upload a file to a Hub repository")
-    share.add_argument("file", help=_FILE)
+    share = add("upload", _upload, "upload files to a Hub repository")
+    share.add_argument("files", nargs="+", metavar="file", help=f"{_FILE}, or a directory of files")
     share.add_argument("--repo", required=True, help="owner/name")
     share.add_argument("--private", action="store_true", help="make a new repository private")
     share.add_argument("--license", default="other", help="licence that the card names (default: %(default)s)")
@@ -76,8 +73,14 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 
 
 def _add_build_options(build: argparse.ArgumentParser) -> None:
-    build.add_argument("--model", required=True, help="directory, Hub repository or alias")
-    build.add_argument("--out", type=Path, help="the .safetensors file to write (default: in the user's cache)")
+    build.add_argument(
+        "--model", required=True, help="directory, Hub repository or alias; with --into several, or all for every alias"
+    )
+    where = build.add_mutually_exclusive_group()
+    where.add_argument("--out", type=Path, help="the .safetensors file to write (default: in the user's cache)")
+    where.add_argument(
+        "--into", type=Path, metavar="DIR", help="measure several models, a file each, to be uploaded together"
+    )
     build.add_argument("--tokens", type=positive, default=DEFAULT_TOKENS, help="read at most this many tokens")
     build.add_argument(
         "--stable-at",
@@ -119,23 +122,60 @@ def main() -> None:
     run(lambda: args.does(args), args.verbose)
 
 
-def _load(args: argparse.Namespace) -> tuple[GlassModel, Any]:
-    return load(args.model, stats=False, trust_remote_code=getattr(args, "trust_remote_code", False))
+def _load(args: argparse.Namespace, name: str | None = None) -> tuple[GlassModel, Any]:
+    from .loading import load  # only here: it takes seconds to import
+
+    return load(name or args.model, stats=False, trust_remote_code=getattr(args, "trust_remote_code", False))
 
 
 def _build(args: argparse.Namespace) -> None:
-    model, tokenizer = _load(args)
+    if args.into is None:
+        _build_one(args, args.model, args.out)
+    else:
+        _build_several(args)
+
+
+def _build_one(args: argparse.Namespace, name: str, out: Path | None) -> None:
+    from .ranks.measure import build_ranks
+
+    model, tokenizer = _load(args, name)
     source = _source(args, model, tokenizer)
-    name = DEFAULT_MODEL if args.model == DEFAULT_MODEL else None
+    shown = DEFAULT_MODEL if name == DEFAULT_MODEL else None
     stable_at = None if args.all else args.stable_at
-    out = build_ranks(model, tokenizer, args.out, source, args.tokens, stable_at, name, args.response_rank)
+    out = build_ranks(model, tokenizer, out, source, args.tokens, stable_at, shown, args.response_rank)
     statistics = GlobalStatistics.read(out)
     tokens = statistics.metadata["tokens"]
     say(f"{out}: {len(statistics.sizes)} FFN layers, {tokens} tokens, {_stability(statistics)}")
 
 
+def _build_several(args: argparse.Namespace) -> None:
+    """Measure one model after the other. What is there already is not measured again, and what fails does not stop the
+    others; so the same command goes on after an interruption."""
+    import mlx.core as mx
+
+    names, failed = list(ALIASES) if args.model == "all" else args.model.split(","), []
+    args.into.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        out = args.into / f"{Path(name).name}.safetensors"
+        if out.exists():
+            say(f"{out}: there already")
+            continue
+        try:
+            _build_one(args, name, out)
+        except GlassError as e:
+            failed.append(name)
+            say(f"{name}: not measured: {e}")
+        gc.collect()  # the model, before the next one is loaded
+        mx.clear_cache()
+    say(f"{args.into}: {write_index(args.into)} models; python -m glass_mlx.stats upload {args.into} --repo OWNER/NAME")
+    if failed:
+        raise GlassError(f"Not measured: {', '.join(failed)}. The same command tries them again.")
+
+
 def _source(args: argparse.Namespace, model: GlassModel, tokenizer: Any) -> Source:
     """The token sequences that the options ask for."""
+    from .ranks.sources import dataset_rows, given_sequences, null_prompt, text_rows
+
     file = args.text or args.dataset
     if file is None:
         return null_prompt(model, tokenizer, args.sequences, args.length, args.temp, args.seed, args.chat)
@@ -179,6 +219,9 @@ def _find(name: str) -> Path:
 
 
 def _list(args: argparse.Namespace) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
     table = Table("model", "layers", "neurons", "method", "tokens", "where", "file")
     for place, path in local_files():
         try:
@@ -189,11 +232,7 @@ def _list(args: argparse.Namespace) -> None:
         m, sizes = statistics.metadata, statistics.sizes
         row = (m.get("model", ""), len(sizes), f"{sum(sizes):,}", m.get("method", ""), m.get("tokens", ""))
         table.add_row(*(escape(str(cell)) for cell in row), place, escape(printable(path.name)))
-    _print(table)
-
-
-def _print(table: Table) -> None:
-    Console(width=None if sys.stdout.isatty() else 200).print(table)  # files and pipes have room for whole names
+    print_table(table)
 
 
 def _show(args: argparse.Namespace) -> None:
@@ -235,11 +274,13 @@ def _diff(args: argparse.Namespace) -> None:
     if args.json:
         say(json.dumps({"density": args.density, "layers": layers}))
         return
+    from rich.table import Table
+
     heads = [f"{signal} {what}" for signal in SIGNALS for what in ("correlation", "overlap")]
     table = Table("layer", *heads)
     for i, layer in enumerate(layers):
         table.add_row(str(i), *(f"{layer[s][w]:.3f}" for s in SIGNALS for w in ("correlation", "overlap")))
-    _print(table)
+    print_table(table)
     say(f"overlap of the best {args.density:.0%} of the neurons; chance is {args.density:.2f}")
 
 
@@ -265,7 +306,14 @@ def _plot(args: argparse.Namespace) -> None:
 
 
 def _upload(args: argparse.Namespace) -> None:
-    say(upload(_find(args.file), args.repo, private=args.private, license=args.license))
+    from .ranks.share import upload
+
+    for name in args.files:
+        found = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else [_find(name)]
+        if not found:
+            raise GlassError(f"{name} has no ranks files.")
+        for file in found:
+            say(upload(file, args.repo, private=args.private, license=args.license))
 
 
 def _index(args: argparse.Namespace) -> None:

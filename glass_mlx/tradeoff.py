@@ -29,6 +29,7 @@ import mlx.core as mx
 import numpy as np
 
 from .cli import (
+    Parser,
     add_float32,
     add_model_or_shape,
     add_verbose,
@@ -45,14 +46,16 @@ from .evaluation.machine import machine, mlx_backend
 from .evaluation.plot import plot_tradeoff
 from .evaluation.prompts import PROMPTS, SETS, read_prompts
 from .evaluation.shapes import SHAPES, random_model, shape_label
+from .evaluation.tables import text_table
 from .loading import DEFAULT_MODEL, load
 from .model.config import LAYER_BUDGETS, GlassConfig
 
+_HEADS = ("", "density", "tok/s", "speed-up", "strays", "KL", "last third", "own PPL", "accepted", "a pass")
 _SPEEDS = (("tps", ".1f"), ("speedup", ".2f"))
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="glass_mlx.tradeoff", description="Speed against fidelity of all decoders.")
+    parser = Parser("glass_mlx.tradeoff", description="Speed against fidelity of all decoders.")
     add_model_or_shape(parser)
     parser.add_argument(
         "--acceptance",
@@ -156,24 +159,20 @@ def table(result: dict[str, Any]) -> str:
         f"{result['model']} on {result['machine']}, {result['backend']}",
         f"{result['prompts']} prompts of {result['prompt_tokens'] or 'their own number of'} tokens, {result['tokens']} "
         f"generated at temperature {result['temperature']:g}; speed: median [lowest, highest]",
-        f"{'':>26} {'density':>7} {'tok/s':>22} {'speed-up':>20} {'strays':>14} {'KL':>14} "
-        f"{'last third':>10} {'own PPL':>8} {'accepted':>9} {'a pass':>7}",
     ]
-    lines += [_row(name, d, row) for name, by_density in result["ways"].items() for d, row in by_density.items()]
-    return "\n".join(lines)
+    rows = [_row(name, d, row) for name, by_density in result["ways"].items() for d, row in by_density.items()]
+    return "\n".join([*lines, *text_table(_HEADS, rows, names=2)])
 
 
-def _row(name: str, d: str, row: dict[str, Any]) -> str:
+def _row(name: str, d: str, row: dict[str, Any]) -> list[str]:
     ranges = [f"{row[k]:{f}} [{row['range'][k][0]:{f}}, {row['range'][k][1]:{f}}]" for k, f in _SPEEDS]
     strays = f"{row['strays']:.1%} ± {row['strays_error']:.1%}" if "strays" in row else ""
     kl = f"{row['kl']:.3f} ± {row['kl_error']:.3f}" if "kl" in row else ""
     last = f"{row['kl_last_third']:.3f}" if "kl" in row else ""
     ppl = f"{row['own_ppl']:.1f}" if "own_ppl" in row else ""
     accepted, a_pass = row.get("acceptance"), row.get("tokens_per_pass")
-    return (
-        f"{name:>26} {d:>7} {ranges[0]:>22} {ranges[1]:>20} {strays:>14} {kl:>14} {last:>10} {ppl:>8} "
-        f"{'' if accepted is None else f'{accepted:.1%}':>9} {'' if a_pass is None else f'{a_pass:.2f}':>7}"
-    )
+    drafts = ["" if accepted is None else f"{accepted:.1%}", "" if a_pass is None else f"{a_pass:.2f}"]
+    return [name, d, *ranges, strays, kl, last, ppl, *drafts]
 
 
 if __name__ == "__main__":

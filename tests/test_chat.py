@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import io
+import json
+import os
 import re
+import subprocess
+import sys
 
 import mlx.core as mx
 import pytest
+from conftest import ROOT
 
 import glass_mlx.decoding.conversation
-from glass_mlx import chat
-from glass_mlx.chat import Chat, main
+from glass_mlx.chat import main
 from glass_mlx.decoding.conversation import Conversation
 from glass_mlx.ranks import measure, sources
 from glass_mlx.ranks.lookup import STATS_DIR
+from glass_mlx.terminal import chat
+from glass_mlx.terminal.chat import Chat
 
 HELLO = "I want to find a restaurant in San Jose."
 STATUS = re.compile(
@@ -24,7 +31,7 @@ STATUS = re.compile(
 
 @pytest.fixture
 def talk(monkeypatch, invoke):
-    """Run the chat on lines typed one after the other; exceptions are raised. Ends with Ctrl-D."""
+    """Run the chat on lines typed at a terminal one after the other; exceptions are raised. Ends with Ctrl-D."""
 
     def talk(*lines, options=()):
         typed = iter([*lines, EOFError()])
@@ -35,9 +42,12 @@ def talk(monkeypatch, invoke):
                 raise line
             return line
 
-        monkeypatch.setattr("builtins.input", type_)
+        monkeypatch.setattr(chat, "line_reader", lambda: type_)
+        for stream in (sys.stdin, sys.stdout):
+            monkeypatch.setattr(stream, "isatty", lambda: True)
+        monkeypatch.setenv("COLUMNS", "200")
         done = invoke(main, "--max-tokens", 8, *options)
-        done.left = list(typed)
+        done.out, done.left = re.sub(r"\x1b\[\d*m", "", done.out), list(typed)
         return done
 
     return talk
@@ -96,8 +106,11 @@ def test_end_of_input(talk):
 
 def test_help(talk):
     assert talk("h").out.count(chat.HELP) == 2
-    for command in ("q", "r", "h", "/density", "/dense", "Ctrl-C", "Ctrl-D"):
-        assert re.search(rf"(^  |or ){re.escape(command)}\b", chat.HELP, re.MULTILINE)
+    for command in ("q", "/quit", "/exit", "r", "h", "/help", "/density", "/dense", "/measure", "Ctrl-C", "Ctrl-D"):
+        assert re.search(rf"(^  |, |as |and ){re.escape(command)}\b", chat.HELP, re.MULTILINE)
+    assert max(map(len, chat.HELP.splitlines())) < 80
+    for command in ("/help", "/quit", "/exit"):
+        assert "unknown" not in talk(command).out
 
 
 def test_forget(talk, chats, answer):
@@ -140,7 +153,7 @@ def test_dense_without_a_message(talk):
     assert "There is no message to answer yet" in done.out and not STATUS.search(done.out)
 
 
-@pytest.mark.parametrize("command", ["/help", "/densityx 0.5", "/", "/quit now"])
+@pytest.mark.parametrize("command", ["/helpme", "/densityx 0.5", "/", "/quit now"])
 def test_unknown_command(talk, command):
     done = talk(command)
     assert f"unknown command {command.split()[0]};" in done.out and not STATUS.search(done.out)
@@ -213,7 +226,7 @@ def test_usage_errors(talk, options):
 
 def test_ranks_are_measured_at_first_use(talk, chats, tiny_dir, small_builds, monkeypatch, caplog, tmp_path):
     """And kept: the second start finds them at once."""
-    assert talk("Hi", options=("--model", tiny_dir)).code == 0
+    assert talk("Hi", options=("--model", tiny_dir, "--build")).code == 0
     assert "measuring them, once" in caplog.text
     caplog.clear()
     monkeypatch.setattr(measure, "build_ranks", None)
@@ -227,7 +240,7 @@ def test_ranks_are_measured_at_first_use(talk, chats, tiny_dir, small_builds, mo
 
 
 def test_interrupted_measuring(talk, chats, tiny_dir, small_builds, monkeypatch, caplog, tmp_path):
-    """Ctrl-C goes on without ranks; the next start goes on measuring."""
+    """Ctrl-C goes on without ranks; the next time goes on measuring."""
     calls, original = [], sources.batch_generate
 
     def batch_generate(*args, **kwargs):
@@ -237,27 +250,80 @@ def test_interrupted_measuring(talk, chats, tiny_dir, small_builds, monkeypatch,
         return original(*args, **kwargs)
 
     monkeypatch.setattr(sources, "batch_generate", batch_generate)
-    done = talk("Hi", options=("--model", tiny_dir))
+    done = talk("Hi", options=("--model", tiny_dir, "--build"))
     assert done.code == 0 and len(STATUS.findall(done.out)) == 1
-    assert "stopped; what was measured is kept" in caplog.text and chats[0].model.global_ranks is None
+    assert re.search(r"stopped: \d+ tokens are kept", caplog.text) and chats[0].model.global_ranks is None
     assert [path.suffix for path in (tmp_path / "glass_cache_dir").iterdir()] == [".partial"]
-    assert talk("Hi", options=("--model", tiny_dir)).code == 0
+    assert talk("/measure", "Hi", options=("--model", tiny_dir)).code == 0
     assert chats[1].model.global_ranks is not None
     assert len(calls) == 4  # the first batch was kept
 
 
-@pytest.mark.parametrize("options", [("--no-build",), ("--dense",), ("--global-weight", 0), ("--stats", "given")])
+@pytest.mark.parametrize(
+    "options", [(), ("--no-build",), ("--build", "--dense"), ("--build", "--global-weight", 0), ("--stats", "given")]
+)
 def test_measuring_declined(talk, chats, tiny_dir, written, monkeypatch, caplog, options):
     monkeypatch.setattr(measure, "build_ranks", None)
     options = [written if option == "given" else option for option in options]
     assert talk("Hi", options=("--model", tiny_dir, *options)).code == 0
     assert (chats[0].model.global_ranks is None) == (written not in options)
-    assert len(caplog.records) == ("--no-build" in options)
+    assert len(caplog.records) == ("--build" not in options and written not in options)
+    assert ("/measure in the chat" in caplog.text) == bool(caplog.records)  # what is missing, and what to do
 
 
-def test_process(python_m, answer):
-    """A process of its own, typed to through a pipe."""
-    done = python_m("glass_mlx", "chat", "--max-tokens", 8, stdin=f"{HELLO}\n/dense\nq\n")
-    assert (done.code, done.err) == (0, "")
-    assert f">> {answer}" in done.out
-    assert [float(s[0]) for s in STATUS.findall(done.out)] == [0.5, 1.0]
+def test_an_answer_that_is_cut(talk):
+    """Says so, and why."""
+    assert "cut at 3 tokens: --max-tokens N allows more\n" in talk(HELLO, options=("--max-tokens", 3)).out
+    assert "cut at" not in talk(HELLO, options=("--max-tokens", 99)).out
+
+
+def test_a_conversation_longer_than_the_context(talk, model_copy):
+    config = json.loads((model_copy / "config.json").read_text())
+    (model_copy / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32}))
+    options = ("--model", model_copy, "--max-tokens", 100)
+    done = talk(HELLO, HELLO, "a word and " * 40, "Hi", options=options)
+    assert done.code == 0
+    assert "the model's context is full" in done.out
+    assert "the conversation is longer than the model's context of 32 tokens: its first 2 messages" in done.out
+    assert re.search(r"error: The prompt has \d+ tokens .* context is 32", done.out)
+    assert len(STATUS.findall(done.out)) == 3
+
+
+def test_verified(talk):
+    """What share of the tokens was drafted is said."""
+    out = talk(HELLO, options=("--verify", "--draft-tokens", 4)).out
+    assert re.search(r"^verified: \d+% of the tokens were drafted$", out, re.MULTILINE)
+    assert "verified" not in talk(HELLO).out
+
+
+def test_one_token_has_no_speed(talk):
+    assert re.search(r"^1 tokens · prompt ", talk(HELLO, options=("--max-tokens", 1)).out, re.MULTILINE)
+
+
+def test_an_interrupted_pipe(monkeypatch, invoke, interrupted):
+    """Nobody is there to go on: it ends."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{HELLO}\n{HELLO}\n"))
+    done = invoke(main, "--max-tokens", 8)
+    assert done.code == 130 and "stopped" not in done.out and not STATUS.search(done.err)
+
+
+def test_piped(python_m, answer):
+    """A process of its own, typed to through a pipe: standard output has the answers and nothing else."""
+    done = python_m("glass_mlx", "chat", "--max-tokens", 8, stdin=f"{HELLO}\n/dense\nq\n{HELLO}\n")
+    assert done.code == 0
+    assert done.out.startswith(f"{answer}\n") and done.out.count("\n") == 2
+    assert [float(s[0]) for s in STATUS.findall(done.err)] == [0.5, 1.0]
+
+
+def test_bytes_that_are_no_text():
+    """Neither what comes in nor what a terminal cannot show ends the chat."""
+    typed = f"caf\udce9 {HELLO}\n/density\n".encode(errors="surrogateescape")
+    for encoding in ("ascii", "latin-1", "utf-8"):
+        done = subprocess.run(
+            [sys.executable, "-m", "glass_mlx.chat", "--max-tokens", "3"],
+            env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)},
+            input=typed,
+            capture_output=True,
+        )
+        assert done.returncode == 0
+        assert b"density 0.5" in done.stderr and b"Traceback" not in done.stderr

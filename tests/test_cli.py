@@ -12,7 +12,7 @@ import tomllib
 import pytest
 from conftest import ROOT
 
-from glass_mlx import GlassError, __main__, cli
+from glass_mlx import GlassError, __main__, __version__, cli
 
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 MODULES = [script.partition(":")[0] for script in SCRIPTS.values()]
@@ -144,7 +144,11 @@ def test_dispatch(invoke):
     assert invoke(__main__.main).out.startswith("usage: glass_mlx {chat,generate")
     done = invoke(__main__.main, "chant")
     assert done.code == 2 and done.out == ""
-    assert "no command 'chant'" in done.err
+    assert "no command 'chant'" in done.err and "did you mean chat?" in done.err
+    for arguments in ((), ("--help",), ("-h",)):
+        lines = invoke(__main__.main, *arguments).out.splitlines()
+        for name, does in __main__.COMMANDS.items():
+            assert [line for line in lines if line.split()[:1] == [name] and does in line and len(line) <= 80]
 
 
 def test_dispatch_passes_arguments_on(invoke, monkeypatch):
@@ -152,6 +156,66 @@ def test_dispatch_passes_arguments_on(invoke, monkeypatch):
     monkeypatch.setattr("glass_mlx.stats.main", lambda: seen.extend(sys.argv))
     invoke(__main__.main, "stats", "build", "--model", "demo")
     assert seen == ["glass_mlx stats", "build", "--model", "demo"]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_version(invoke, module):
+    done = invoke(importlib.import_module(module).main, "--version")
+    assert (done.code, done.out, done.err) == (0, f"glass_mlx {__version__}\n", "")
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if not m.endswith("__main__")])
+def test_usage_errors_are_short(invoke, module):
+    """However many options there are; and a mistyped one is told."""
+    done = invoke(importlib.import_module(module).main, "--versoin", "\x1b[2J")
+    assert (done.code, done.out) == (2, "") and 1 <= done.err.count("\n") <= 3 and "\x1b" not in done.err
+    if "unrecognized" in done.err:
+        assert "did you mean --version" in done.err
+
+
+def _parsers():
+    for module in (m for m in MODULES if not m.endswith("__main__")):
+        parser = importlib.import_module(module).setup_arg_parser()
+        yield parser
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                yield from action.choices.values()
+
+
+def test_help_says_the_defaults(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for parser in _parsers():
+        text = parser.format_help()
+        assert max(map(len, text.splitlines())) <= 80
+        for action in parser._actions:
+            default = action.default
+            if action.help and default not in (None, argparse.SUPPRESS, (), [], "") and default is not False:
+                said = parser._get_formatter()._expand_help(action)
+                assert "default" in said or str(default) in said, (parser.prog, said)
+
+
+@pytest.mark.parametrize("name", ["chat", "generate"])
+def test_mlx_lms_options(name):
+    """All are taken, as mlx-lm takes them; the help is this package's own."""
+    theirs = importlib.import_module(f"mlx_lm.{name}").setup_arg_parser()
+    ours = importlib.import_module(f"glass_mlx.{name}").setup_arg_parser()
+    known = {option: action for action in ours._actions for option in action.option_strings}
+    for action in theirs._actions:
+        for option in action.option_strings:
+            mine = known[option]
+            assert (mine.dest, mine.nargs, mine.choices) == (action.dest, action.nargs, action.choices), option
+            assert mine.default == action.default or option in ("--model", "--verbose"), option
+            if action.type not in (None, str):
+                assert mine.type("3") == action.type("3"), option
+
+
+def test_what_is_mistyped_is_said_at_once(python):
+    """Nothing that takes seconds to import is imported for it."""
+    heavy = "import sys; sys.argv = ['x', '--nope']\ntry: main()\nfinally: print(*sys.modules)"
+    for name in ("__main__", "chat", "generate", "models", "stats", "doctor", "families"):
+        done = python("-c", f"from glass_mlx.{name} import main\n{heavy}")
+        assert "error: " in done.err and done.err.count("\n") <= 3
+        assert not {"mlx_lm", "transformers", "prompt_toolkit", "rich.table"} & set(done.out.split()), name
 
 
 def test_python_m(python_m):

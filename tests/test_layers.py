@@ -17,16 +17,18 @@ from glass_mlx.__main__ import COMMANDS
 # From the ground up. A part, which is a package or a module beside the packages, imports from the levels below its own;
 # parts on one level do not know each other.
 LEVELS = (
-    ("_version", "errors"),
+    ("_version", "errors", "model_names", "sizes"),
     ("files", "hub"),
     ("model_files",),
     ("core",),  # pure functions on arrays; see CORE_IMPORTS
     ("model",),
     ("decoding", "ranks"),
     ("loading",),
+    ("downloads",),
     ("serving",),
     ("evaluation", "demo"),
     ("cli",),
+    ("terminal",),
     COMMANDS,
     ("__init__", "__main__"),  # nothing imports these
 )

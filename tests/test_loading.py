@@ -164,7 +164,7 @@ def test_wrap(demo, caplog):
     [({}, 1), ({"stats": False}, 0), ({"global_weight": 0}, 0), ({"density": 1.0}, 0)],
 )
 def test_no_ranks_warning(tiny_dir, caplog, options, warnings):
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.WARNING):
         model, _ = load(tiny_dir, **options)
     assert model.global_ranks is None
     assert len(caplog.records) == warnings
@@ -252,3 +252,29 @@ def test_a_density_that_costs_much_is_said(caplog, monkeypatch):
     assert not caplog.text
     load("demo", density=0.3)
     assert "density 0.3 costs this model more" in caplog.text
+
+
+def test_wrapped_already(tiny):
+    """The same model, or what to do instead."""
+    assert wrap(tiny[0]) is tiny[0]
+    for choice in ({"density": 0.3}, {"config": GlassConfig()}, {"stats": False}, {"path": "x"}):
+        assert "wrapped already" in _error(wrap, tiny[0], **choice)
+    assert "wrapped already" in _error(GlassModel, tiny[0])
+
+
+def test_no_model_to_wrap(tiny):
+    assert "'TokenizerWrapper'" in _error(wrap, tiny[1])
+    assert "the first of what mlx_lm.load returns" in _error(wrap, (tiny[0].dense, tiny[1]))
+    assert "wrap takes loaded models" in _error(load, tiny[0].dense)
+
+
+@pytest.mark.parametrize(
+    "name, close",
+    [
+        *(("Qwen3-4", "qwen3-4b"), ("mistral7b", "mistral-7b"), ("demmo", "demo")),
+        ("mlx-community/Qwen3-4B-4bitt", "mlx-community/Qwen3-4B-4bit"),
+    ],
+)
+def test_near_misses(name, close):
+    assert re.search(rf"[Dd]id you mean [^?]*{re.escape(close)}", _error(resolve_model, name))
+    assert "you mean" not in _error(resolve_model, "qwen3-4b")  # known, but not here

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import shutil
@@ -15,7 +16,7 @@ from servers import CHAT, QUESTION, serving
 
 from glass_mlx import GlassError, benchmark, chat, evaluate, server, stats, stream_generate, tradeoff
 from glass_mlx.cli import run
-from glass_mlx.decoding import conversation
+from glass_mlx.decoding import conversation, stream
 from glass_mlx.errors import printable, printable_lines
 from glass_mlx.generate import main as generate_main
 from glass_mlx.serving.app import ApiOptions
@@ -94,8 +95,8 @@ def test_commands_with_a_model(command, nasty_model, invoke, tmp_path):
 
 def test_chat(nasty_model, invoke, monkeypatch):
     """Names, errors of the template, and what the model says."""
-    lines = iter(["x", f"fail {NASTY}", f"/{NASTY}", f"/density {NASTY}", "q"])
-    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    typed = "\n".join(["x", f"fail {NASTY}", f"/{NASTY}", f"/density {NASTY}", "q"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
 
     def nasty(*args, **kwargs):
         for response in stream_generate(*args, **kwargs):
@@ -103,7 +104,7 @@ def test_chat(nasty_model, invoke, monkeypatch):
 
     monkeypatch.setattr(conversation, "stream_generate", nasty)
     done = invoke(chat.main, "--model", nasty_model, "--no-build", "--max-tokens", 2)
-    assert done.code == 0 and "rejects this conversation" in done.out and "[2J" in done.out
+    assert done.code == 0 and "rejects this conversation" in done.err and "[2J" in done.out
     assert_clean(done.out, done.err)
 
 
@@ -113,7 +114,7 @@ def test_generate_on_a_terminal(nasty_model, invoke, monkeypatch):
             yield replace(response, text=NASTY)
 
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setitem(generate_main.__globals__, "stream_generate", nasty)
+    monkeypatch.setattr(stream, "stream_generate", nasty)
     done = invoke(generate_main, "--model", nasty_model, "--prompt", "x", "--max-tokens", 2)
     assert done.code == 0 and "[2J" in done.out
     assert_clean(done.out, done.err)

@@ -19,9 +19,11 @@ from hub_server import HubServer
 
 import glass_mlx
 from glass_mlx import chat, stats
+from glass_mlx.ranks import sources
 from glass_mlx.ranks.agreement import compare
 from glass_mlx.ranks.format import GlobalStatistics
 from glass_mlx.ranks.lookup import STATS_DIR, cache_dir, cached_file
+from glass_mlx.terminal import chat as terminal
 
 FEW = ("--tokens", 60, "--sequences", 4, "--length", 8)
 
@@ -47,7 +49,7 @@ def build(command, tiny_dir, tmp_path):
 @pytest.fixture
 def interrupted(monkeypatch):
     """Ctrl-C comes at the second batch, once."""
-    left, original = [1], stats.null_prompt
+    left, original = [1], sources.null_prompt
 
     def null(*args, **kwargs):
         own = original(*args, **kwargs)
@@ -60,7 +62,7 @@ def interrupted(monkeypatch):
 
         return replace(own, batch=batch)
 
-    monkeypatch.setattr(stats, "null_prompt", null)
+    monkeypatch.setattr(sources, "null_prompt", null)
 
 
 def fails(done, *says, code=1) -> None:
@@ -134,7 +136,8 @@ def test_interrupted_process(build, tiny_dir, tmp_path):
                 break
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=60) == (b"", b"")
+        printed, said = process.communicate(timeout=60)
+        assert printed == b"" and re.fullmatch(rb".*stopped: [\d,]+ tokens are kept, .* goes on from them\n", said)
     assert process.returncode == 130 and not out.exists()
     build("--all")
     assert out.exists() and not kept.exists()
@@ -322,7 +325,10 @@ def start(monkeypatch, invoke, caplog, tiny_dir, small_builds):
             monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
             chat.main()
 
-        monkeypatch.setattr("builtins.input", type_)
+        monkeypatch.setattr(terminal, "line_reader", lambda: type_)
+        for stream in (sys.stdin, sys.stdout):
+            monkeypatch.setattr(stream, "isatty", lambda: True)
+        monkeypatch.setenv("COLUMNS", "200")
         caplog.clear()
         done = invoke(main, "--model", tiny_dir, "--max-tokens", 3, *options)
         assert done.code == 0 and "3 tokens · " in done.out
@@ -335,16 +341,42 @@ def start(monkeypatch, invoke, caplog, tiny_dir, small_builds):
 @pytest.fixture
 def used(monkeypatch):
     """The global ranks that each chat has."""
-    seen, loop = [], chat.Chat.loop
-    monkeypatch.setattr(chat.Chat, "loop", lambda self: (seen.append(self.model.global_ranks), loop(self))[1])
+    seen, loop = [], terminal.Chat.loop
+    monkeypatch.setattr(terminal.Chat, "loop", lambda self: (seen.append(self.model.global_ranks), loop(self))[1])
     return seen
 
 
 def test_first_chat(start, used, tiny):
     """Ranks are measured with progress and kept; a second start finds them at once."""
-    first = start()
-    assert "measuring them, once" in first.log and re.search(r"ranks: +100%.*stable [\d.]+% of 95%", first.err)
+    first = start("--build")
+    assert "measuring them, once" in first.log and re.search(r"reading.*: +100%.*stable [\d.]+% of 95%", first.err)
     assert cached_file(tiny[0]).exists()
     second = start()
     assert second.err == second.log == ""
     assert all(ranks is not None for ranks in used) and len(used) == 2
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_several_models(command, tiny_dir, lively_dir, tmp_path, monkeypatch):
+    """Each has a file in the directory; what fails stops no other, and what is there is not measured again."""
+    models, into = f"{tiny_dir},nonsense,{lively_dir}", tmp_path / "ranks"
+    done = command("build", "--model", models, "--into", into, *FEW)
+    assert done.code == 1 and "nonsense" in done.err.splitlines()[-1]
+    assert "Traceback" not in done.err and f"upload {into}" in done.out
+    files = sorted(into.glob("*.safetensors"))
+    assert {f.stem for f in files} == {tiny_dir.name, lively_dir.name}
+    assert len(json.loads((into / "index.json").read_text())["models"]) == 2
+    before = [f.stat().st_mtime_ns for f in files]
+    again = command("build", "--model", f"{tiny_dir},{lively_dir}", "--into", into, *FEW)
+    assert again.code == 0 and again.out.count("there already") == 2
+    assert [f.stat().st_mtime_ns for f in files] == before
+    with HubServer() as server:
+        server.use(monkeypatch)
+        done = command("upload", into, "--repo", "me/ranks")
+        assert done.code == 0, done.err
+        assert {f.name for f in files} <= set(server.repos["me/ranks"].files)
+
+
+def test_upload_of_an_empty_directory(command, tmp_path):
+    done = command("upload", tmp_path, "--repo", "me/ranks")
+    assert done.code == 1 and "has no ranks files" in done.err

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from glass_mlx.sizes import fit, size  # noqa: F401
+
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -175,20 +177,3 @@ def download_progress(task: Task) -> str:
 def speed(tokens_per_second: float) -> str:
     """Tokens per second, with a decimal only below 100."""
     return f"{tokens_per_second:.{0 if tokens_per_second >= 100 else 1}f} tok/s"
-
-
-def size(count: int) -> str:
-    """Bytes in decimal units, as macOS shows them."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if count >= scale:
-            return f"{count / scale:.{1 if unit == 'GB' else 0}f} {unit}"
-    return f"{count / 1e3:.0f} kB"
-
-
-def fit(size: int, density: float, memory: int) -> str:
-    """Whether a model fits into memory. It needs its weights, a tenth more for the conversation, and a copy of the kept
-    neurons' weights (at least two thirds of all weights are the FFN's)."""
-    if 1.1 * size > memory:
-        return "too large"
-    copies = 0.8 * density if density < 1 else 0
-    return "tight" if 1.1 * size * (1 + copies) > memory else "fits"

@@ -12,7 +12,10 @@ from ..errors import GlassError
 from ..model.glass_model import GlassModel
 from ..model.session import Session
 from .prompt import render
-from .stream import GenerationResponse, stream_generate
+from .stream import GenerationResponse, context_length, stream_generate
+
+# A prompt leaves one part in so many of the context to the answer, if it can by leaving out messages.
+_ROOM = 4
 
 
 @dataclass(eq=False)
@@ -76,6 +79,8 @@ class Conversation(CachedConversation):
 
     Attributes:
         messages (list[dict]): ``{"role", "content"}``, answers included.
+        left_out (int): how many of the first messages the last answer was given without, because the conversation is
+            longer than the model's context.
     """
 
     def __init__(
@@ -123,14 +128,13 @@ class Conversation(CachedConversation):
         Raises:
             GlassError: the chat template rejects the conversation, or an option is out of range.
         """
-        messages = [*self.messages, {"role": "user", "content": text}]
-        prompt = render(self.tokenizer, messages, add_generation_prompt=True)
-        self.messages = messages
+        self.left_out, prompt = self._fitting([*self.messages, {"role": "user", "content": text}])
         if not self.cut(self.common_prefix(prompt)):
             self._reset_cache()
         answer, generated = "", []
         new = prompt[len(self.tokens) :]
         stream = stream_generate(self.model, self.tokenizer, new, prompt_cache=self.cache, **options)
+        self.messages.append({"role": "user", "content": text})
         try:
             for response in stream:
                 answer += response.text
@@ -160,10 +164,22 @@ class Conversation(CachedConversation):
         last = max((i for i, m in enumerate(self.messages) if m["role"] == "user"), default=None)
         if last is None:
             raise GlassError("There is no message to answer yet.")
-        prompt = render(self.tokenizer, self.messages[: last + 1], add_generation_prompt=True)
+        self.left_out, prompt = self._fitting(self.messages[: last + 1])
         yield from stream_generate(self.model, self.tokenizer, prompt, max_kv_size=self.max_kv_size, **options)
 
+    def _fitting(self, messages: list[dict[str, str]]) -> tuple[int, list[int]]:
+        """The prompt of a conversation, without the first exchanges if an answer would have too little room after all
+        of them; and how many messages are left out. What the system is told stays, and so does the last message."""
+        system, rest = [m for m in messages if m["role"] == "system"], [m for m in messages if m["role"] != "system"]
+        context = context_length(self.model, self.tokenizer, self.cache)
+        for left_out in range(0, len(rest), 2):
+            prompt = render(self.tokenizer, [*system, *rest[left_out:]], add_generation_prompt=True)
+            if context is None or len(prompt) <= context - context // _ROOM:
+                break
+        return left_out, prompt
+
     def _reset_messages(self) -> None:
+        self.left_out = 0
         self.messages: list[dict[str, str]] = []
         if self.system_prompt is not None:
             self.messages.append({"role": "system", "content": self.system_prompt})

@@ -54,13 +54,14 @@ class MemoryPlan:
         )
 
 
-def plan_memory(model: GlassModel, context: int = CONTEXT) -> MemoryPlan:
+def plan_memory(model: GlassModel, context: int | None = None) -> MemoryPlan:
     """The memory plan of a model at its own density.
 
     Args:
         model (GlassModel): the model.
-        context (int): tokens in the prompt cache.
+        context (int, optional): tokens in the prompt cache. Default: ``CONTEXT``, or the model's context if shorter.
     """
+    context = context or min(CONTEXT, model.context_length or CONTEXT)
     density = model.config.density
     compact = ffn = 0
     if density < 1:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse as DenseResponse
 from mlx_lm.generate import stream_generate as stream_dense
+from mlx_lm.models.cache import RotatingKVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import GlassError
@@ -18,7 +20,7 @@ from ..model.config import RETIRED
 from ..model.glass_model import GlassModel
 from ..model.quality import agreement_at
 from ..model.session import Phase, Session
-from .prompt import encode
+from .prompt import Prompt, as_tokens
 from .speculative import stream_verified
 
 
@@ -70,7 +72,7 @@ class PhasedModel(nn.Module):
 def stream_generate(
     model: nn.Module,
     tokenizer: Any,
-    prompt: str | mx.array | list[int],
+    prompt: Prompt,
     max_tokens: int = 256,
     draft_model: nn.Module | None = None,
     *,
@@ -94,8 +96,8 @@ def stream_generate(
     Args:
         model (nn.Module): a GlassModel.
         tokenizer: its tokenizer.
-        prompt: text or tokens.
-        max_tokens (int): the longest answer; -1 for no limit.
+        prompt: text, tokens, or messages (dicts of ``role`` and ``content``), which the chat template renders.
+        max_tokens (int): the longest answer; -1 for no limit but the model's context.
         draft_model (nn.Module, optional): for mlx-lm's speculative decoding. The model checks several tokens at once,
             and those calls are dense, so the answer is the dense model's.
         density, global_weight, signal, layer_budgets, compensation: where this and later answers of the
@@ -111,14 +113,16 @@ def stream_generate(
         GenerationResponse: a piece of text, with what mlx-lm and GLASS report.
 
     Raises:
-        GlassError: an argument is out of range, or the prompt is empty.
+        GlassError: an argument is out of range, or the prompt is empty or longer than the model's context.
     """
     choice = {"density": density, "global_weight": global_weight, "signal": signal}
     choice |= {"layer_budgets": layer_budgets, "compensation": compensation}
     kwargs = {name: value for name, value in kwargs.items() if name not in RETIRED}
-    if isinstance(prompt, str):
-        prompt = encode(tokenizer, prompt)
-    prompt = prompt if isinstance(prompt, mx.array) else mx.array(prompt, dtype=mx.int32)
+    if not isinstance(model, nn.Module):
+        raise GlassError(f"The model comes first, then the tokenizer; this is a {type(model).__name__!r}.")
+    if not isinstance(max_tokens, Integral) or max_tokens < -1 or max_tokens == 0:
+        raise GlassError(f"max_tokens must be a positive number, or -1 for no limit, not {max_tokens!r}.")
+    prompt = as_tokens(tokenizer, prompt)
     if prompt.size == 0 and kwargs.get("input_embeddings") is None:
         raise GlassError("The prompt is empty: it has no tokens.")
     if any(kwargs.get(name) is not None and kwargs[name] < 1 for name in ("kv_bits", "kv_group_size")):
@@ -138,6 +142,9 @@ def stream_generate(
     session = model.session(prompt_cache)
     session.configure(**choice)
     kwargs["prompt_cache"] = prompt_cache
+    embeddings = kwargs.get("input_embeddings")
+    length = prompt.size if embeddings is None else embeddings.shape[0]
+    max_tokens = _within_context(model, tokenizer, prompt_cache, length, max_tokens)
     if verify and session.config.density < 1:
         if kwargs.pop("input_embeddings", None) is not None:
             raise GlassError("Verified decoding does not take input embeddings.")
@@ -145,10 +152,37 @@ def stream_generate(
             tokenizer = TokenizerWrapper(tokenizer)
         responses = stream_verified(model, tokenizer, prompt, max_tokens, draft_tokens=draft_tokens, **kwargs)
     else:
-        embeddings = kwargs.get("input_embeddings")
-        phased = PhasedModel(model, prompt.size if embeddings is None else embeddings.shape[0])
+        phased = PhasedModel(model, length)
         responses = stream_dense(phased, tokenizer, prompt, max_tokens, **kwargs)
     return _described(responses, lambda: _describe(model, session))
+
+
+def context_length(model: GlassModel, tokenizer: Any, cache: list[Any]) -> int | None:
+    """The longest text, prompt and answer, in tokens that a conversation may have: what the model was made for, as its
+    configuration says or else its tokenizer. None where neither does, or the cache is a sliding window, which never
+    holds more than its own size."""
+    if all(isinstance(entry, RotatingKVCache) for entry in cache[:-1]):
+        return None
+    said = model.context_length or getattr(tokenizer, "model_max_length", None)
+    return said if isinstance(said, int) and said < 2**40 else None  # tokenizers have huge numbers for "unknown"
+
+
+def _within_context(model: GlassModel, tokenizer: Any, cache: list[Any], length: int, max_tokens: int) -> int:
+    """How many tokens an answer to a prompt of so many tokens may have.
+
+    Raises:
+        GlassError: none, because the prompt fills the model's context.
+    """
+    context = context_length(model, tokenizer, cache)
+    if context is None:
+        return max_tokens
+    used = model.session(cache).offset + length
+    if used >= context:
+        raise GlassError(
+            f"The prompt has {used:,} tokens with what was read before it; the model's context is {context:,}, "
+            "with the answer: shorten it."
+        )
+    return min(max_tokens, context - used) if max_tokens >= 0 else context - used
 
 
 def _described(
@@ -165,7 +199,7 @@ def _described(
 def generate(
     model: nn.Module,
     tokenizer: Any,
-    prompt: str | mx.array | list[int],
+    prompt: Prompt,
     verbose: bool = False,
     **kwargs: Any,
 ) -> str:

@@ -27,6 +27,7 @@ from .checks import is_right
 from .free_running import PromptBatch
 from .intervals import interval
 from .selectors import Selector, is_compensated
+from .tables import text_table
 from .teacher_forcing import TextBatch, as_masks, collect_evidence
 
 # Questions that are answered together.
@@ -191,15 +192,15 @@ def table(result: dict[str, Any]) -> str:
     lines = [f"{result['model']}; [95 % interval], of differences paired"]
     for task, rows in result["exact"].items():
         kinds = list(rows["dense"]["1"]["kinds"])
-        heads = "".join(f" {kind:>10}" for kind in kinds)
         lines += ["", f"{task}: {result['questions'][task]} questions"]
-        lines.append(f"{'':>14} {'density':>7} {'right':>24} {'- dense':>24} {'- griffin':>24}{heads}")
+        cells = []
         for name, by_density in rows.items():
             for density, row in by_density.items():
-                cells = "".join(f" {row['kinds'][kind]:10.0%}" for kind in kinds)
+                by_kind = [f"{row['kinds'][kind]:.0%}" for kind in kinds]
                 right = _with_interval(row["accuracy"], row["ci"], ".1%")
-                versus = "".join(f" {_difference(row['against'].get(rival)):>24}" for rival in ("dense", "griffin"))
-                lines.append(f"{name:>14} {density:>7} {right:>24}{versus}{cells}")
+                versus = [_difference(row["against"].get(rival)) for rival in ("dense", "griffin")]
+                cells.append([name, density, right, *versus, *by_kind])
+        lines += text_table(("", "density", "right", "- dense", "- griffin", *kinds), cells, names=2)
     return "\n".join(lines)
 
 

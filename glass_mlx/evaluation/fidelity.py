@@ -13,6 +13,7 @@ from ..model.glass_model import GlassModel
 from .free_running import readability, sample_continuations, self_nll
 from .intervals import interval, window_means
 from .selectors import Selector, is_compensated
+from .tables import text_table
 from .teacher_forcing import Scores, prompt_sums, score_selectors
 
 
@@ -145,24 +146,21 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _fidelity_rows(rows: dict[str, dict[str, Any]]) -> list[str]:
-    lines = [f"{'':>14} {'PPL':>8} {'KL':>22} {'KL - griffin':>24} {'agreement':>10} {'Jaccard':>8}"]
+    cells = []
     for name, row in rows.items():
         versus = row.get("against_griffin")
-        against = "" if versus is None else f"{versus['kl']:+8.3f} {_brackets(versus['ci'], '+.3f')}"
-        lines.append(
-            f"{name:>14} {row['ppl']:8.2f} {row['kl']:7.3f} {_brackets(row['ci']['kl'], '.3f')} {against:>24} "
-            f"{row['agreement']:10.1%} {row['jaccard']:8.3f}"
-        )
-    return lines
+        against = "" if versus is None else f"{versus['kl']:+.3f} {_brackets(versus['ci'], '+.3f')}"
+        kl = f"{row['kl']:.3f} {_brackets(row['ci']['kl'], '.3f')}"
+        cells.append([name, f"{row['ppl']:.2f}", kl, against, f"{row['agreement']:.1%}", f"{row['jaccard']:.3f}"])
+    return text_table(("", "PPL", "KL", "KL - griffin", "agreement", "Jaccard"), cells)
 
 
 def _free_rows(rows: dict[str, dict[str, Any]]) -> list[str]:
-    lines = [f"{'by itself':>14} {'self-PPL':>8} {'repetition':>11} {'distinct-1':>11} {'distinct-2':>11}"]
+    shares, cells = ("repetition", "distinct-1", "distinct-2"), []
     for name, row in rows.items():
         free = row["free"]
-        figures = "".join(f" {free[key]:11.1%}" for key in ("repetition", "distinct-1", "distinct-2"))
-        lines.append(f"{name:>14} {free['self_ppl']:8.2f}{figures}")
-    return lines
+        cells.append([name, f"{free['self_ppl']:.2f}", *(f"{free[key]:.1%}" for key in shares)])
+    return text_table(("by itself", "self-PPL", *shares), cells)
 
 
 def _brackets(ci: list[float], form: str) -> str:

@@ -11,6 +11,7 @@ from ..decoding.stream import stream_generate
 from ..errors import GlassError
 from ..model.config import GlassConfig
 from ..model.glass_model import GlassModel
+from .tables import text_table
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -148,11 +149,12 @@ def table(result: dict[str, Any]) -> str:
     for task, metrics in configs["dense"]["1"].items():
         names = [m for m in metrics if m != "samples" and "_stderr" not in m]
         lines += ["", f"{task}: {metrics['samples']} questions"]
-        lines.append(f"{'':>14} {'density':>8}" + "".join(f" {name.removesuffix(',none'):>24}" for name in names))
-        for kind, by_density in configs.items():
-            for density, tasks in by_density.items():
-                cells = "".join(f" {_cell(tasks[task], name):>24}" for name in names)
-                lines.append(f"{kind:>14} {density:>8}{cells}")
+        cells = [
+            [kind, density, *(_cell(tasks[task], name) for name in names)]
+            for kind, by_density in configs.items()
+            for density, tasks in by_density.items()
+        ]
+        lines += text_table(("", "density", *(name.removesuffix(",none") for name in names)), cells, names=2)
     return "\n".join(lines)
 
 

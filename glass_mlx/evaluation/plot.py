@@ -11,6 +11,7 @@ import numpy as np
 from ..errors import GlassError
 from ..files import write_atomically
 from ..ranks.format import GlobalStatistics
+from .selectors import SELECTORS
 
 
 def plot_ranks(
@@ -77,7 +78,7 @@ def plot_benchmark(result: dict[str, Any], out: Path) -> None:
     axes.set_xticks(range(len(rows)), names)
     axes.set_ylabel("decode tokens/s")
     axes.set_title(f"{result['model']}\n{result['machine']}, {result['backend']}", fontsize="small")
-    axes.legend()
+    _legend_below(axes)
     _save(figure, out)
 
 
@@ -89,23 +90,47 @@ def _figure(width: float) -> Any:
     return Figure(figsize=(width, 4.5), layout="constrained")
 
 
+def _legend_below(axes: Any) -> None:
+    """A panel's legend, where it covers no data."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, fontsize="small", frameon=False)
+
+
+def _common_legend(figure: Any) -> None:
+    """One legend for all panels, below them, with every name once."""
+    found = {}
+    for axes in figure.axes:
+        found |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels()) if label not in found}
+    columns = max(2, int(figure.get_figwidth() // 1.6))
+    figure.legend(found.values(), found, loc="outside lower center", ncols=columns, fontsize="small", frameon=False)
+
+
+def _color(place: int) -> Any:
+    """One of twenty colours that differ, the strong ones first."""
+    from matplotlib import colormaps
+
+    return colormaps["tab20"](place * 2 % 20 + place * 2 // 20 % 2)
+
+
 def _save(figure: Any, out: Path) -> None:
     write_atomically(out, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
 
 def _draw_concentration(axes: Any, layers: list[Any], signal: str, share: float) -> None:
     from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
 
-    colors = colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
+    colors = colormaps["viridis"](np.linspace(0, 1, len(layers)))
     for i, energy in enumerate(layers):
         cumulative = np.cumsum(-np.sort(-np.array(energy, dtype=np.float64)))
         x = np.arange(1, len(cumulative) + 1) / len(cumulative)
-        axes.plot(x, cumulative / max(cumulative[-1], 1e-30), color=colors[i], label=f"layer {i}")
+        axes.plot(x, cumulative / max(cumulative[-1], 1e-30), color=colors[i])
     axes.plot([0, 1], [0, 1], ":", color="grey", label="all neurons equal")
     axes.set(xlabel="best share of the neurons", ylabel="share of the energy", xlim=(0, 1), ylim=(0, 1))
     axes.set_title(f"Concentration of {signal}")
-    if len(layers) <= 12:
-        axes.legend(fontsize="small")
+    axes.legend(loc="lower right", fontsize="small", frameon=False)  # below the diagonal there is nothing
+    scale = ScalarMappable(Normalize(0, max(1, len(layers) - 1)), "viridis")
+    axes.figure.colorbar(scale, ax=axes, label="layer")
 
 
 def _draw_stability(axes: Any, history: np.ndarray, signal: str, share: float) -> None:
@@ -113,7 +138,7 @@ def _draw_stability(axes: Any, history: np.ndarray, signal: str, share: float) -
     axes.plot(history[:, 0], history[:, 2], "s-", label="rank correlation")
     axes.set(xlabel="tokens read", ylabel="agreement of two halves", xscale="log", ylim=(None, 1))
     axes.set_title("Stability")
-    axes.legend(fontsize="small")
+    _legend_below(axes)
 
 
 def _draw_overlaps(axes: Any, overlaps: np.ndarray, signal: str, share: float) -> None:
@@ -155,16 +180,21 @@ def plot_fidelity(result: dict[str, Any], out: Path) -> None:
     for axes, draw in zip(all_axes, panels):
         draw(axes)
         axes.set(ylabel="KL(dense || sparse), nats per token", ylim=(0, None))
-    all_axes[0].legend(fontsize="small")
+    _common_legend(figure)
     _save(figure, out)
 
 
 def _style(name: str) -> dict[str, Any]:
     """A selector's colour in all panels; bounds are dotted."""
-    names = ("griffin", "static", "glass", "oracle", "glass-a", "random", "magnitude", "glass-i")
-    color = f"C{names.index(name)}" if name in names else None
+    names = list(dict.fromkeys(("glass", "griffin", "oracle", "static", *SELECTORS)))
     bound = name in ("oracle", "random", "magnitude")
-    return {"label": name, "color": color, "linestyle": ":" if bound else "-", "marker": "o", "markersize": 4}
+    return {
+        "label": name,
+        "color": _color(names.index(name)) if name in names else "black",
+        "linestyle": ":" if bound else "-",
+        "marker": "o",
+        "markersize": 4,
+    }
 
 
 def _draw_densities(axes: Any, selectors: dict[str, Any]) -> None:
@@ -199,7 +229,6 @@ def _draw_weights(axes: Any, by_weight: dict[str, Any], plain: dict[str, Any], d
         )
     axes.set(xlabel="global weight")
     axes.set_title(f"By global weight, density {density}")
-    axes.legend(fontsize="small")
 
 
 def _draw_lengths(axes: Any, by_length: dict[str, Any], names: list[str], density: str) -> None:
@@ -230,14 +259,14 @@ def plot_tradeoff(result: dict[str, Any], out: Path) -> None:
         for i, (name, rows) in enumerate(decoders.items()):
             shown = {d: row for d, row in rows.items() if not key or key in row}
             if shown:
-                _draw_decoder(axes, name, shown, key, f"C{i}")
+                _draw_decoder(axes, name, shown, key, _color(i))
         axes.axvline(1, color="grey", linewidth=0.8, linestyle=":")
         axes.set(xlabel="speed-up over mlx-lm", ylabel=label or "density")
-        axes.legend(fontsize="small")
     note = "; acceptance is simulated" if result["simulated_acceptance"] else ""
     of = f" of {result['prompt_tokens']} tokens" if result["prompt_tokens"] else ""
     title = f"{result['model']}: {result['prompts']} prompts{of}, {result['tokens']} tokens each{note}\n"
     figure.suptitle((title + f"{result['machine']}, {result['backend']}").replace("$", r"\$"), fontsize="small")
+    _common_legend(figure)
     _save(figure, out)
 
 

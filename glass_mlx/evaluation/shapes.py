@@ -14,7 +14,7 @@ from ..core.ranking import rank_by_expert
 from ..core.slicing import is_quantised
 from ..model.blocks import Block
 from ..model.glass_model import GlassModel
-from ..ranks.response import DEFAULT_RANK
+from ..ranks.amounts import DEFAULT_RANK
 
 BITS = (4, 8, 16, 32)
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
+
+import numpy as np
 
 from ..core.importance import SIGNALS
 from ..errors import GlassError
@@ -36,6 +39,9 @@ class GlassConfig:
     compensation: bool = True
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic):  # NumPy's numbers are as good as Python's, but no JSON
+                object.__setattr__(self, name, value.item())
         if not _is_number(self.density) or not 0 < self.density <= 1:
             raise GlassError(f"density must be above 0 and at most 1, not {self.density!r}.")
         w = self.global_weight
@@ -54,4 +60,4 @@ class GlassConfig:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)

@@ -7,6 +7,7 @@ logits = model.decode(token, cache)     # the same forward code, on the compact 
 
 from __future__ import annotations
 
+import logging
 import time
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,8 @@ from .quality import QualityPoint
 from .saved_cache import check_entries
 from .saved_session import check_restored, restore
 from .session import Phase, Session
+
+logger = logging.getLogger("glass_mlx")
 
 # Generated tokens that a dense call reads again at once, before a prompt: a long answer needs no more memory.
 _REREAD = 512
@@ -66,9 +69,11 @@ class GlassModel(nn.Module):
                 again for the next prompt.
 
         Raises:
-            GlassError: the model has no FFN block that can be sparsified.
+            GlassError: the model has no FFN block that can be sparsified, or it is a GlassModel.
         """
         super().__init__()
+        if isinstance(dense, GlassModel):
+            raise GlassError("This model is wrapped already; give its dense model, model.dense.")
         self.dense = dense
         self.config = config or GlassConfig()
         self._plan = Plan.make(dense, path, max_session_memory)
@@ -115,6 +120,11 @@ class GlassModel(nn.Module):
     def path(self) -> Path | None:
         """The model's directory, where known."""
         return self._plan.path
+
+    @property
+    def context_length(self) -> int | None:
+        """The longest text, prompt and answer, in tokens that the model was made for; None where it does not say."""
+        return self._plan.context_length
 
     @property
     def global_ranks(self) -> dict[str, list[mx.array]] | None:
@@ -178,7 +188,10 @@ class GlassModel(nn.Module):
             config: fields of ``GlassConfig``, where this conversation differs.
         """
         session = Session(self.config.updated(**config), neurons=self._plan.layout.neurons)
-        return [*make_prompt_cache(self.dense, max_kv_size), session]
+        entries = make_prompt_cache(self.dense, max_kv_size)
+        if max_kv_size is not None and not any(getattr(entry, "max_size", 0) == max_kv_size for entry in entries):
+            logger.warning("max_kv_size has no effect: in mlx-lm this model's family has caches of its own")
+        return [*entries, session]
 
     def add_session(self, cache: list[Any]) -> list[Any]:
         """A prompt cache with a session: the cache itself if it has one, else a copy of the list with a new session.

@@ -14,6 +14,7 @@ from ..core.compensation import Response
 from ..core.importance import output_norms
 from .blocks import Block
 from .compacting import Known
+from .context import context_of
 from .discovery import find_blocks, signature, summarise
 from .evidence import EvidenceLayout
 from .memory import SessionMemory, WeightFiles, default_limit
@@ -38,6 +39,7 @@ class Plan:
         responses: of every block, to answer for dropped neurons, None for routed experts; None where they were not
             measured.
         quality: what densities cost, of the statistics.
+        context_length: the longest text in tokens that the model was made for; None where it does not say.
         made_for: the projections and weights that the plan is for (``discovery.signature``).
         draft_schedulers: what verified decoding has learnt, by density.
     """
@@ -47,6 +49,7 @@ class Plan:
     path: Path | None
     selector: NeuronSelector
     memory: SessionMemory
+    context_length: int | None
     made_for: tuple
     files: WeightFiles | None = None
     responses: list[Response | None] | None = None
@@ -66,7 +69,8 @@ class Plan:
             logger.warning(message)
         limit = default_limit(dense) if max_session_memory is None else max_session_memory
         selector = NeuronSelector(_shapes(blocks))
-        return cls(blocks, left_dense, path, selector, SessionMemory(limit), signature(dense, blocks))
+        context, made_for = context_of(dense, path), signature(dense, blocks)
+        return cls(blocks, left_dense, path, selector, SessionMemory(limit), context, made_for)
 
     def let_go(self) -> None:
         """Let go of the dense FFN weights while decoding."""

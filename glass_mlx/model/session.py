@@ -42,7 +42,17 @@ class EvidenceSpan:
     evidence: mx.array
 
 
-class Session:
+class _TakesTurns(type):
+    """Has mlx-lm say in words why it cannot batch conversations: it names the class of what it cannot merge."""
+
+    def __format__(cls, spec: str) -> str:
+        return (
+            "A GlassModel's conversation decodes on neurons of its own. Answer the prompts one after the other with "
+            "glass_mlx.generate, or batch the dense model, model.dense. It"
+        )
+
+
+class Session(metaclass=_TakesTurns):
     """A conversation's evidence, its kept neurons and their compact weights.
 
     It has the interface of an mlx-lm cache entry, so whatever mlx-lm does to a prompt cache (evaluate, deep-copy, trim,

@@ -29,7 +29,7 @@ from ..core.ranking import rank_by_expert
 from ..errors import StatsError, printable
 from ..files import SMALL_HEADER, check_header, write_atomically
 from ..model.quality import QualityPoint
-from .identity import describe, fingerprint
+from .identity import describe, fingerprints
 
 if TYPE_CHECKING:
     from ..model.glass_model import GlassModel
@@ -186,7 +186,7 @@ class GlobalStatistics:
                     f"The ranks are for {made_for} with {len(response.input_mean)} inputs of FFN layer {i}; "
                     f"this model has {block.input_size}."
                 )
-        if self.metadata.get("fingerprint") == fingerprint(model):
+        if self.metadata.get("fingerprint") in fingerprints(model):
             return self
         ours, theirs = describe(model)["original"], self.metadata.get("original")
         if ours and ours == theirs:

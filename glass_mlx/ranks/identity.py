@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
-from huggingface_hub import ModelCard
+from mlx.utils import tree_flatten
 
 from ..core.slicing import is_quantised
 
@@ -22,16 +22,33 @@ _CONVERSION = re.compile(
     r"([-_.](mlx|hf|\d(\.\d+)?-?bits?|(bf|fp|f|int|mxfp|nvfp)\d+|q\d(_\w+)*|gs?\d+|dwq|awq|gptq))*"
 )
 
+# What fingerprints of this rule begin with, and how many bytes of an array they read.
+_VERSION, _SAMPLE = "2-", 1 << 20
+
 
 def fingerprint(model: GlassModel) -> str:
-    """A short digest of a model's FFN weights: the shapes, dtypes and some values of its first and last block."""
+    """A short digest of a model's FFN weights: shapes, dtypes and values of every block. Of a large array rows at equal
+    distances are read, ``_SAMPLE`` bytes in all."""
+    digest = hashlib.sha256(json.dumps([block.size for block in model.blocks]).encode())
+    for block in model.blocks:
+        for name in block.names:
+            for key, array in sorted(tree_flatten(block.module[name].parameters())):
+                digest.update(f"{name}.{key} {array.shape} {array.dtype}".encode())
+                rows = array.flatten(0, -2) if array.ndim > 2 else array  # of all experts
+                sampled = rows[:: -(-array.nbytes // _SAMPLE)]
+                digest.update(np.array(sampled.reshape(-1).view(mx.uint8)).tobytes())
+    return _VERSION + digest.hexdigest()[:32]
+
+
+def fingerprints(model: GlassModel) -> tuple[str, str]:
+    """A model's fingerprint, and the one that older files have of it: of the first and last block only."""
     digest = hashlib.sha256(json.dumps([block.size for block in model.blocks]).encode())
     for block in (model.blocks[0], model.blocks[-1]):
-        for name in (*block.inputs, block.output):
+        for name in block.names:
             weight = block.module[name].weight
             digest.update(f"{name} {weight.shape} {weight.dtype}".encode())
             digest.update(np.array(weight[:2].reshape(-1)[:512].view(mx.uint8)).tobytes())
-    return digest.hexdigest()[:32]
+    return fingerprint(model), digest.hexdigest()[:32]
 
 
 def describe(model: GlassModel) -> dict[str, str]:
@@ -52,18 +69,20 @@ def describe(model: GlassModel) -> dict[str, str]:
     return {
         "model": name,
         "revision": revision,
-        "original": _original(path, name),
+        "original": original(path, name),
         "model_type": str(getattr(model.dense, "model_type", "")),
         "quantization": _quantization(model),
     }
 
 
-def _original(path: Path | None, name: str) -> str:
+def original(path: Path | None, name: str) -> str:
     """The repository that a model was converted from according to its card, or its own name on the Hub.
 
     A card's base_model may also be the base of a fine-tune. So either the card says that the model is a quantisation,
     or it says nothing and the name is the base's with what conversions append.
     """
+    from huggingface_hub import ModelCard  # only here: it takes long to import
+
     own = name if "/" in name else ""
     card = path / "README.md" if path is not None else None
     if card is None or not card.is_file():

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from platformdirs import user_cache_path
+from safetensors import SafetensorError, safe_open
 
 from ..errors import GlassError, StatsError
-from ..files import read_json
+from ..files import SMALL_HEADER, check_header, read_json
 from ..hub import download
-from ..model.glass_model import GlassModel
 from .format import GlobalStatistics
-from .identity import describe, fingerprint
+from .identity import describe, fingerprint, fingerprints
+
+if TYPE_CHECKING:
+    from ..model.glass_model import GlassModel
 
 logger = logging.getLogger("glass_mlx")
 
@@ -40,6 +44,20 @@ def local_files() -> list[tuple[str, Path]]:
     """The statistics files on this machine, each with the place it is in: ``stats`` or ``cache``."""
     places = (("stats", STATS_DIR), ("cache", cache_dir()))
     return [(place, path) for place, directory in places for path in sorted(directory.glob("*.safetensors"))]
+
+
+def measured_models() -> set[str]:
+    """Names of the models that have statistics on this machine, and of those that they were converted from."""
+    names = set()
+    for _, path in local_files():
+        try:
+            check_header(path, SMALL_HEADER)
+            with safe_open(str(path), framework="numpy") as file:
+                metadata = file.metadata() or {}
+        except (SafetensorError, OSError, ValueError):
+            continue
+        names |= {metadata.get("model", ""), metadata.get("original", "")}
+    return names - {""}
 
 
 def find_statistics(
@@ -68,12 +86,12 @@ def find_statistics(
     file = _in_index(model, _read_index(STATS_DIR / "index.json"))
     if file:
         return GlobalStatistics.read(STATS_DIR / file).check(model)
-    cached = cached_file(model)
-    if cached.exists():
-        try:
-            return GlobalStatistics.read(cached).check(model)
-        except StatsError as e:
-            logger.warning("ignored the cached ranks: %s", e)
+    for cached in (cache_dir() / f"{ours}.safetensors" for ours in fingerprints(model)):
+        if cached.exists():
+            try:
+                return GlobalStatistics.read(cached).check(model)
+            except StatsError as e:
+                logger.warning("ignored the cached ranks: %s", e)
     if repo:
         return _from_hub(model, repo)
     if os.environ.get(REPO_VARIABLE):
@@ -109,8 +127,8 @@ def _plain_name(file: Any) -> bool:
 
 def _in_index(model: GlassModel, entries: list[dict[str, str]]) -> str | None:
     """The file for a model: measured on these very weights, or else on the model that it was converted from."""
-    for key, ours in (("fingerprint", fingerprint(model)), ("original", describe(model)["original"])):
-        for entry in entries:
-            if ours and entry.get(key) == ours:
-                return entry["file"]
-    return None
+    original = describe(model)["original"]
+    ours = fingerprints(model)
+    own = (entry for entry in entries if entry.get("fingerprint") in ours)
+    base = (entry for entry in entries if original and entry.get("original") == original)
+    return next((entry["file"] for entry in chain(own, base)), None)

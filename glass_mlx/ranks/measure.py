@@ -8,8 +8,9 @@ read. Kinds of text (*domains*) are kept apart, because a prompt resembles one o
 
 from __future__ import annotations
 
+import functools
 import json
-import sys
+import logging
 from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
@@ -19,7 +20,6 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
-from tqdm import tqdm
 
 from .._version import __version__
 from ..core.importance import SIGNALS, output_norms
@@ -28,17 +28,18 @@ from ..errors import GlassError
 from ..model.blocks import by_token, run_with
 from ..model.discovery import vocabulary_size
 from ..model.glass_model import GlassModel
+from .amounts import DEFAULT_RANK, DEFAULT_STABLE_AT, DEFAULT_TOKENS
+from .bars import READING, Bars
 from .evidence import SplitEvidence
 from .format import FORMAT_VERSION, GlobalStatistics
 from .identity import describe, fingerprint
 from .lookup import cached_file
 from .quality import measure_quality
-from .response import DEFAULT_RANK, measure_responses
+from .response import measure_responses
 from .sensitivity import sensitivity
 from .sources import Source, null_prompt
 
-# Read at most this many tokens, and stop earlier when the better halves of the neurons overlap this much.
-DEFAULT_TOKENS, DEFAULT_STABLE_AT = 65536, 0.95
+logger = logging.getLogger("glass_mlx")
 
 # Of the partial file: what an older version has read in other batches is measured again.
 _PARTIAL_VERSION = 2
@@ -68,36 +69,29 @@ def build_ranks(
         out (Path, optional): the file. Default: the model's file in the user's cache.
         source (Source, optional): the token sequences. Default: :func:`sources.null_prompt`.
         tokens, stable_at, name, response_rank: as in :func:`measure_statistics`.
-        on_tokens (callable): called after every batch with how many tokens have been read.
+        on_tokens (callable): called with how many tokens have been generated and read, whenever that changes.
 
     Returns:
         Path: the file.
     """
     out = out or cached_file(model)
     source = source or null_prompt(model, tokenizer)
-    with tqdm(total=tokens, unit="tok", desc="ranks", file=sys.stderr, disable=None) as bar:
-
-        def progress(done: int, agreement: dict[str, float]) -> None:
-            on_tokens(done)
-            bar.update(min(done, tokens) - bar.n)
-            goal = "" if stable_at is None else f" of {stable_at:.0%}"
-            bar.set_postfix_str(f"stable {agreement['overlap']:.1%}{goal}")
-
-        def block_progress(done: int, blocks: int) -> None:
-            bar.set_postfix_str(f"sensitivity of block {done} of {blocks}")
-
-        partial = out.with_name(f"{out.name}.partial")
-        statistics = measure_statistics(
-            model,
-            source,
-            tokens,
-            stable_at,
-            name,
-            partial,
-            response_rank,
-            progress=progress,
-            block_progress=block_progress,
-        )
+    partial = out.with_name(f"{out.name}.partial")
+    with Bars(stable_at, on_tokens) as bars:
+        source.watchers.append(bars.sampled)
+        try:
+            statistics = measure_statistics(
+                model, source, tokens, stable_at, name, partial, response_rank, bars.read, bars.phase
+            )
+        except KeyboardInterrupt:
+            logger.warning(
+                "stopped: %s tokens are kept%s",
+                f"{bars.kept:,}" if bars.kept else "no",
+                ", and the next measuring of this model goes on from them" if bars.kept else "",
+            )
+            raise
+        finally:
+            source.watchers.remove(bars.sampled)
     statistics.write(out)
     partial.unlink(missing_ok=True)
     return out
@@ -112,7 +106,7 @@ def measure_statistics(
     partial: Path | None = None,
     response_rank: int = DEFAULT_RANK,
     progress: Callable[[int, dict[str, float]], None] = lambda tokens, stability: None,
-    block_progress: Callable[[int, int], None] = lambda done, blocks: None,
+    phase: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> GlobalStatistics:
     """Measure a model's global statistics.
 
@@ -127,7 +121,8 @@ def measure_statistics(
             continues from it, with the result of an uninterrupted one. Remove it when the statistics are written.
         response_rank (int): of the answers for dropped neurons (``response.py``); 0 for none.
         progress: called after every batch with the tokens read and :meth:`SplitEvidence.stability`.
-        block_progress: called with how many blocks' sensitivities have been measured, and of how many.
+        phase: called with the name of each phase, how much of it is done, at first what an earlier run has kept, and
+            of how much.
 
     Returns:
         GlobalStatistics: for both signals and all blocks.
@@ -144,6 +139,11 @@ def measure_statistics(
         if partial is not None:
             evidence.save(partial, identity)
 
+    def during(name: str) -> Callable[[int, int], None]:
+        phase(name, 0, 1)
+        return functools.partial(phase, name)
+
+    phase(READING, evidence.total, tokens)
     _read(model, source, evidence, tokens, stable_at, after_batch)
     if evidence.total == 0:
         raise GlassError("There is nothing to measure: the source gave no tokens.")
@@ -156,14 +156,26 @@ def measure_statistics(
         ranks=ranks,
         energies=energies,
         domains={signal: [mx.stack(rows) for rows in zip(*found)] for signal, found in by_domain.items()},
-        sensitivity=_mean_sensitivity(model, [evidence.rows[d] for d in read], by_domain["impact"], block_progress),
-        responses=measure_responses(model, sum(evidence.rows, []), ranks["impact"], response_rank) or None,
+        sensitivity=_mean_sensitivity(
+            model,
+            [evidence.rows[d] for d in read],
+            by_domain["impact"],
+            during("sensitivity of the blocks"),
+        ),
+        responses=measure_responses(
+            model,
+            sum(evidence.rows, []),
+            ranks["impact"],
+            response_rank,
+            during("responses of the blocks"),
+        )
+        or None,
         metadata=_metadata(model, source, evidence, read, name),
     )
     judged = GlassModel(model.dense)  # the model itself keeps the statistics that it has
     statistics.use_in(judged)
     alternating = [row for rows in zip_longest(*evidence.rows) for row in rows if row is not None]
-    statistics.quality = measure_quality(judged, alternating)
+    statistics.quality = measure_quality(judged, alternating, during("quality of densities"))
     return statistics
 
 

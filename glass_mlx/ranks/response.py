@@ -18,8 +18,8 @@ from ..core.ranking import kept_count, select
 from ..core.slicing import in_float32
 from ..model.blocks import Block, hooked, run_with, watching_inputs
 from ..model.glass_model import GlassModel
+from .amounts import DEFAULT_RANK
 
-DEFAULT_RANK = 63  # with the constant, products over 64 columns
 # The neurons that the directions are found for: those that global ranks drop at this density.
 _DENSITY = 0.5
 # Bytes of covariances to hold at once, and hidden values (2**25 are 128 MB in float32).

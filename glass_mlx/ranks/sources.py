@@ -33,11 +33,13 @@ class Source:
         batch: a function from a batch's number to its token sequences, each of which begins as a text does (with BOS,
             say). An empty list ends the source. The same number gives the same sequences.
         settings: further entries of the metadata.
+        watchers: told how many tokens were generated, at every step of a batch.
     """
 
     domains: tuple[str, ...]
     batch: Callable[[int], list[list[int]]]
     settings: dict[str, Any] = field(default_factory=dict)
+    watchers: list[Callable[[int], None]] = field(default_factory=list)
 
     @property
     def method(self) -> str:
@@ -81,7 +83,13 @@ def null_prompt(
         except GlassError:
             if chat:
                 raise
-    sampler = make_sampler(temp=temperature)
+    sample, watchers = make_sampler(temp=temperature), []
+
+    def sampler(logprobs: mx.array) -> mx.array:
+        for told in watchers:
+            told(len(logprobs))
+        return sample(logprobs)
+
     batchable = all(hasattr(c, "merge") for c in make_prompt_cache(model.dense))
 
     def batch(number: int) -> list[list[int]]:
@@ -102,7 +110,7 @@ def null_prompt(
             mx.random.seed((high << 32) | low)
 
     settings = {"sequences": sequences, "length": length, "temperature": temperature, "seed": seed}
-    return Source(tuple(starts), batch, settings)
+    return Source(tuple(starts), batch, settings, watchers)
 
 
 def empty_message(tokenizer: Any) -> list[int]:

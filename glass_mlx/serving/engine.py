@@ -292,6 +292,8 @@ class Engine:
                 if (pending := self._queue.pop()) is not None:
                     self._current = pending
                     return partial(self._complete, pending), Future()
+                if self._worker is not None and self._worker.answered is not None:
+                    return self._read_ahead, Future()
                 idle = self.options.idle_timeout if self._worker is not None else None
                 if not self._condition.wait(idle):
                     logger.info("idle: unloading %s", self._source.id)
@@ -319,6 +321,15 @@ class Engine:
             self._stored = len(store), store.nbytes
             mx.clear_cache()  # what an answer computed with would stay allocated until the next one
         pending.put(last)  # only now: whoever receives it finds the engine ready and the conversation in the store
+
+    def _read_ahead(self) -> None:
+        """Read the last answer while nobody waits; what comes in goes first."""
+        try:
+            self._worker.read_ahead(lambda: self._closing or bool(self._jobs) or len(self._queue) > 0)
+        except Exception:  # it was only to save time
+            logger.exception("the answer could not be read ahead")
+        self._stored = len(self._worker.store), self._worker.store.nbytes
+        mx.clear_cache()
 
     def _set_speed(self, speed: float) -> None:
         self._speed = speed

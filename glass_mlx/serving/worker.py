@@ -46,6 +46,7 @@ class Worker:
         prefill_step_size: prompt tokens that are read in one call.
         kv: mlx-lm's ``kv_bits``, ``kv_group_size`` and ``quantized_kv_start``, if the KV cache is quantised.
         verify: ``verify`` and its options, for requests that do not set them.
+        answered: the last request and its answer, until ``read_ahead`` has read it.
     """
 
     model: GlassModel
@@ -56,6 +57,7 @@ class Worker:
     prefill_step_size: int
     kv: dict[str, int]
     verify: dict[str, Any]
+    answered: tuple[Request, str] | None = None
 
     def __post_init__(self):
         """Raises GlassError if the model's KV cache cannot be quantised as asked; else every request would find out."""
@@ -95,7 +97,53 @@ class Worker:
         last = completion.run(on_speed)
         if (kept := completion.reusable()) is not None:
             self.store.put(kept)
+        self.answered = completion.answered(last)
         return last
+
+    def read_ahead(self, interrupted: Callable[[], bool]) -> None:
+        """Read the last answer in the calls in which the next turn would read it, and keep that. The next turn then
+        waits for its own message only.
+
+        Args:
+            interrupted (callable): asked before each call whether to stop, with what is read by then.
+        """
+        answered, self.answered = self.answered, None
+        if answered is None or self.model.low_memory or not self.store.max_conversations:
+            return  # with little memory, the next prompt reads all weights from the disk anyway
+        request, answer = answered
+        said = [*request.messages, {"role": "assistant", "content": answer}]
+        turns = ([*said, {"role": "user", "content": text}] for text in "xy")
+        try:
+            prompt, other = (self._encode(replace(request, messages=messages)) for messages in turns)
+        except BadRequest:  # it is too long, or the template refuses it
+            return
+        common = next((i for i, (a, b) in enumerate(zip(prompt, other)) if a != b), 0)
+        call_ends = [end for end in prompt_call_ends(prompt, self.marks, self.prefill_step_size) if end < common]
+        config = self._config(request)
+        conversation = self.store.take(prompt, call_ends, config.signal, lambda: self.model.make_cache(**vars(config)))
+        kept = max((end for end in call_ends if end < len(self._encode(request)) - 1), default=0)
+        if len(conversation.tokens) >= kept:  # else there was no room for it
+            self.read(conversation, prompt, call_ends, interrupted)
+        if conversation.tokens:
+            self.store.put(conversation)
+
+    def read(
+        self, conversation: CachedConversation, prompt: list[int], call_ends: list[int], stop: Callable[[], bool]
+    ) -> bool:
+        """Read a prompt up to the last of its calls, from where a conversation is; ``stop`` is asked before each.
+        Returns whether it was all read."""
+        for end in call_ends:
+            start = conversation.session.offset
+            if end <= start:
+                continue
+            if stop():
+                return False
+            self.model.prefill(mx.array(prompt[start:end], dtype=mx.int32)[None], conversation.cache)
+            if self.kv:
+                maybe_quantize_kv_cache(conversation.cache, **self.kv)
+            mx.eval([c.state for c in conversation.cache])
+            conversation.tokens = prompt[:end]
+        return True
 
     def _config(self, request: Request) -> GlassConfig:
         try:
@@ -163,6 +211,7 @@ class _Completion:
         self.verify = worker.verify_options(self.request)
         self.verified = bool(self.verify.get("verify")) and conversation.session.config.density < 1
         self.generated: list[int] = []
+        self.text = ""  # of the chunks so far
         self.drafted = 0
         self.started = self.first_token_at = time.perf_counter()
         self.kept: CachedConversation | None = None  # as it was where the last call ended
@@ -210,24 +259,16 @@ class _Completion:
                 if finish is not None:
                     return response, chunk, finish
                 on_speed(response.generation_tps)
+                self.text += chunk.text
                 self.pending.put(replace(chunk, token=self._token(response)))
         raise RuntimeError("the stream ended without a finish reason")
 
     def _read_beginning(self) -> None:
         """Read the prompt up to the last of its calls, from where another one can go on."""
-        conversation, kv = self.conversation, self.worker.kv
-        for end in self.call_ends:
-            start = conversation.session.offset
-            if end <= start:
-                continue
-            if self.pending.cancelled:
-                raise _Cancelled
-            self.worker.model.prefill(mx.array(self.prompt[start:end], dtype=mx.int32)[None], conversation.cache)
-            if kv:
-                maybe_quantize_kv_cache(conversation.cache, **kv)
-            mx.eval([c.state for c in conversation.cache])
-            conversation.tokens = self.prompt[:end]
-        if stays_cuttable(conversation.cache, kv.get("kv_bits")):
+        conversation = self.conversation
+        if not self.worker.read(conversation, self.prompt, self.call_ends, lambda: self.pending.cancelled):
+            raise _Cancelled
+        if stays_cuttable(conversation.cache, self.worker.kv.get("kv_bits")):
             self.kept = conversation
         else:
             self.kept = copy.deepcopy(conversation)
@@ -236,6 +277,12 @@ class _Completion:
         """The conversation for the store: as it was before the prompt's last tokens. None if nothing can be reused."""
         kept = self.kept or self.conversation  # if it was cancelled within the prompt
         return kept if kept.tokens and kept.cut(len(kept.tokens)) else None
+
+    def answered(self, last: Chunk) -> tuple[Request, str] | None:
+        """The request and its answer, if there may be a next turn that has them; not so where it calls tools."""
+        answer = self.text + last.text
+        goes_on = self.request.messages is not None and last.finish_reason in ("stop", "length") and answer
+        return (self.request, answer) if goes_on else None
 
     def _stream(self) -> Iterator[GenerationResponse]:
         worker, request, conversation = self.worker, self.request, self.conversation

@@ -69,7 +69,7 @@ def no_prefill(monkeypatch):
 
 def test_enough_memory(lack, no_prefill, caplog):
     assert not lack(0).low_memory
-    assert not caplog.records
+    assert "WARNING" not in caplog.text
 
 
 def test_dense_weights_are_let_go_of_where_memory_is_short(lack, no_prefill, caplog):

@@ -63,7 +63,7 @@ def test_no_or_odd_history(ranks, tmp_path, drawn, text):
     metadata = ranks.metadata | {"stability_history": text, "model": "$a_$"}
     plot_ranks(replace(ranks, metadata=metadata), tmp_path / "x.png")
     assert_png(tmp_path / "x.png")
-    assert len(drawn[0].axes) == 1
+    assert len(drawn[0].axes) == 2  # with the scale of the layers
 
 
 def test_overlaps(ranks, tmp_path, drawn):
@@ -74,11 +74,14 @@ def test_overlaps(ranks, tmp_path, drawn):
     assert "25%" in axes.get_ylabel() and "2 prompts" in axes.get_title()
 
 
-@pytest.mark.parametrize("many", [12, 13])
-def test_many_layers_have_no_legend(ranks, tmp_path, drawn, many):
+@pytest.mark.parametrize("many", [2, 40])
+def test_layers_are_told_by_a_scale(ranks, tmp_path, drawn, many):
+    """However many there are: no two have one colour, and no legend hides their curves."""
     energies = {s: [ranks.energies[s][0]] * many for s in SIGNALS}
     plot_ranks(replace(ranks, energies=energies), tmp_path / "x.png")
-    assert (drawn[0].axes[0].get_legend() is not None) == (many == 12)
+    axes, scale = drawn[0].axes[0], drawn[0].axes[-1]
+    assert len({tuple(line.get_color()) for line in axes.lines[:-1]}) == many
+    assert len(axes.get_legend().get_texts()) == 1 and scale.get_ylabel() == "layer"
 
 
 def test_without_matplotlib(ranks, tmp_path, monkeypatch):
@@ -110,7 +113,7 @@ def test_command(invoke, written, tiny_dir, tmp_path, drawn):
     done = invoke(main, "plot", written, "--out", out, "--model", tiny_dir, "--prompt", "The old house")
     assert done.code == 0
     assert len(drawn[1].axes) == len(drawn[0].axes) + 1
-    assert "1 prompts" in drawn[1].axes[-1].get_title()
+    assert any("1 prompts" in axes.get_title() for axes in drawn[1].axes)
 
 
 def test_command_refuses(invoke, written, tmp_path):

@@ -7,6 +7,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,6 +16,7 @@ import pytest
 from global_statistics import same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mlx_lm.models import llama
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -23,7 +25,7 @@ from glass_mlx import GlassError, GlassModel, StatsError, wrap
 from glass_mlx.core.importance import SIGNALS
 from glass_mlx.model.quality import QualityPoint
 from glass_mlx.ranks.format import GlobalStatistics, index_entry, merge, write_index
-from glass_mlx.ranks.identity import describe, fingerprint
+from glass_mlx.ranks.identity import describe, fingerprint, fingerprints
 from glass_mlx.ranks.lookup import STATS_DIR
 from glass_mlx.ranks.measure import measure_statistics
 from glass_mlx.ranks.sources import given_sequences
@@ -37,7 +39,7 @@ INDEX_SCHEMA = {
             "original": r"(\S+/\S+)?",
             "model_type": r"[\w-]+",
             "quantization": r".*",
-            "fingerprint": r"[0-9a-f]{32}",
+            "fingerprint": r"(2-)?[0-9a-f]{32}",
         }
     ],
 }
@@ -290,6 +292,42 @@ def test_fingerprint_follows_weights(tiny, model_copy):
     weights["model.layers.1.mlp.down_proj.weight"] += 1e-3
     mx.save_safetensors(str(model_copy / "model.safetensors"), weights, {"format": "mlx"})
     assert fingerprint(glass_mlx.load(model_copy, stats=False)[0]) != fingerprint(tiny[0])
+
+
+@pytest.mark.parametrize("changed", ["up_proj.weight", "down_proj.weight", "gate_proj.scales", "gate_proj.biases"])
+def test_fingerprint_covers_every_block(changed):
+    """One value, anywhere in a block in the middle, and ranks of the model that it was are refused."""
+    mx.random.seed(0)
+    args = llama.ModelArgs("llama", 64, 3, 96, 4, 1e-5, 32, num_key_value_heads=2)
+    dense = llama.Model(args)
+    nn.quantize(dense, 32, 4, class_predicate=lambda path, _: path.endswith("gate_proj"))
+    model = wrap(dense, stats=False)
+    ranks = measure_statistics(model, given_sequences("text", [[1, 5, 9, 2]], 4), stable_at=None)
+    name, key = changed.split(".")
+    array = dense.model.layers[1].mlp[name][key]
+    last = mx.array(array[-1, -1])
+    array[-1, -1] = last + 1
+    with pytest.raises(StatsError, match="weights differ"):
+        ranks.check(wrap(dense, stats=False))
+    array[-1, -1] = last
+    assert ranks.check(wrap(dense, stats=False)) is ranks
+
+
+def test_fingerprint_reads_a_bounded_part():
+    """However large the arrays are."""
+    projection = nn.Linear(1, 1, bias=False)
+    projection.weight = mx.broadcast_to(mx.array(0.0), (1 << 20, 1 << 14))
+    block = SimpleNamespace(size=1 << 20, module={"up_proj": projection}, names=("up_proj",))
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    assert fingerprint(SimpleNamespace(blocks=[block]))
+    assert mx.get_peak_memory() - before < 4 << 20
+
+
+def test_older_fingerprints_are_recognised(tiny, ranks):
+    now, before = fingerprints(tiny[0])
+    assert now != before and ranks.metadata["fingerprint"] == now
+    assert altered(ranks, fingerprint=before).check(tiny[0])
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import glass_mlx
 from glass_mlx import GlassError, StatsError, wrap
 from glass_mlx.ranks import lookup
 from glass_mlx.ranks.format import GlobalStatistics, index_entry, write_index
-from glass_mlx.ranks.identity import fingerprint
+from glass_mlx.ranks.identity import fingerprint, fingerprints
 from glass_mlx.ranks.lookup import cache_dir, cached_file, find_statistics
 
 REPO = "me/ranks"
@@ -152,6 +152,16 @@ def test_cached_file(tiny, demo):
     assert cached_file(tiny[0]).parent == cache_dir()
     assert cached_file(tiny[0]).name == f"{fingerprint(tiny[0])}.safetensors" != cached_file(demo[0]).name
     assert not cache_dir().exists()  # looking makes nothing
+
+
+def test_files_of_older_versions_are_found(tiny, stats_dir, labelled):
+    """In the cache and by an index."""
+    older = fingerprints(tiny[0])[1]
+    labelled("cache", cache_dir() / f"{older}.safetensors", fingerprint=older)
+    assert find_statistics(tiny[0]).metadata["model"] == "cache"
+    labelled("stats", stats_dir / "x.safetensors", fingerprint=older)
+    write_index(stats_dir)
+    assert find_statistics(tiny[0]).metadata["model"] == "stats"
 
 
 @pytest.mark.parametrize("damage", ["cut", "other model"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from dataclasses import replace
 
 import mlx.core as mx
@@ -14,10 +15,12 @@ import pytest
 from global_statistics import same
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from tqdm import tqdm
 
 import glass_mlx
 from glass_mlx import GlassError
 from glass_mlx.core.importance import SIGNALS
+from glass_mlx.ranks import bars as bars_module
 from glass_mlx.ranks import measure as module
 from glass_mlx.ranks.agreement import compare
 from glass_mlx.ranks.evidence import SplitEvidence
@@ -295,3 +298,52 @@ def test_domains_are_kept_apart(tiny, rows):
 def test_every_domain_is_read_once_at_least(tiny, rows):
     ranks = measure_statistics(tiny[0], Source(("a", "b", "c"), lambda n: rows[n : n + 1]), tokens=1, stable_at=0.01)
     assert json.loads(ranks.metadata["domains"]) == ["a", "b", "c"]
+
+
+def bars(capsys, monkeypatch, build) -> list[tuple[str, int, int]]:
+    """What the bars of a building showed: (phase, done, total), as on a terminal."""
+    shown = []
+
+    class Bar(tqdm):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options | {"disable": False, "mininterval": 0, "miniters": 1})
+
+        def refresh(self, *args, **options):
+            shown.append((self.desc, self.n, self.total, self.format_dict["rate"], self.initial))
+            return super().refresh(*args, **options)
+
+    monkeypatch.setattr(bars_module, "tqdm", Bar)
+    build()
+    return shown
+
+
+def test_progress(tiny, tmp_path, monkeypatch, capsys):
+    """It moves with every token that the model generates, in its phases' order, and each phase comes to its end."""
+    told = []
+    source, out = small(*tiny), tmp_path / "x.safetensors"
+    shown = bars(
+        capsys, monkeypatch, lambda: build_ranks(*tiny, out, source, 60, stable_at=None, on_tokens=told.append)
+    )
+    phases = list(dict.fromkeys(name for name, *_ in shown))
+    assert len(phases) == 4 and phases[0] == bars_module.READING
+    read = [done for name, done, *_ in shown if name == phases[0]]
+    assert max(b - a for a, b in zip(read, read[1:])) <= 8 < max(read)  # a token of every sequence of a batch
+    assert told == sorted(told) or max(told) >= 60
+    for phase in phases[1:]:
+        name, done, total, *_ = [entry for entry in shown if entry[0] == phase][-1]
+        assert done == total or phase == phases[-1]  # no text is long enough to judge densities by
+    assert source.watchers == []
+
+
+def test_progress_of_a_resumed_run(tiny, tmp_path, monkeypatch, capsys, caplog):
+    """What is kept is said; the next run begins there, and its rate is of its own tokens."""
+    out, source = tmp_path / "x.safetensors", small(*tiny)
+    with pytest.raises(KeyboardInterrupt):
+        build_ranks(*tiny, out, interrupted(source, 2), 60, stable_at=None)
+    kept = int(re.search(r"stopped: (\d+) tokens are kept", caplog.text)[1])
+    shown = bars(capsys, monkeypatch, lambda: build_ranks(*tiny, out, source, 60, stable_at=None))
+    assert kept > 0 and all(initial == kept for name, *_, initial in shown if name == bars_module.READING)
+    caplog.clear()
+    with pytest.raises(KeyboardInterrupt):
+        build_ranks(*tiny, tmp_path / "y.safetensors", interrupted(source, 0), 60)
+    assert "stopped: no tokens are kept" in caplog.text

@@ -117,7 +117,8 @@ def test_sampling(demo_engine):
     banned = demo_engine.call(lambda model, tokenizer: tokenizer.encode("What", add_special_tokens=False)[0]).result()
     greedy = text(demo_engine.submit(Request(messages=[USER], max_tokens=12)))
     assert greedy.startswith("What")
-    assert not text(demo_engine.submit(Request(messages=[USER], logit_bias={banned: -100.0}))).startswith("What")
+    unlike = text(demo_engine.submit(Request(messages=[USER], logit_bias={banned: -100.0}, max_tokens=4)))
+    assert not unlike.startswith("What")
     options = {"temperature": 1.0, "top_p": 0.9, "top_k": 50, "min_p": 0.01, "xtc_probability": 0.1}
     penalties = {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.5}
     assert last(demo_engine.submit(ask("Hello", **options, **penalties))).finish_reason
@@ -125,7 +126,7 @@ def test_sampling(demo_engine):
 
 
 def test_stop(demo_engine):
-    whole = text(demo_engine.submit(Request(messages=[USER])))
+    whole = text(demo_engine.submit(Request(messages=[USER], max_tokens=12)))
     word = whole.split()[2]
     chunks = list(demo_engine.submit(Request(messages=[USER], stop=(word,))))
     assert "".join(chunk.text for chunk in chunks) == whole[: whole.index(word)]
@@ -212,6 +213,62 @@ def test_an_answer_depends_on_its_request_alone(make, tiny_dir):
         for i in order:
             mixed[i].append(answer(engine, i, [text for text, _ in mixed[i]]))
         assert mixed == alone, f"with room for {room}"
+
+
+def test_an_answer_is_read_while_nobody_waits(make_lively):
+    """The next turn reads its own message only, and its answer is what it would be without."""
+    engine, fresh = (make_lively(prefill_step_size=32, max_conversations=room) for room in (10, 0))
+    opening = "Tell me of the sea, of the hill, and of the road that goes from one to the other."
+    chunks = list(engine.submit(Request(messages=turns(opening), max_tokens=60)))
+    answer = "".join(chunk.text for chunk in chunks)
+    deadline = time.monotonic() + 30
+    while not engine.status().conversations and time.monotonic() < deadline:  # the prompt alone is too short to be kept
+        time.sleep(0.005)
+    follow_up = Request(messages=turns(opening, answer, "And then?"), max_tokens=20, logprobs=True)
+    ours, theirs = (list(each.submit(follow_up)) for each in (engine, fresh))
+    assert [c.token for c in ours if c.token] == [c.token for c in theirs if c.token]
+    before, usage = chunks[-1].usage, ours[-1].usage
+    assert before.prompt_tokens < usage.cached_tokens < usage.prompt_tokens
+    assert usage.cached_tokens >= usage.prompt_tokens - 40  # a call has 32 tokens and may end where a message begins
+    assert theirs[-1].usage.cached_tokens == 0
+
+
+def test_whoever_comes_goes_before_reading_ahead(make_lively, monkeypatch):
+    """What is not read by then is left to the next turn."""
+    engine = make_lively(prefill_step_size=32)
+    opening, reading = "Tell me of the sea and of the hill.", threading.Event()
+    inner, calls = worker.Worker.read, []
+
+    def slow(self, conversation, prompt, call_ends, stop):
+        def asked() -> bool:
+            calls.append(len(conversation.tokens))
+            reading.set()
+            deadline = time.monotonic() + 10
+            while not stop() and time.monotonic() < deadline:  # until there is a reason
+                time.sleep(0.002)
+            return stop()
+
+        ahead = stop.__qualname__.startswith("Engine")
+        return inner(self, conversation, prompt, call_ends, asked if ahead else stop)
+
+    monkeypatch.setattr(worker.Worker, "read", slow)
+    answer = text(engine.submit(Request(messages=turns(opening), max_tokens=60)))
+    assert reading.wait(10)
+    follow_up = ask("Hello", max_tokens=4)
+    expected = text(make_lively().submit(follow_up))
+    assert text(engine.submit(follow_up)) == expected
+    usage = last(engine.submit(Request(messages=turns(opening, answer, "Why?"), max_tokens=4))).usage
+    assert len(calls) >= 1 and usage.cached_tokens < usage.prompt_tokens - 40
+
+
+@pytest.mark.parametrize("fields", [{"prompt": "The old house"}, {"messages": [USER], "max_tokens": 1_000_000}])
+def test_nothing_is_read_ahead_of_what_has_no_next_turn(tiny_engine, fields):
+    """A text to continue, and an answer that was cancelled."""
+    pending = tiny_engine.submit(Request(**{"max_tokens": 3, **fields}))
+    next(iter(pending))
+    pending.cancel()
+    list(pending)
+    assert tiny_engine._worker.answered is None
 
 
 def test_verified_answers_are_the_dense_models(lively_engine):
@@ -303,11 +360,11 @@ def test_concurrent_clients_get_what_they_would_get_alone(lively_engine, make_li
     assert said == expected
 
 
-def test_budget(make):
-    engine = make(max_cache_bytes=2_000_000)
+def test_budget(make_lively):
+    engine = make_lively(max_cache_bytes=200_000)
     for i in range(6):
         text(engine.submit(ask(f"{i} " * 40, client=str(i))))
-        assert engine.status().cache_bytes <= 2_000_000
+        assert engine.status().cache_bytes <= 200_000
     assert 0 < engine.status().conversations < 6
 
 
@@ -508,12 +565,12 @@ def test_the_models_own_context_is_the_limit(make, model_copy):
         text(engine.submit(Request(prompt=[1] * 17)))
 
 
-@pytest.mark.parametrize("start", [0, 60, 90])
+@pytest.mark.parametrize("start", [0, 30, 50])
 def test_quantised_kv(make, start):
     """The next turn is the same with a cache of the last one, wherever quantising began."""
     kinds = {"kv": {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": start}}
     engine, fresh = make(**kinds), make(**kinds, max_conversations=0)
-    question = "Hello, I need a train. " * 10
+    question = "Hello, I need a train. " * 5
     answer = text(engine.submit(ask(question)))
     following = Request(messages=turns(question, answer, "To London."), max_tokens=5, logprobs=True)
     chunks, expected = list(engine.submit(following)), list(fresh.submit(following))

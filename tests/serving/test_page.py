@@ -118,7 +118,7 @@ def test_files_are_in_the_wheel():
 
 @pytest.fixture(scope="module")
 def server():
-    with serving(ApiOptions(defaults={"max_tokens": 40})) as server:
+    with serving(ApiOptions(defaults={"max_tokens": 12})) as server:
         yield server
 
 
