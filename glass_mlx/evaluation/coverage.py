@@ -51,4 +51,4 @@ def survey(name: str) -> Family:
 def _ffn(block: Block) -> str:
     if block.experts:
         return "routed"
-    return "shared" if "shared" in block.path else "dense"
+    return "shared" if "share" in block.path else "dense"

@@ -41,6 +41,23 @@ _GEMMA3 = {
     "vocab_size": 262208,
     "max_position_embeddings": 131072,
 }
+_QWEN3_MOE = {
+    **_QWEN3,
+    "model_type": "qwen3_moe",
+    "num_key_value_heads": 4,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+}
+_GPT_OSS = {
+    "model_type": "gpt_oss",
+    "rms_norm_eps": 1e-5,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "rope_theta": 150000,
+    "sliding_window": 128,
+    "vocab_size": 201088,
+}
 
 
 def _shape(base: dict, hidden: int, intermediate: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
@@ -60,6 +77,10 @@ SHAPES = {
     "qwen3-8b": _shape(_QWEN3, 4096, 12288, 36, 32),
     "qwen3-14b": _shape(_QWEN3, 5120, 17408, 40, 40),
     "gemma-3-4b": _shape(_GEMMA3, 2560, 10240, 34, 8, num_key_value_heads=4),
+    "qwen3-30b-a3b": _shape(
+        _QWEN3_MOE, 2048, 6144, 48, 32, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768
+    ),
+    "gpt-oss-20b": _shape(_GPT_OSS, 2880, 2880, 24, 64, num_local_experts=32, num_experts_per_tok=4),
 }
 
 

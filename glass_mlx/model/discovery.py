@@ -91,7 +91,8 @@ def find_blocks(model: nn.Module) -> tuple[list[Block], dict[str, str]]:
         dense.pop(block.path, None)
     if not blocks:
         name = getattr(model, "model_type", type(model).__name__)
-        why = "; ".join(summarise(dense)) or "none of its modules has the projections of an FFN: an SSM, or not text"
+        none = "none of its modules has the projections of an FFN: an SSM, or not a text model"
+        why = "; ".join(summarise(dense)) or none
         raise GlassError(f"{name} has no FFN block that GLASS can sparsify ({why}). Use it with mlx-lm directly.")
     _count_active(model, [block for block in blocks if block.experts])
     return blocks, dense
