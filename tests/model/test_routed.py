@@ -252,7 +252,7 @@ def test_a_saved_conversation_goes_on(mixtral, tmp_path):
     assert say(loaded) == say(cache)
 
 
-def test_low_memory(tmp_path):
+def test_low_memory(tmp_path, caplog):
     """Routed experts are let go of like dense blocks, and read again."""
     dense, config = tiny_model("mixtral"), tiny_config("mixtral")
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -267,3 +267,4 @@ def test_low_memory(tmp_path):
         ]
         said.append(turns)
     assert said[0] == said[1]
+    assert "all of them stay there" not in caplog.text

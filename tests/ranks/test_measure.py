@@ -382,3 +382,16 @@ def test_routed_experts(family, tmp_path):
     with pytest.raises(StatsError, match="experts in FFN layer 0"):
         statistics.metadata["experts"] = json.dumps([2 * e for e in statistics.experts])
         statistics.check(model)
+
+
+def test_stability_of_routed_experts_is_that_of_each_expert():
+    """Which experts a half of the text was sent to does not count, only which of their neurons fired."""
+    order = np.array([[4.0, 1, 3, 2], [1, 2, 4, 3]])
+    halves = [order * [[100], [1]], order * [[1], [100]]]
+
+    def stability(second: np.ndarray) -> dict[str, float]:
+        sums = np.stack([halves[0], second]).reshape(2, 1, 8)
+        return SplitEvidence([8], np.stack([sums, sums]), [[9], [9]], [[]], experts=[2]).stability()
+
+    assert stability(halves[1]) == {"correlation": pytest.approx(1), "overlap": 1}
+    assert stability(halves[1][:, ::-1])["overlap"] < 1
