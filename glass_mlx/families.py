@@ -44,13 +44,13 @@ def _print(names: list[str], as_json: bool) -> None:
     logging.getLogger("glass_mlx").setLevel(logging.ERROR)  # the table includes what would be warned of
     families = []
     if not as_json:
-        print(f"{'family':22} covered  {'projections':30} note")
+        print(f"{'family':22} covered  {'projections':30} {'FFNs':21} note")
     for name in names:
         family = survey(name)
         families.append(family)
         if not as_json:
             mark = "yes" if family.covered else "-"
-            print(f"{name:22} {mark:7}  {family.projections:30} {family.note}".rstrip(), flush=True)
+            print(f"{name:22} {mark:7}  {family.projections:30} {family.ffns:21} {family.note}".rstrip(), flush=True)
     if as_json:
         print(json.dumps([asdict(f) for f in families], indent=2))
     else:

@@ -30,7 +30,7 @@ def test_table(command):
     code, out, err = command("llama", "mamba", "gpt2")
     header, *rows, _, total = out.splitlines()
     assert (code, err) == (0, "")
-    assert header.split() == ["family", "covered", "projections", "note"]
+    assert header.split() == ["family", "covered", "projections", "FFNs", "note"]
     assert [row.split()[:2] for row in rows] == [["llama", "yes"], ["mamba", "-"], ["gpt2", "yes"]]
     assert total == "2 of 3 families covered"
 
@@ -39,7 +39,13 @@ def test_json(command):
     code, out, _ = command("--json", "llama", "mamba")
     llama, mamba = json.loads(out)
     assert code == 0
-    assert llama == {"name": "llama", "covered": True, "projections": "gate_proj+up_proj/down_proj", "note": ""}
+    assert llama == {
+        "name": "llama",
+        "covered": True,
+        "projections": "gate_proj+up_proj/down_proj",
+        "ffns": "dense",
+        "note": "",
+    }
     assert mamba.keys() == llama.keys() and not mamba["covered"]
 
 

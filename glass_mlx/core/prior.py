@@ -11,11 +11,17 @@ to 1 per block). Neurons are ranked by their expected energy. How many tokens th
 how well they fit the prompt: the share of the prompt's energy that the better half of a domain's neurons holds, divided
 by the share that this half holds of the domain's own energy. It averages 1 for a prompt from the domain, however short,
 and less for any other. Constants and forms are this project's own and were measured.
+
+A block of routed experts shares the energy of a token among the experts that it is routed to, a of them: a prompt that
+sent an expert n_e tokens left n_e / a there. What is chosen are neurons within each expert, so each has an expectation
+of its own: its domains are worth m tokens of that expert, whatever their share of the routing is. An expert that saw
+none of the prompt is decided by its domains alone. (This form was reasoned, not measured.)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import mlx.core as mx
 
@@ -36,17 +42,22 @@ class Prior:
     """A model's domains, for one signal.
 
     Attributes:
-        domains (list[mx.array]): for each FFN block the energies [K, F] float32 in each domain; rows sum to 1.
+        domains (list[mx.array]): for each FFN block the energies [K, F] float32 in each domain; rows sum to 1. F are
+            the neurons of all experts.
+        experts (list[tuple[int, int]], optional): for each block how many routed experts it has, and how many of them
+            a token is routed to; (1, 1) for a dense block. Default: all are dense.
     """
 
     domains: list[mx.array]
+    experts: list[tuple[int, int]] | None = None
 
     def __post_init__(self):
         self.blocks = len(self.domains)
+        self.experts = self.experts or [(1, 1)] * self.blocks
         self._domains = mx.concatenate(self.domains, axis=1)
         mean = mx.mean(self._domains, axis=0, keepdims=True)
         self._logs = mx.log((1 - _SMOOTHING) * self._domains + _SMOOTHING * mean + 1e-12)
-        self._better = mx.concatenate([_better_half(block) for block in self.domains], axis=1) / self.blocks
+        self._better = mx.concatenate(list(map(_better_half, self.domains, self.experts)), axis=1) / self.blocks
         mx.eval(self._domains, self._logs, self._better)
 
     def weights(self, energy: mx.array) -> mx.array:
@@ -70,12 +81,30 @@ class Prior:
         """
         if energy is None:
             return mx.mean(self._domains, axis=0)
-        return energy + self.tokens(energy) * (self.weights(energy) @ self._domains)
+        return energy + self.tokens(energy) * self._token(self.weights(energy) @ self._domains)
+
+    def _token(self, energy: mx.array) -> mx.array:
+        """The energy [sum of F] of a token of a mixture of domains, routed to every expert."""
+        if all(count == 1 for count, _ in self.experts):
+            return energy
+        blocks = mx.split(energy, list(accumulate(block.shape[1] for block in self.domains))[:-1])
+        return mx.concatenate([_each_expert(*block) for block in zip(blocks, self.experts)])
 
 
-def _better_half(energies: mx.array) -> mx.array:
-    """For each domain of a block [K, F]: 1 / (the better half's share of the energy) at these neurons, 0 elsewhere."""
-    best = select(rank(energies), kept_count(0.5, energies.shape[1]))
-    half = mx.put_along_axis(mx.zeros(energies.shape), best, mx.array(1.0), axis=1)
+def _each_expert(energy: mx.array, experts: tuple[int, int]) -> mx.array:
+    """The energy [F] of a block, scaled to what a token leaves in each of its experts."""
+    count, active = experts
+    if count == 1:
+        return energy
+    rows = energy.reshape(count, -1)
+    return (rows / mx.maximum(active * mx.sum(rows, axis=1, keepdims=True), 1e-12)).reshape(-1)
+
+
+def _better_half(energies: mx.array, experts: tuple[int, int]) -> mx.array:
+    """For each domain of a block [K, F]: 1 / (the share of the energy that the better half of every expert's neurons
+    holds) at these neurons, 0 elsewhere."""
+    rows = energies.reshape(len(energies), experts[0], -1)
+    best = select(rank(rows), kept_count(0.5, rows.shape[2]))
+    half = mx.put_along_axis(mx.zeros(rows.shape), best, mx.array(1.0), axis=2).reshape(energies.shape)
     shares = mx.sum(half * energies, axis=1, keepdims=True) / mx.sum(energies, axis=1, keepdims=True)
     return half / shares

@@ -32,6 +32,11 @@ def rank(importance: mx.array) -> mx.array:
     return mx.put_along_axis(mx.zeros(order.shape, mx.int32), order, places, axis=-1).astype(mx.int64)
 
 
+def rank_by_expert(importance: mx.array, experts: int) -> mx.array:
+    """Ranks [F] (int64) of neurons within each of the experts that they belong to, in turn; 0 experts are one."""
+    return rank(importance.reshape(experts or 1, -1)).reshape(-1)
+
+
 def fuse(local_rank: mx.array, global_rank: mx.array, global_weight: float) -> mx.array:
     """Weighted rank aggregation R_j = (1 - w) local_j + w global_j (GLASS, arXiv 2508.14302).
 

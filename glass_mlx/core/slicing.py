@@ -8,11 +8,15 @@ columns cannot be taken from it one by one. But any 32 columns of one group of 6
 and bias, are a valid group of 32. These units (*half-groups*) are what ``ranking.select`` keeps where ``unit`` says
 so: the codes stay the same to the bit. Where a group is 32 or smaller there is no smaller one to make: the
 projection stays whole, and the hidden values are scattered to their places for it (``ScatterLinear``).
+
+The projections of routed experts (mlx-lm's ``SwitchLinear``) are the same with a leading axis of E experts: weight
+[E, F, D]. As many neurons of every expert are kept, so indices are [E, k], and what is copied has that axis too.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,9 +33,14 @@ _PER_ROW = ("weight", "scales", "biases", "bias")
 def unit_group(output: nn.Module) -> int:
     """In how large groups an output projection lets its neurons be kept: 1 if each can be chosen for itself, 64 or 128
     if units of ``UNIT`` neurons of one such group can."""
-    if isinstance(output, nn.QuantizedLinear) and output.mode == "affine" and output.group_size > UNIT:
+    if is_quantised(output) and output.mode == "affine" and output.group_size > UNIT:
         return output.group_size
     return 1
+
+
+def is_quantised(linear: nn.Module) -> bool:
+    """Whether a linear layer's weight is packed."""
+    return "scales" in linear
 
 
 def fast_inputs(bits: int) -> int:
@@ -42,39 +51,46 @@ def fast_inputs(bits: int) -> int:
 
 def input_size(linear: nn.Module) -> int:
     """How many inputs a linear layer has."""
-    packed = isinstance(linear, nn.QuantizedLinear)
-    return linear.weight.shape[1] * 32 // linear.bits if packed else linear.weight.shape[1]
+    width = linear.weight.shape[-1]
+    return width * 32 // linear.bits if is_quantised(linear) else width
+
+
+def slice_experts(linear: nn.Module, experts: slice) -> nn.Module:
+    """A projection of routed experts for some of them only."""
+    return _copy(linear, {name: array[experts] for name, array in linear.items() if isinstance(array, mx.array)})
 
 
 def slice_rows(linear: nn.Module, rows: mx.array) -> nn.Module:
     """An input projection (gate, up) for the given output rows only.
 
     Args:
-        linear (nn.Module): ``nn.Linear`` or ``nn.QuantizedLinear`` with weight [F, D].
-        rows (mx.array): [k] integer indices into the rows.
+        linear (nn.Module): ``nn.Linear`` or ``nn.QuantizedLinear`` with weight [F, D], or routed experts [E, F, D].
+        rows (mx.array): [k] integer indices into the rows, [E, k] into those of each expert.
 
     Returns:
-        nn.Module: the same kind of layer with weight [k, D]; a bias is sliced along.
+        nn.Module: the same kind of layer with weight [k, D] or [E, k, D]; a bias is sliced along.
     """
-    return _copy(linear, {name: linear[name][rows] for name in _PER_ROW if linear.get(name) is not None})
+    index = rows if rows.ndim == 1 else (mx.arange(len(rows))[:, None], rows)
+    return _copy(linear, {name: linear[name][index] for name in _PER_ROW if linear.get(name) is not None})
 
 
 def slice_columns(linear: nn.Module, columns: mx.array) -> nn.Module:
     """An output projection (down) for the given input columns only; its bias is kept whole.
 
     Args:
-        linear (nn.Module): ``nn.Linear`` or ``nn.QuantizedLinear`` with weight [D, F].
-        columns (mx.array): [k] integer indices into the columns. Where ``unit_group`` is not 1, each stretch of
-            ``UNIT`` of them must lie in one quantisation group, which is so for ascending indices of whole units.
+        linear (nn.Module): ``nn.Linear`` or ``nn.QuantizedLinear`` with weight [D, F], or routed experts [E, D, F].
+        columns (mx.array): [k] integer indices into the columns, [E, k] into those of each expert. Where
+            ``unit_group`` is not 1, each stretch of ``UNIT`` of them must lie in one quantisation group, which is so
+            for ascending indices of whole units.
 
     Returns:
-        nn.Module: takes [..., k]: the same kind of layer with weight [D, k], or a ``ScatterLinear``.
+        nn.Module: takes [..., k]: the same kind of layer with weight [D, k] or [E, D, k], or a ``ScatterLinear``.
     """
-    if not isinstance(linear, nn.QuantizedLinear):
+    if not is_quantised(linear):
         return _copy(linear, {"weight": _take_columns(linear.weight, columns)})
     if unit_group(linear) == 1:
         return ScatterLinear(linear, columns)
-    groups = columns[::UNIT] // linear.group_size
+    groups = columns[..., ::UNIT] // linear.group_size
     compact = _copy(
         linear,
         {
@@ -97,22 +113,30 @@ class ScatterLinear(nn.Module):
         """
         Args:
             projection (nn.Module): with F inputs.
-            columns (mx.array): [k] integer indices of the inputs that are given.
+            columns (mx.array): [k] or [E, k] integer indices of the inputs that are given.
         """
         super().__init__()
-        size = projection.scales.shape[-1] * projection.group_size
+        shape = (*columns.shape[:-1], input_size(projection))
+        order = mx.broadcast_to(mx.arange(columns.shape[-1], dtype=mx.int32), columns.shape)
         self.projection = _copy(projection, {})
-        self.place = mx.zeros((size,), mx.int32)  # of each input among those given, any for the others
-        self.place[columns] = mx.arange(columns.shape[0], dtype=mx.int32)
-        self.given = mx.zeros((size,), mx.bool_)
-        self.given[columns] = mx.array(True)
+        # of each input its place among those given, any for the others
+        self.place = mx.put_along_axis(mx.zeros(shape, mx.int32), columns, order, axis=-1)
+        self.given = mx.put_along_axis(mx.zeros(shape, mx.bool_), columns, mx.array(True), axis=-1)
 
-    def __call__(self, h: mx.array) -> mx.array:
-        return self.projection(self.scatter(h))
+    def __call__(self, h: mx.array, *routing: mx.array, **kwargs: Any) -> mx.array:
+        return self.projection(self.scatter(h, *routing), *routing, **kwargs)
 
-    def scatter(self, h: mx.array) -> mx.array:
-        """Hidden values [..., k] of the kept neurons in their places among all, [..., F], the others zero."""
-        return mx.where(self.given, mx.take(h, self.place, axis=-1), mx.array(0, h.dtype))
+    def scatter(self, h: mx.array, experts: mx.array | None = None) -> mx.array:
+        """Hidden values [..., k] of the kept neurons in their places among all, [..., F], the others zero.
+
+        Args:
+            h (mx.array): the values; of routed experts [..., 1, k].
+            experts (mx.array, optional): the expert [...] that each row belongs to.
+        """
+        if experts is None:
+            return mx.where(self.given, mx.take(h, self.place, axis=-1), mx.array(0, h.dtype))
+        place, given = self.place[experts][..., None, :], self.given[experts][..., None, :]
+        return mx.where(given, mx.take_along_axis(h, place, axis=-1), mx.array(0, h.dtype))
 
 
 def take_codes(weight: mx.array, columns: mx.array, bits: int) -> mx.array:
@@ -122,29 +146,31 @@ def take_codes(weight: mx.array, columns: mx.array, bits: int) -> mx.array:
     octets, not as words, which moves a quarter of the bytes.
 
     Args:
-        weight (mx.array): [D, F * bits / 32] uint32.
-        columns (mx.array): [k] integer indices, k a multiple of 32.
+        weight (mx.array): [..., D, F * bits / 32] uint32.
+        columns (mx.array): [..., k] integer indices, k a multiple of 32.
         bits (int): of a code: 2, 3, 4, 5, 6 or 8.
 
     Returns:
-        mx.array: [D, k * bits / 32] uint32.
+        mx.array: [..., D, k * bits / 32] uint32.
     """
     octets = weight.view(mx.uint8)
     bit = columns.astype(mx.int32) * bits
     octet, shift = bit // 8, (bit % 8).astype(mx.uint8)
     cycle = 8 // math.gcd(8, bits)  # as many codes as fill whole octets
-    places = [octet[i::cycle] for i in range(cycle)]  # of the i-th code of every cycle
+    places = [octet[..., i::cycle] for i in range(cycle)]  # of the i-th code of every cycle
     found = [_take_columns(octets, place) for place in places]
     rest = []
     if 8 % bits:  # a code may go on in the next octet; the last of a row has no next one, and does not
-        rest = [_take_columns(octets, mx.minimum(place + 1, octets.shape[1] - 1)) for place in places]
-    packed = mx.stack(_pack(found, rest, [shift[i::cycle] for i in range(cycle)], bits), axis=2)
-    return packed.reshape(weight.shape[0], -1).view(mx.uint32)  # [D, cycles, octets in a cycle]
+        rest = [_take_columns(octets, mx.minimum(place + 1, octets.shape[-1] - 1)) for place in places]
+    packed = mx.stack(_pack(found, rest, [shift[..., None, i::cycle] for i in range(cycle)], bits), axis=-1)
+    return packed.reshape(*weight.shape[:-1], -1).view(mx.uint32)  # [..., D, cycles, octets in a cycle]
 
 
 def _take_columns(array: mx.array, columns: mx.array) -> mx.array:
-    """``mx.take`` along the last axis of [D, F], which MLX's CPU backend does six times slower than this."""
-    return mx.take_along_axis(array, mx.broadcast_to(columns, (array.shape[0], columns.shape[0])), axis=1)
+    """``mx.take`` along the last axis of [..., D, F], which MLX's CPU backend does six times slower than this; each
+    matrix has indices [..., k] of its own."""
+    shape = (*array.shape[:-1], columns.shape[-1])
+    return mx.take_along_axis(array, mx.broadcast_to(columns[..., None, :], shape), axis=-1)
 
 
 @mx.compile
@@ -167,9 +193,9 @@ def _pack(found: list[mx.array], rest: list[mx.array], shifts: list[mx.array], b
     return packed
 
 
-def in_float32(linear: nn.Module) -> nn.Module:
-    """A copy of a layer; a quantised one computes in float32, for float32 inputs."""
-    if not isinstance(linear, nn.QuantizedLinear):
+def in_float32(linear: nn.Module, everything: bool = False) -> nn.Module:
+    """A copy of a layer; a quantised one computes in float32, for float32 inputs, and others with ``everything``."""
+    if not (is_quantised(linear) or everything):
         return _copy(linear, {})
     floats = {k: v for k, v in linear.items() if isinstance(v, mx.array) and mx.issubdtype(v.dtype, mx.floating)}
     return _copy(linear, {name: array.astype(mx.float32) for name, array in floats.items()})

@@ -7,6 +7,7 @@ All figures of this module are predictions. What a machine was measured at comes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from ..core.slicing import ScatterLinear, input_size
+from ..core.slicing import ScatterLinear, input_size, is_quantised
 from ..model.blocks import Block
 from ..model.glass_model import GlassModel
 from ..model.memory import model_bytes
@@ -64,12 +65,14 @@ class StepCosts:
     """Bytes that decoding moves at a density.
 
     Attributes:
-        dense: weights that a dense step reads.
+        dense: weights that a dense step reads: of routed experts those that one token is sent to.
         sparse: weights that a sparse step reads, with the answers for the dropped neurons.
         cache: keys, values and states that a step reads.
         compacting: read and written when compact weights are made.
         answering: output projections that are read to make the answers.
         answer_rows: for how many rows.
+        routed: of ``dense``, the weights of routed experts.
+        share: what part of all routed experts' weights that is.
     """
 
     dense: int
@@ -78,6 +81,8 @@ class StepCosts:
     compacting: int
     answering: int
     answer_rows: int
+    routed: int = 0
+    share: float = 1.0
 
     def dense_step(self) -> int:
         return self.dense + self.cache
@@ -88,8 +93,11 @@ class StepCosts:
     # The others in as many bytes as take as long.
 
     def dense_call(self, rows: int, device: DeviceClass) -> float:
-        """A dense call over several tokens."""
-        return device.cost(rows) * self.dense + self.cache
+        """A dense call over several tokens. They share routed experts as tokens would that choose independently."""
+        reached = 1 - (1 - self.share) ** rows  # part of the experts
+        each = max(1, round(rows * self.share / reached))  # tokens for each of them
+        routed = self.routed * reached / self.share
+        return device.cost(rows) * (self.dense - self.routed) + device.cost(each) * routed + self.cache
 
     def choice(self, device: DeviceClass) -> float:
         """Choosing the neurons and making their weights and the answers for the others."""
@@ -103,20 +111,28 @@ class StepCosts:
 
 def step_costs(model: GlassModel, density: float, context: int) -> StepCosts:
     """The costs of a model at a density, with ``context`` tokens in its cache. Its weights need not be evaluated."""
-    dense = model_bytes(model.dense) - unread_embedding(model.dense)
+    experts = [block for block in model.blocks if block.experts]
+    everything = sum(map(_bytes, experts))
+    routed = sum(_read(block, block.module[name]) for block in experts for name in block.names)
+    dense = model_bytes(model.dense) - unread_embedding(model.dense) - everything + routed
+    share = routed / everything if everything else 1.0
     cache = cache_bytes(model, context)
     if density == 1:
-        return StepCosts(dense, dense, cache, 0, 0, 0)
+        return StepCosts(dense, dense, cache, 0, 0, 0, routed, share)
     sparse, compacting, answering, rank = dense, 0, 0, 0
     if model.config.compensation:
-        answering = sum(model_bytes(block.module[block.output]) for block in model.blocks)
-        rank = model.responses[0].rank if model.responses else 0
+        answering = sum(model_bytes(block.module[block.output]) for block in model.blocks if not block.experts)
+        rank = max((response.rank for response in model.responses or [] if response is not None), default=0)
     for block, k in zip(model.blocks, model.kept_counts(density)):
-        compact = block.compact(mx.arange(k, dtype=mx.int32))
-        sparse += sum(_read(compact[name]) - model_bytes(block.module[name]) for name in block.names)
-        sparse += _answer_bytes(block, rank) if answering else 0
+        compact = block.compact(block.first(k))
+        sparse += sum(_read(block, compact[name]) - _read(block, block.module[name]) for name in block.names)
+        sparse += _answer_bytes(block, rank) if model.config.compensation and not block.experts else 0
         compacting += _moved(block, compact)
-    return StepCosts(dense, sparse, cache, compacting, answering, rank + 1)
+    return StepCosts(dense, sparse, cache, compacting, answering, rank + 1, routed, share)
+
+
+def _bytes(block: Block) -> int:
+    return sum(model_bytes(block.module[name]) for name in block.names)
 
 
 def _answer_bytes(block: Block, rank: int) -> int:
@@ -125,9 +141,10 @@ def _answer_bytes(block: Block, rank: int) -> int:
     return (block.output_size * (rank + 1) + reader) * block.dtype.size
 
 
-def _read(projection: nn.Module) -> int:
-    """Bytes that a step reads of a compact projection."""
-    return model_bytes(projection.projection if isinstance(projection, ScatterLinear) else projection)
+def _read(block: Block, projection: nn.Module) -> int:
+    """Bytes that a step reads of a block's projection, whole or compact: of routed experts those that are active."""
+    held = model_bytes(projection.projection if isinstance(projection, ScatterLinear) else projection)
+    return held * block.active // (block.experts or 1)
 
 
 def _moved(block: Block, compact: dict[str, nn.Module]) -> int:
@@ -138,9 +155,9 @@ def _moved(block: Block, compact: dict[str, nn.Module]) -> int:
     if isinstance(output, ScatterLinear):
         return moved
     moved += model_bytes(whole) + model_bytes(output)
-    if isinstance(whole, nn.QuantizedLinear):
+    if is_quantised(whole):
         gathers = 1 if 8 % whole.bits == 0 else 2
-        moved += 2 * gathers * output.weight.shape[0] * input_size(output)
+        moved += 2 * gathers * math.prod(output.weight.shape[:-1]) * input_size(output)
     return moved
 
 

@@ -70,8 +70,9 @@ def plan_memory(model: GlassModel, context: int | None = None) -> MemoryPlan:
             ffn += sum(model_bytes(block.module[name]) for name in block.names)
     # per token: gate, up, their product and the hidden vector; the latter once more in float32, and its square; and
     # about a dozen vectors around attention
-    widest = max(model.blocks, key=lambda block: block.size)
-    token = widest.size * (4 * widest.dtype.size + 8) + 12 * widest.input_size * widest.dtype.size
+    widest = max(model.blocks, key=lambda block: block.width * block.active)
+    neurons = widest.width * widest.active
+    token = neurons * (4 * widest.dtype.size + 8) + 12 * widest.input_size * widest.dtype.size
     cache = cache_bytes(model, context)
     available = available_memory()
     return MemoryPlan(model_bytes(model.dense), ffn, compact, cache, STEP * token, context, available, model.low_memory)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import GlassError
+from ..model.blocks import Block
 from ..model.glass_model import GlassModel
 from .tiny_models import Unbuildable, tiny_model
+
+FFNS = ("dense", "shared", "routed")
 
 
 @dataclass
@@ -17,12 +20,14 @@ class Family:
         name: its module in mlx-lm, which is its ``model_type``.
         covered: whether at least one kind of its FFN blocks decodes sparsely.
         projections: names of these blocks' projections, such as ``gate_proj+up_proj/down_proj``.
+        ffns: which FFNs these blocks are: ``dense``, ``shared`` (experts that every token is sent to), ``routed``.
         note: what stays dense and why.
     """
 
     name: str
     covered: bool
     projections: str = ""
+    ffns: str = ""
     note: str = ""
 
 
@@ -38,4 +43,12 @@ def survey(name: str) -> Family:
         return Family(name, False, note=f"not tried: {type(e).__name__}: {e}".splitlines()[0])
     kinds = {f"{'+'.join(b.inputs)}/{b.output}": None for b in model.blocks}
     notes = {f"{path}: {reason}": None for path, reason in model.left_dense.items()}
-    return Family(name, True, ", ".join(kinds), "; ".join(list(notes)[:1]))
+    found = {_ffn(block) for block in model.blocks}
+    ffns = [ffn for ffn in FFNS if ffn in found]
+    return Family(name, True, ", ".join(kinds), ", ".join(ffns), "; ".join(list(notes)[:1]))
+
+
+def _ffn(block: Block) -> str:
+    if block.experts:
+        return "routed"
+    return "shared" if "share" in block.path else "dense"

@@ -28,7 +28,7 @@ def standard_configs(densities: list[float]) -> Configs:
     """The dense model, and GRIFFIN and GLASS at each density."""
     return {
         "dense": {1.0: GlassConfig(1.0)},
-        "griffin": {d: GlassConfig(d, 0.0, "activation", 0, "uniform") for d in densities},
+        "griffin": {d: GlassConfig(d, 0.0, "activation", layer_budgets="uniform") for d in densities},
         "glass": {d: GlassConfig(d) for d in densities},
     }
 

@@ -4,7 +4,7 @@ A *selector* is a function from the evidence of a batch of prompts to the neuron
 another one:
 
     def by_activation(evidence):
-        return evidence.keep([rank(energy) for energy in evidence.local["activation"]])
+        return evidence.keep_best(evidence.local["activation"])
 
 The option ``--arms`` of ``evaluate`` and the key ``arms`` of its JSON mean selectors; they keep the name because
 scripts rely on it.
@@ -55,7 +55,7 @@ class Evidence:
     first: int = 0
 
     def keep(self, scores: list[mx.array]) -> list[mx.array]:
-        """The neurons with the smallest scores (ranks or fused ranks).
+        """The neurons with the smallest scores (ranks or fused ranks), as many of each expert.
 
         Args:
             scores (list[mx.array]): [B, F] integers, or [F] to score all prompts alike.
@@ -69,8 +69,16 @@ class Evidence:
             if self.density == 1:
                 kept.append(mx.broadcast_to(mx.arange(block.size, dtype=mx.int32), score.shape))
             else:
-                kept.append(select(score, kept_count(self.density, block.size, block.group), block.group))
+                k = kept_count(self.density, block.width, block.group)
+                kept.append(block.joined(select(block.by_expert(score), k, block.group)))
         return kept
+
+    def keep_best(self, importance: list[mx.array]) -> list[mx.array]:
+        """The most important neurons by ``importance``, [B, F] or [F] for each block; returned as by ``keep``."""
+        scores = []
+        for block, values in zip(self.model.blocks, importance):
+            scores.append(rank(block.by_expert(values)).reshape(values.shape))
+        return self.keep(scores)
 
 
 # Gives the kept neurons of each block, indices [B, k].
@@ -150,26 +158,26 @@ def by_chance(evidence: Evidence) -> list[mx.array]:
     """Random neurons, the same for the same prompt number."""
     shapes = [(len(evidence.prompts), block.size) for block in evidence.model.blocks]
     keys = [mx.random.key(evidence.first * len(shapes) + i) for i in range(len(shapes))]
-    return evidence.keep([rank(mx.random.uniform(shape=shape, key=key)) for shape, key in zip(shapes, keys)])
+    return evidence.keep_best([mx.random.uniform(shape=shape, key=key) for shape, key in zip(shapes, keys)])
 
 
 def by_magnitude(evidence: Evidence) -> list[mx.array]:
     """The neurons with the largest weights (:func:`magnitude`), whatever the prompt."""
-    return evidence.keep([rank(magnitude(block)) for block in evidence.model.blocks])
+    return evidence.keep_best([magnitude(block) for block in evidence.model.blocks])
 
 
 def by_oracle(evidence: Evidence) -> list[mx.array]:
     """The neurons that matter most to the continuation itself: a bound that no method can reach."""
-    return evidence.keep([rank(energy) for energy in evidence.oracle["impact"]])
+    return evidence.keep_best(evidence.oracle["impact"])
 
 
 def magnitude(block: Block) -> mx.array:
     """The product of the norms of each neuron's input weights (rows of gate and up) and output weights (its column of
     down), [F] float32."""
-    result = output_norms(block.module[block.output])
+    result = output_norms(block.module[block.output]).reshape(-1)
     for name in block.inputs:
         weight = dense_weight(block.module[name]).astype(mx.float32)
-        norms = mx.sqrt(mx.sum(mx.square(weight), axis=1))
+        norms = mx.sqrt(mx.sum(mx.square(weight), axis=-1)).reshape(-1)
         if block.fused:  # a neuron's gate and up are two rows of one matrix
             norms = norms.reshape((-1, 2) if block.fused == INTERLEAVED else (2, -1))
             norms = mx.prod(norms, axis=1 if block.fused == INTERLEAVED else 0)

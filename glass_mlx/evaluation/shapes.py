@@ -10,6 +10,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..core.compensation import Response
+from ..core.ranking import rank_by_expert
+from ..core.slicing import is_quantised
+from ..model.blocks import Block
 from ..model.glass_model import GlassModel
 from ..ranks.amounts import DEFAULT_RANK
 
@@ -38,6 +41,23 @@ _GEMMA3 = {
     "vocab_size": 262208,
     "max_position_embeddings": 131072,
 }
+_QWEN3_MOE = {
+    **_QWEN3,
+    "model_type": "qwen3_moe",
+    "num_key_value_heads": 4,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+}
+_GPT_OSS = {
+    "model_type": "gpt_oss",
+    "rms_norm_eps": 1e-5,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "rope_theta": 150000,
+    "sliding_window": 128,
+    "vocab_size": 201088,
+}
 
 
 def _shape(base: dict, hidden: int, intermediate: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
@@ -57,6 +77,10 @@ SHAPES = {
     "qwen3-8b": _shape(_QWEN3, 4096, 12288, 36, 32),
     "qwen3-14b": _shape(_QWEN3, 5120, 17408, 40, 40),
     "gemma-3-4b": _shape(_GEMMA3, 2560, 10240, 34, 8, num_key_value_heads=4),
+    "qwen3-30b-a3b": _shape(
+        _QWEN3_MOE, 2048, 6144, 48, 32, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768
+    ),
+    "gpt-oss-20b": _shape(_GPT_OSS, 2880, 2880, 24, 64, num_local_experts=32, num_experts_per_tok=4),
 }
 
 
@@ -117,10 +141,14 @@ def _in_format(shape: str, layers: int | None, bits: int, dtype: mx.Dtype) -> nn
 def _wrap(dense: nn.Module, key: mx.array | None = None) -> GlassModel:
     """A GlassModel with responses that predict nothing, and with random ranks where there is a key."""
     model = GlassModel(dense)
-    responses = [_no_response(block.input_size, block.size) for block in model.blocks]
-    ranks = None if key is None else [mx.random.permutation(block.size, key=key) + 1 for block in model.blocks]
+    responses = [None if block.experts else _no_response(block.input_size, block.size) for block in model.blocks]
+    ranks = None if key is None else [_random_ranks(block, key) for block in model.blocks]
     model.set_global_ranks(ranks and {"impact": ranks, "activation": ranks}, responses=responses)
     return model
+
+
+def _random_ranks(block: Block, key: mx.array) -> mx.array:
+    return rank_by_expert(mx.random.uniform(shape=(block.size,), key=key), block.experts)
 
 
 def _no_response(inputs: int, size: int) -> Response:
@@ -131,12 +159,12 @@ def _no_response(inputs: int, size: int) -> Response:
 
 def _random(layer: nn.Module, name: str, array: mx.array, key: mx.array) -> mx.array:
     """Random values of about unit gain for a layer's array."""
-    if isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+    if is_quantised(layer):
         fan_in = layer.scales.shape[-1] * layer.group_size
         scale = 2 * (3 / fan_in) ** 0.5 / (2**layer.bits - 1)  # uniform codes around zero
         if name == "weight":
             return mx.random.randint(-(2**31), 2**31 - 1, array.shape, mx.int32, key=key).view(mx.uint32)
         return mx.full(array.shape, scale if name == "scales" else -scale * (2**layer.bits - 1) / 2, array.dtype)
-    if array.ndim == 2:
+    if array.ndim > 1:
         return mx.random.normal(array.shape, array.dtype, scale=array.shape[-1] ** -0.5, key=key)
     return mx.ones(array.shape, array.dtype)

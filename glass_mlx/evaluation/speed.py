@@ -65,13 +65,16 @@ def measure_device(model: GlassModel, calls: int = 5) -> DeviceClass:
         model (GlassModel): its first blocks' weights are read.
         calls (int): of which the fastest counts, after one to warm up.
     """
-    projections = [block.module[block.inputs[0]] for block in model.blocks[:_PROJECTIONS]]
-    inputs, dtype = model.blocks[0].input_size, model.blocks[0].dtype
+    blocks = [block for block in model.blocks if not block.experts][:_PROJECTIONS] or model.blocks[:_PROJECTIONS]
+    projections = [block.module[block.inputs[0]] for block in blocks]
+    # of routed experts the first one: all rows are its
+    read = sum(model_bytes(p) // (block.experts or 1) for block, p in zip(blocks, projections))
     seconds = {}
     for rows in _ROWS:
-        x = mx.random.normal((rows, inputs)).astype(dtype)
-        seconds[rows] = min(_time([projection(x) for projection in projections]) for _ in range(calls + 1))
-    bandwidth = sum(map(model_bytes, projections)) / seconds[1]
+        x = mx.random.normal((rows, blocks[0].input_size)).astype(blocks[0].dtype)
+        routing = (mx.zeros((1,), mx.uint32),) if blocks[0].experts else ()
+        seconds[rows] = min(_time([projection(x, *routing) for projection in projections]) for _ in range(calls + 1))
+    bandwidth = read / seconds[1]
     relative = {rows: max(1.0, value / seconds[1]) for rows, value in seconds.items()}
     return DeviceClass(machine(), bandwidth, relative, f"measured, {mlx_backend()}")
 

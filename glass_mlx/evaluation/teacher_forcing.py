@@ -16,9 +16,9 @@ import mlx.core as mx
 import numpy as np
 
 from ..core.compensation import Response, Sums, mean_hidden
-from ..core.importance import SIGNALS, energy, output_norms
+from ..core.importance import SIGNALS, output_norms
 from ..core.metrics import kl_divergence
-from ..model.blocks import hooked, run_with, watching_inputs
+from ..model.blocks import Block, by_token, run_with, watching_inputs
 from ..model.glass_model import GlassModel
 from .selectors import Evidence, Selector, by_oracle, is_compensated
 
@@ -139,20 +139,24 @@ def collect_evidence(model: GlassModel, batch: TextBatch) -> tuple[Evidence, mx.
     found: dict[str, list] = {s: [[None] * len(blocks) for _ in range(2)] for s in SIGNALS}
     counted = (batch.in_prompt & (mx.arange(batch.tokens.shape[1]) > 0)).astype(mx.float32)
     inputs, hidden = [[None] * len(blocks) for _ in range(2)]
+    nothing = mx.zeros((len(batch.prompts), 0))  # of routed experts, whose dropped neurons add nothing
 
-    def observe_input(i: int, x: mx.array) -> None:
-        inputs[i] = _sum(x.reshape(*batch.tokens.shape, -1), counted)
+    def observe_input(i: int, x: mx.array, *routing: mx.array) -> None:
+        inputs[i] = nothing if routing else _sum(x.reshape(*batch.tokens.shape, -1), counted)
 
-    def observe(i: int, h: mx.array) -> mx.array:
-        h = h.reshape(*batch.tokens.shape, -1)
-        hidden[i] = _sum(h, counted)
+    def observe(i: int, h: mx.array, *routing: mx.array) -> mx.array:
+        texts, block = len(batch.prompts), blocks[i]
+        vectors, experts = h.reshape(texts, -1, h.shape[-1]), [chosen.reshape(texts, -1) for chosen in routing]
+        hidden[i] = nothing if routing else _sum(vectors, counted)
         for signal in SIGNALS:
             scale = norms[i] if signal == "impact" else None
-            for side, of in zip(found[signal], (batch.in_prompt, batch.in_continuation)):
-                side[i] = mx.stack([energy(row, scale, counts) for row, counts in zip(h, of.astype(mx.float32))])
+            for side, part in zip(found[signal], (batch.in_prompt, batch.in_continuation)):
+                each = zip(part.astype(mx.float32), vectors, *experts)
+                side[i] = mx.stack([block.energy(row, scale, *of, weights=counts) for counts, row, *of in each])
         return mx.depends(h, [inputs[i], hidden[i], *(side[i] for sides in found.values() for side in sides)])
 
-    logits = _run(model, batch, observe, observe_input)
+    hooks = watching_inputs(blocks, observe_input) | by_token(blocks, observe)
+    logits = run_with(hooks, model.dense, batch.tokens)
     local, oracle = ({signal: sides[k] for signal, sides in found.items()} for k in range(2))
     mx.eval(local, oracle, inputs, hidden, logits)
     sums = [Sums(*pair, mx.sum(counted, axis=1)) for pair in zip(hidden, inputs)]
@@ -187,8 +191,13 @@ def without_dropped(
     inputs: dict[int, mx.array] = {}
     responses = model.responses or [None] * len(masks)
 
-    def observe(i: int, h: mx.array) -> mx.array:
+    def keep(i: int, x: mx.array, *routing: mx.array) -> None:
+        inputs[i] = x
+
+    def observe(i: int, h: mx.array, *routing: mx.array) -> mx.array:
         texts, x = masks[i].shape[0], inputs.pop(i)
+        if routing:
+            return _without_experts(model.blocks[i], masks[i], h, routing[0], sparse)
         others = mx.array(0, h.dtype)
         if sums is not None:
             others = expected_hidden(responses[i], sums[i], x.reshape(texts, -1, x.shape[-1])).astype(h.dtype)
@@ -197,7 +206,17 @@ def without_dropped(
             dropped = mx.logical_and(sparse, dropped)
         return mx.where(dropped, others, h.reshape(texts, -1, h.shape[-1])).reshape(h.shape)
 
-    return watching_inputs(model.blocks, inputs.__setitem__) | hooked(model.blocks, observe)
+    return watching_inputs(model.blocks, keep) | by_token(model.blocks, observe)
+
+
+def _without_experts(block: Block, mask: mx.array, h: mx.array, experts: mx.array, sparse: mx.array | None) -> mx.array:
+    """The hidden vectors of routed experts (``by_token``) with the kept neurons [B, F] only."""
+    texts = mask.shape[0]
+    own = experts.reshape(texts, -1)  # of each text
+    kept = block.by_expert(mask)[mx.arange(texts)[:, None], own].reshape(h.shape)
+    if sparse is not None:
+        kept = mx.logical_or(kept, mx.logical_not(sparse.reshape(*experts.shape[:-1], 1, 1, 1)))
+    return mx.where(kept, h, mx.array(0, h.dtype))
 
 
 def prompt_sums(model: GlassModel, prompts: list[list[int]]) -> list[Sums]:
@@ -218,18 +237,6 @@ def as_masks(model: GlassModel, kept: list[mx.array]) -> list[mx.array]:
     """The kept neurons [B, k] of each block as a mask [B, F], bool."""
     empty = [mx.zeros((k.shape[0], block.size), mx.bool_) for k, block in zip(kept, model.blocks)]
     return [mx.put_along_axis(mask, k, mx.array(True), axis=-1) for mask, k in zip(empty, kept)]
-
-
-def _run(
-    model: GlassModel,
-    batch: TextBatch,
-    observe: Callable[[int, mx.array], mx.array],
-    observe_input: Callable[[int, mx.array], None],
-) -> mx.array:
-    """The dense model on a batch, with each block's inputs shown to ``observe_input`` and its hidden vectors [B, L, F]
-    passed through ``observe``."""
-    hidden = hooked(model.blocks, lambda i, h: observe(i, h).reshape(h.shape))
-    return run_with(watching_inputs(model.blocks, observe_input) | hidden, model.dense, batch.tokens)
 
 
 def _sum(vectors: mx.array, counted: mx.array) -> mx.array:

@@ -7,16 +7,20 @@ its neurons once its projections are sliced. No family needs code of its own her
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ..core.ranking import kept_count, rank, select
-from ..core.slicing import SLICEABLE, in_float32, plain_class
+from ..core.slicing import SLICEABLE, in_float32, input_size, plain_class, slice_experts
 from ..errors import GlassError
 from .blocks import HALVES, INTERLEAVED, Block, Projection, hooked, run_with
+
+logger = logging.getLogger("glass_mlx")
 
 # (input projections, output projection) by the names that mlx-lm's families give them, most specific first.
 PROJECTIONS = (
@@ -37,14 +41,19 @@ PROJECTIONS = (
     (("input_linear",), "output_linear"),  # granitemoehybrid: fused
 )
 
-# Modules below these are not dense decoder FFNs: routed experts see few tokens each and already read little
-# memory per token; vision and audio towers do not run while decoding.
-_SKIPPED_PARTS = {"experts", "switch_mlp"}
+# What computes routed experts, all of a layer at once.
+ROUTED = (SwitchLinear, QuantizedSwitchLinear)
+# Experts that a check tries, and how many of them each of its tokens is sent to.
+_TRIED, _SENT = 4, 2
+
+# Modules below these are no decoder FFNs of their own: an expert by itself is not run by every token; vision and audio
+# towers do not run while decoding.
+_LONE = "experts"
 _SKIPPED_PREFIXES = ("vision", "visual", "audio")
 
 
 def find_blocks(model: nn.Module) -> tuple[list[Block], dict[str, str]]:
-    """The FFN blocks of a model that can decode on a subset of their neurons.
+    """The FFN blocks of a model that can decode on a subset of their neurons: dense ones and routed experts.
 
     Args:
         model (nn.Module): a loaded mlx-lm model.
@@ -82,9 +91,26 @@ def find_blocks(model: nn.Module) -> tuple[list[Block], dict[str, str]]:
         dense.pop(block.path, None)
     if not blocks:
         name = getattr(model, "model_type", type(model).__name__)
-        why = _why_none(model, dense)
-        raise GlassError(f"{name} has no dense FFN block that GLASS can sparsify ({why}). Use it with mlx-lm directly.")
+        none = "none of its modules has the projections of an FFN: an SSM, or not a text model"
+        why = "; ".join(summarise(dense)) or none
+        raise GlassError(f"{name} has no FFN block that GLASS can sparsify ({why}). Use it with mlx-lm directly.")
+    _count_active(model, [block for block in blocks if block.experts])
     return blocks, dense
+
+
+def _count_active(model: nn.Module, blocks: list[Block]) -> None:
+    """Find how many of its experts each block of routed experts sends a token to: in a call that is never evaluated."""
+    for block in blocks:
+        block.active = block.experts  # if the call fails, or does not come by
+
+    def observe(i: int, h: mx.array, experts: mx.array) -> None:
+        blocks[i].active = experts.size
+
+    if blocks:
+        try:
+            run_with(hooked(blocks, observe), model, mx.zeros((1, 1), mx.int32))
+        except Exception as e:  # the family's own code; what counts depends on it, not whether it works
+            logger.warning("not known how many experts a token is sent to (%s: %s)", type(e).__name__, e)
 
 
 def signature(model: nn.Module, blocks: list[Block]) -> tuple:
@@ -147,10 +173,10 @@ class _Refused(Exception):
     """A family's own code does not take the probe."""
 
 
-def _run(module: nn.Module, x: mx.array, how: str) -> mx.array:
+def _run(module: nn.Module, probe: tuple[mx.array, ...], how: str) -> mx.array:
     """What a block makes of the probe. Only its Python code may refuse; what MLX raises on evaluation passes."""
     try:
-        y = module(x)
+        y = module(*probe)
     except Exception as e:
         raise _Refused(f"cannot be run {how} ({type(e).__name__}: {(str(e).splitlines() or [''])[0][:80]})") from e
     mx.eval(y)
@@ -174,63 +200,65 @@ def _walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
 
 def _skipped(path: str) -> bool:
     parts = path.split(".")
-    return any(p in _SKIPPED_PARTS or p.startswith(_SKIPPED_PREFIXES) for p in parts)
-
-
-def _dims(linear: nn.Module) -> tuple[int, int]:
-    """(input, output) dimensions of a linear layer, quantised or not."""
-    out_dims, in_dims = linear.weight.shape
-    if isinstance(linear, nn.QuantizedLinear):
-        in_dims = in_dims * 32 // linear.bits
-    return in_dims, out_dims
+    return any(p.startswith(_SKIPPED_PREFIXES) for p in parts)
 
 
 def _structure(path: str, module: nn.Module, inputs: tuple[str, ...], output: str) -> Block | str:
     """A block if the shapes fit, else why not ("" where the names mean something else altogether)."""
     projections = [module[name] for name in (*inputs, output)]
     for p in projections:
-        if plain_class(p) not in SLICEABLE:
-            if "Switch" in type(p).__name__:
-                return ""  # routed experts
+        if plain_class(p) not in (*SLICEABLE, *ROUTED):
             if hasattr(p, "linear") or hasattr(p, "fuse"):
                 return "has an adapter: fuse it into the model first (mlx_lm.fuse)"
             return f"{type(p).__name__} projections cannot be sliced"
-    size = _dims(projections[-1])[0]
-    widths = {_dims(p)[1] for p in projections[:-1]}
-    if widths == {size}:
-        return Block(path, module, inputs, output, size)
-    if widths == {2 * size} and len(inputs) == 1:
-        return Block(path, module, inputs, output, size, HALVES)
+    axes = {p.weight.shape[:-2] for p in projections}  # (E,) or, if they are dense, ()
+    if len(axes) > 1:
+        return ""
+    (axis,) = axes
+    experts = axis[0] if axis else 0
+    if not experts and _LONE in path.split("."):
+        return "one expert by itself, which few tokens are sent to"
+    width, widths = input_size(projections[-1]), {p.weight.shape[-2] for p in projections[:-1]}
+    size = width * (experts or 1)
+    if widths == {width}:
+        return Block(path, module, inputs, output, size, experts=experts)
+    if widths == {2 * width} and len(inputs) == 1:
+        return Block(path, module, inputs, output, size, HALVES, experts)
     return ""
 
 
 def _precise(block: Block, layout: str) -> Block:
     """A copy of a block that computes in float32: MLX's CPU backend sums quantised products in their 16-bit type, which
-    is too coarse to compare by."""
-    module = type(block.module).__new__(type(block.module))
+    is too coarse to compare by. Of routed experts a few, and the backend has no others than in float32."""
+    projections = {name: block.module[name] for name in block.names}
+    if block.experts:
+        projections = {name: slice_experts(p, slice(_TRIED)) for name, p in projections.items()}
+    kind = plain_class(block.module)
+    module = kind.__new__(kind)
     module.__dict__.update(block.module.__dict__)
-    dict.update(module, {**block.module, **{name: in_float32(block.module[name]) for name in block.names}})
-    return Block(block.path, module, block.inputs, block.output, block.size, layout)
+    everything, experts = bool(block.experts), min(block.experts, _TRIED)
+    dict.update(module, {**block.module, **{name: in_float32(p, everything) for name, p in projections.items()}})
+    return Block(block.path, module, block.inputs, block.output, (experts or 1) * block.width, layout, experts)
 
 
 def _compare(block: Block) -> str:
-    module, n = block.module, block.size
-    dtype = _float_dtype(module[block.inputs[0]])
-    x = mx.random.normal((1, 4, _dims(module[block.inputs[0]])[0]), key=mx.random.key(0)).astype(dtype)
+    module, n = block.module, block.width
+    x = mx.random.normal((1, 4, block.input_size), key=mx.random.key(0)).astype(_float_dtype(module[block.inputs[0]]))
+    routing = [mx.arange(4 * _SENT).reshape(1, 4, _SENT).astype(mx.uint32) % block.experts] if block.experts else []
+    seen: list[tuple[mx.array, ...]] = []
 
     def run(replacements: dict[int, Projection], how: str) -> mx.array:
-        return run_with(replacements, _run, module, x, how)
+        return run_with(replacements, _run, module, (x, *routing), how)
 
-    hidden: list[mx.array] = []
-    dense = run(hooked([block], lambda _, h: hidden.append(h)), "on its own")
-    if len(hidden) != 1 or hidden[0].shape[-1] != n:
+    dense = run(hooked([block], lambda _, *hidden: seen.append(hidden)), "on its own")
+    if len(seen) != 1 or seen[0][0].shape[-1] != n:
         return "its output projection does not see the neurons once"
-    scores = rank(mx.sum(mx.abs(hidden[0].astype(mx.float32)), axis=(0, 1)))
-    half = select(scores, kept_count(0.5, n, block.group), block.group)
-    mask = mx.zeros((n,), dtype).at[half].add(1)
-    masked = run(hooked([block], lambda _, h: h * mask), "with hidden values set to zero")
+    scores = rank(block.by_expert(block.energy(seen[0][0], None, *seen[0][1:])))
+    half = block.joined(select(scores, kept_count(0.5, n, block.group), block.group))
+    mask = mx.zeros((block.size,), x.dtype).at[half].add(1)
+    masked = run(hooked([block], lambda _, h, *of: h * block.beside(mask, *of)), "with hidden values set to zero")
     sliced = run(block.replacing(block.compact(half)), "on half of its neurons")
-    permuted = block.compact(_shuffled(scores, block.group))
+    permuted = block.compact(block.joined(_shuffled(scores, block.group)))
     permuted = run(block.replacing(permuted), "with its neurons in another order")
     if not _close(permuted, dense):
         return "its output depends on the order of its neurons"
@@ -240,13 +268,13 @@ def _compare(block: Block) -> str:
 
 
 def _shuffled(scores: mx.array, group: int) -> mx.array:
-    """All neurons in another order: by their scores, or the groups of a quantised projection backwards and the neurons
-    of each by their scores."""
+    """All neurons [E, F / E] in another order: by their scores, or the groups of a quantised projection backwards and
+    the neurons of each by their scores."""
     if group == 1:
-        return mx.argsort(scores).astype(mx.int32)
-    within = mx.argsort(scores.reshape(-1, group), axis=1)
-    groups = mx.arange(within.shape[0])[:, None] * group
-    return (within + groups)[::-1].reshape(-1).astype(mx.int32)
+        return mx.argsort(scores, axis=-1).astype(mx.int32)
+    within = mx.argsort(scores.reshape(len(scores), -1, group), axis=-1)
+    groups = mx.arange(within.shape[1])[:, None] * group
+    return (within + groups)[:, ::-1].reshape(scores.shape).astype(mx.int32)
 
 
 def _float_dtype(linear: nn.Module) -> mx.Dtype:
@@ -258,15 +286,6 @@ def _close(a: mx.array, b: mx.array) -> bool:
     tolerance = 1e-3 if a.dtype == mx.float32 else 3e-2
     a, b = a.astype(mx.float32), b.astype(mx.float32)
     return bool(mx.max(mx.abs(a - b)) <= tolerance * mx.max(mx.abs(b)))
-
-
-def _why_none(dense: nn.Module, left_dense: dict[str, str]) -> str:
-    """Why a model has no block to sparsify, in words."""
-    if left_dense:
-        return "; ".join(summarise(left_dense))
-    if any("Switch" in type(m).__name__ or "experts" in path.split(".") for path, m in dense.named_modules()):
-        return "its FFNs are routed experts"
-    return "none of its modules has the projections of an FFN: an SSM, or not a text model"
 
 
 def summarise(left_dense: dict[str, str]) -> list[str]:

@@ -137,7 +137,7 @@ class GlassModel(nn.Module):
         return self._plan.quality
 
     @property
-    def responses(self) -> list[Response] | None:
+    def responses(self) -> list[Response | None] | None:
         """How the blocks respond to their inputs, to answer for dropped neurons; None where that was not measured."""
         return self._plan.responses
 
@@ -146,14 +146,15 @@ class GlassModel(nn.Module):
         ranks: dict[str, list[mx.array]] | None,
         domains: dict[str, list[mx.array]] | None = None,
         sensitivity: list[float] | None = None,
-        responses: list[Response] | None = None,
+        responses: list[Response | None] | None = None,
         quality: list[QualityPoint] | None = None,
     ) -> None:
         """Use these for the choices to come.
 
         Args:
             ranks, domains, sensitivity: as for :class:`~glass_mlx.model.selection.NeuronSelector`.
-            responses (list, optional): of every block, to answer for dropped neurons (``core/compensation.py``).
+            responses (list, optional): of every block, to answer for dropped neurons (``core/compensation.py``); None
+                for routed experts, whose dropped neurons add nothing.
             quality (list, optional): what densities cost (``model/quality.py``).
         """
         self._plan.set_statistics(responses, ranks, domains, sensitivity)

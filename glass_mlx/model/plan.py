@@ -19,7 +19,7 @@ from .discovery import find_blocks, signature, summarise
 from .evidence import EvidenceLayout
 from .memory import SessionMemory, WeightFiles, default_limit
 from .quality import QualityPoint
-from .selection import NeuronSelector
+from .selection import BlockShape, NeuronSelector
 from .session import Session
 
 logger = logging.getLogger("glass_mlx")
@@ -36,7 +36,8 @@ class Plan:
         selector: chooses neurons.
         memory: the sessions' compact weights.
         files: where dense weights that were let go are read again; None where they stay in memory.
-        responses: of every block, to answer for dropped neurons; None where they were not measured.
+        responses: of every block, to answer for dropped neurons, None for routed experts; None where they were not
+            measured.
         quality: what densities cost, of the statistics.
         context_length: the longest text in tokens that the model was made for; None where it does not say.
         made_for: the projections and weights that the plan is for (``discovery.signature``).
@@ -51,7 +52,7 @@ class Plan:
     context_length: int | None
     made_for: tuple
     files: WeightFiles | None = None
-    responses: list[Response] | None = None
+    responses: list[Response | None] | None = None
     quality: list[QualityPoint] = field(default_factory=list)
     draft_schedulers: dict[float, Any] = field(default_factory=dict)
     _norms: list[mx.array] = field(default_factory=list)
@@ -67,7 +68,7 @@ class Plan:
         for message in summarise(left_dense):
             logger.warning(message)
         limit = default_limit(dense) if max_session_memory is None else max_session_memory
-        selector = NeuronSelector(*_shapes(blocks))
+        selector = NeuronSelector(_shapes(blocks))
         context, made_for = context_of(dense, path), signature(dense, blocks)
         return cls(blocks, left_dense, path, selector, SessionMemory(limit), context, made_for)
 
@@ -75,16 +76,16 @@ class Plan:
         """Let go of the dense FFN weights while decoding."""
         self.files = WeightFiles(self.path, self.blocks)
 
-    def set_statistics(self, responses: list[Response] | None, *statistics: Any) -> None:
+    def set_statistics(self, responses: list[Response | None] | None, *statistics: Any) -> None:
         """Choose neurons by these: ``ranks``, ``domains`` and ``sensitivity`` of :class:`NeuronSelector`; and answer by
         these responses for those that are dropped."""
-        self.selector = NeuronSelector(*_shapes(self.blocks), *statistics)
+        self.selector = NeuronSelector(_shapes(self.blocks), *statistics)
         self.responses = responses
 
     @property
     def layout(self) -> EvidenceLayout:
         """How evidence is laid out."""
-        return EvidenceLayout([block.size for block in self.blocks], [block.input_size for block in self.blocks])
+        return EvidenceLayout.of(self.blocks)
 
     def known(self, session: Session) -> list[Known]:
         """For each block what a conversation's dropped neurons are answered for by."""
@@ -93,7 +94,7 @@ class Plan:
         return list(zip(self.responses or nothing, sums))
 
     def norms(self) -> list[mx.array]:
-        """Column norms [F] of each block's output projection."""
+        """Column norms [F] or [E, F] of each block's output projection."""
         if not self._norms:
             self._norms = [output_norms(block.module[block.output]) for block in self.blocks]
             mx.eval(self._norms)
@@ -121,7 +122,7 @@ class Plan:
         self.blocks, self.left_dense = find_blocks(dense)
         if self.layout != layout:  # what is known is of other blocks
             self.responses, self.quality = None, []
-        self.selector = self.selector.of(*_shapes(self.blocks))
+        self.selector = self.selector.of(_shapes(self.blocks))
         self.files = WeightFiles(self.path, self.blocks) if self.files is not None else None
         self._norms = []
         self.memory.forget()
@@ -129,5 +130,5 @@ class Plan:
         logger.warning("the model's FFN weights have changed: its blocks and their norms were read again")
 
 
-def _shapes(blocks: list[Block]) -> tuple[list[int], list[int], list[int]]:
-    return [block.size for block in blocks], [block.group for block in blocks], [block.step for block in blocks]
+def _shapes(blocks: list[Block]) -> list[BlockShape]:
+    return [BlockShape(b.size, b.group, b.step, b.experts or 1, b.active) for b in blocks]

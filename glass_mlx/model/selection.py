@@ -8,6 +8,7 @@ All of it stays on the device, and the number of neurons kept depends on nothing
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import accumulate
 
 import mlx.core as mx
@@ -21,57 +22,80 @@ from ..errors import GlassError
 from .config import GlassConfig
 
 
+@dataclass(frozen=True)
+class BlockShape:
+    """What the choice of neurons must know of a block.
+
+    Attributes:
+        size: F, the neurons of all its experts, expert by expert. As many of each are kept.
+        group: how many neurons share a quantisation group (``Block.group``).
+        step: how many neurons are kept is a multiple of this (``Block.step``).
+        experts: how many routed experts it has; 1 if it is dense.
+        active: how many of them a token is routed to.
+    """
+
+    size: int
+    group: int = 1
+    step: int = 1
+    experts: int = 1
+    active: int = 1
+
+
 class NeuronSelector:
     """Chooses neurons for one model.
 
     Attributes:
-        sizes: F of each block.
-        groups: how many neurons share a quantisation group, for each block (``Block.group``).
-        steps: how many neurons of each block are kept is a multiple of this (``Block.step``).
-        ranks: for each signal the global ranks [F] of every block; None without global statistics.
+        shapes: of the model's blocks.
+        ranks: for each signal the global ranks [F] of every block, those of routed experts within each of them; None
+            without global statistics.
     """
 
     def __init__(
         self,
-        sizes: list[int],
-        groups: list[int],
-        steps: list[int],
+        shapes: list[BlockShape],
         ranks: dict[str, list[mx.array]] | None = None,
         domains: dict[str, list[mx.array]] | None = None,
         sensitivity: list[float] | None = None,
     ):
         """
         Args:
-            sizes, groups, steps (list[int]): of the model's blocks.
+            shapes (list[BlockShape]): of the model's blocks.
             ranks (dict, optional): for each signal the global ranks [F] of every block.
             domains (dict, optional): for each signal the energies [K, F] of every block on each kind of text that the
                 ranks come from. Default: made from the ranks, with half the energy at twice the rank.
             sensitivity (list, optional): of every block (``ranks/sensitivity.py``). Default: all alike.
         """
-        self.sizes, self.groups, self.steps = sizes, groups, steps
+        self.shapes = shapes
         self.ranks, self._sensitivity = ranks, sensitivity
         self._domains = domains
         domains = domains or {signal: [_shares(r) for r in rs] for signal, rs in (ranks or {}).items()}
-        self._priors = {signal: Prior(rows) for signal, rows in domains.items()}
+        experts = [(shape.experts, shape.active) for shape in shapes]
+        self._priors = {signal: Prior(rows, experts) for signal, rows in domains.items()}
         self._counts: dict[tuple[float, str], list[int]] = {}
 
-    def of(self, sizes: list[int], groups: list[int], steps: list[int]) -> NeuronSelector:
-        """The selector of the same model with other blocks: what is known of it goes along where the sizes are the
-        same."""
-        if sizes != self.sizes:
-            return NeuronSelector(sizes, groups, steps)
-        return NeuronSelector(sizes, groups, steps, self.ranks, self._domains, self._sensitivity)
+    @property
+    def sizes(self) -> list[int]:
+        """F of each block."""
+        return [shape.size for shape in self.shapes]
+
+    def of(self, shapes: list[BlockShape]) -> NeuronSelector:
+        """The selector of the same model with other blocks: what is known of it goes along where they have the same
+        neurons."""
+        if [(s.size, s.experts) for s in shapes] != [(s.size, s.experts) for s in self.shapes]:
+            return NeuronSelector(shapes)
+        return NeuronSelector(shapes, self.ranks, self._domains, self._sensitivity)
 
     def counts(self, density: float, layer_budgets: str) -> list[int]:
         """How many neurons each block keeps: density * F, rounded to what the block can be cut into; or, with the
         budgets ``"measured"`` and where sensitivities are known, as many in all (``core/layer_budgets.py``)."""
         key = (density, layer_budgets)
         if key not in self._counts:
+            steps = [shape.step for shape in self.shapes]
             if self._sensitivity is None or layer_budgets == "uniform":
-                self._counts[key] = uniform_budgets(density, self.sizes, self.steps)
+                self._counts[key] = uniform_budgets(density, self.sizes, steps)
             else:
                 energies = [np.array(e) for e in self.by_block(self._priors["impact"].posterior_energy(None))]
-                self._counts[key] = measured_budgets(density, energies, self._sensitivity, self.steps)
+                self._counts[key] = measured_budgets(density, energies, self._sensitivity, steps)
         return self._counts[key]
 
     def choose(self, config: GlassConfig, energy: mx.array | None, prompt_tokens: int) -> list[mx.array]:
@@ -92,10 +116,11 @@ class NeuronSelector:
             return [mx.arange(size, dtype=mx.int32) for size in self.sizes]
         counts = self.counts(config.density, config.layer_budgets)
         scores = self._scores(config, energy, prompt_tokens)
-        kept: list[mx.array] = [None] * len(self.sizes)
-        for (_, group), members in self._alike().items():  # blocks of one shape at once
-            for i, order in zip(members, keep_order(scores(members), group)):
-                kept[i] = mx.sort(order[: counts[i]])
+        kept: list[mx.array] = [None] * len(self.shapes)
+        for shape, members in self._alike().items():  # blocks of one shape at once
+            first = mx.arange(0, shape.size, shape.size // shape.experts, dtype=mx.int32)[:, None]  # of each expert
+            for i, order in zip(members, keep_order(scores(members), shape.group)):
+                kept[i] = (mx.sort(order[:, : counts[i] // shape.experts], axis=-1) + first).reshape(-1)
         return kept
 
     def fits(self, kept: list[mx.array], config: GlassConfig) -> bool:
@@ -103,10 +128,13 @@ class NeuronSelector:
         counts = self.counts(config.density, config.layer_budgets)
         if [(k.shape, k.dtype) for k in kept] != [((count,), mx.int32) for count in counts]:
             return False
-        for neurons, size, group in zip(map(np.array, kept), self.sizes, self.groups):
-            if neurons[0] < 0 or neurons[-1] >= size or (np.diff(neurons) <= 0).any():
+        for neurons, shape in zip(map(np.array, kept), self.shapes):
+            if neurons[0] < 0 or neurons[-1] >= shape.size or (np.diff(neurons) <= 0).any():
                 return False
-            units = neurons.reshape(-1, UNIT) // group if group > 1 else neurons[:, None]
+            owners = neurons.reshape(shape.experts, -1) // (shape.size // shape.experts)
+            if (owners != np.arange(shape.experts)[:, None]).any():
+                return False
+            units = neurons.reshape(-1, UNIT) // shape.group if shape.group > 1 else neurons[:, None]
             if (units != units[:, :1]).any():
                 return False
         return True
@@ -123,31 +151,41 @@ class NeuronSelector:
         if energy is None:
             return 1.0
         tokens = self._priors[config.signal].tokens(energy)
-        return (tokens / (tokens + mx.sum(energy) / len(self.sizes))).item()
+        return (tokens / (tokens + mx.sum(energy) / len(self.shapes))).item()
 
     def by_block(self, energy: mx.array) -> list[mx.array]:
         """Evidence [sum of F], block by block."""
         return mx.split(energy, list(accumulate(self.sizes))[:-1])
 
     def _scores(self, config: GlassConfig, energy: mx.array | None, prompt_tokens: int) -> Callable:
-        """A function from indices of blocks of one shape to their scores [blocks, F]: integers, smaller is better."""
+        """A function from indices of blocks of one shape to their neurons' scores within each expert [blocks, experts,
+        F / experts]: integers, smaller is better."""
         prior = self._priors.get(config.signal)
         if prior is None and energy is None:
             raise GlassError("No neurons can be chosen yet: prefill a prompt first, or load global ranks.")
         weight = self._weight(config, energy, prompt_tokens)
         if weight == "auto":
             expected = self.by_block(prior.posterior_energy(energy))
-            return lambda members: rank(mx.stack([expected[i] for i in members]))
+            return lambda members: rank(self._stack(expected, members))
         ranks = self.ranks and self.ranks[config.signal]
         if weight == 1:
-            return lambda members: mx.stack([ranks[i] for i in members])
+            return lambda members: self._stack(ranks, members)
         local = self.by_block(energy)
 
         def fused(members: list[int]) -> mx.array:
-            own = rank(mx.stack([local[i] for i in members]))
-            return own if weight == 0 else fuse(own, mx.stack([ranks[i] for i in members]), weight)
+            own = self._stack(local, members)
+            if ranks is None:
+                return rank(own)
+            known = self._stack(ranks, members)
+            # an expert that saw nothing of the prompt is chosen by what is known of the model alone
+            own = mx.where(mx.any(own > 0, axis=-1, keepdims=True), rank(own), known)
+            return own if weight == 0 else fuse(own, known, weight)
 
         return fused
+
+    def _stack(self, values: list[mx.array], members: list[int]) -> mx.array:
+        """Values [F] of blocks of one shape, [blocks, experts, F / experts]."""
+        return mx.stack([values[i].reshape(self.shapes[i].experts, -1) for i in members])
 
     def _weight(self, config: GlassConfig, energy: mx.array | None, prompt_tokens: int) -> float | str:
         """The configured global weight, as far as there is something to weigh."""
@@ -158,11 +196,11 @@ class NeuronSelector:
         alone = energy is None or (prompt_tokens <= 1 and config.global_weight > 0)
         return 1.0 if alone else float(config.global_weight)
 
-    def _alike(self) -> dict[tuple[int, int], list[int]]:
-        """Indices of the blocks by their size and group."""
-        alike: dict[tuple[int, int], list[int]] = {}
-        for i, key in enumerate(zip(self.sizes, self.groups)):
-            alike.setdefault(key, []).append(i)
+    def _alike(self) -> dict[BlockShape, list[int]]:
+        """Indices of the blocks by their shape."""
+        alike: dict[BlockShape, list[int]] = {}
+        for i, shape in enumerate(self.shapes):
+            alike.setdefault(shape, []).append(i)
         return alike
 
 

@@ -28,6 +28,7 @@ class SplitEvidence:
         sequences: how many sequences were read.
         batches: how many batches of the source were read.
         history: the stability after each batch, as (tokens, overlap, correlation).
+        experts: E of each block, 0 if it is dense.
     """
 
     sizes: list[int]
@@ -37,13 +38,15 @@ class SplitEvidence:
     sequences: int = 0
     batches: int = 0
     history: list[list[float]] = field(default_factory=list)
+    experts: list[int] = field(default_factory=list)
 
     @classmethod
     def empty(cls, model: GlassModel, domains: int) -> SplitEvidence:
         """No evidence yet, for a model's blocks and a number of domains."""
         sizes = [block.size for block in model.blocks]
         sums = np.zeros((len(SIGNALS), 2, domains, sum(sizes)))
-        return cls(sizes, sums, [[0] * domains, [0] * domains], [[] for _ in range(domains)])
+        experts = [block.experts for block in model.blocks]
+        return cls(sizes, sums, [[0] * domains, [0] * domains], [[] for _ in range(domains)], experts=experts)
 
     @property
     def total(self) -> int:
@@ -62,13 +65,15 @@ class SplitEvidence:
         return np.split(values, np.cumsum(self.sizes)[:-1])
 
     def stability(self) -> dict[str, float]:
-        """How well the two halves agree (:func:`agreement.compare`): means over the layers, of the worse signal.
+        """How well the two halves agree (:func:`agreement.compare`) on the neurons of a layer, or of each of its
+        experts: means over the layers, of the worse signal.
 
         Each half has read half of the tokens, so all of them together are more stable than this says.
         """
         worst = {"correlation": 1.0, "overlap": 1.0}
         for signal in SIGNALS:
-            layers = [compare(a, b) for a, b in zip(self.by_block(signal, 0), self.by_block(signal, 1))]
+            halves = ([_within(*pair) for pair in zip(self.by_block(signal, half), self.experts)] for half in (0, 1))
+            layers = [compare(a, b) for a, b in zip(*halves)]
             for key in worst:
                 worst[key] = min(worst[key], float(np.mean([layer[key] for layer in layers])))
         return worst
@@ -101,7 +106,7 @@ class SplitEvidence:
                 state = json.loads(f.metadata()["state"])
                 if state.pop("identity") != identity:
                     return empty
-                saved = cls(sums=f.get_tensor("sums"), **state)
+                saved = cls(sums=f.get_tensor("sums"), **state, experts=empty.experts)
             return saved if saved._is_sound(empty, vocabulary) else empty
         except (SafetensorError, OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
             return empty
@@ -135,3 +140,14 @@ class SplitEvidence:
         most = np.array(self.tokens, np.float64) * (1 + 1e-3)  # rounding
         with np.errstate(over="ignore"):
             return all((block.sum(axis=-1) <= most).all() for block in blocks)
+
+
+def _within(energies: np.ndarray, experts: int) -> np.ndarray:
+    """What orders the neurons [F] of routed experts by their energies within each expert, all experts alike."""
+    if not experts:
+        return energies
+    rows = energies.reshape(experts, -1)
+    order = np.argsort(-rows, axis=1, kind="stable")
+    places = np.empty(rows.shape)
+    np.put_along_axis(places, order, np.broadcast_to(np.arange(rows.shape[1]), rows.shape), axis=1)
+    return -places.reshape(-1)

@@ -3,11 +3,12 @@
 Users call them global ranks. A file holds, for FFN block i and both signals, ``layers.{i}.{signal}.rank`` ([F] uint16
 or uint32, 1 = most important) and ``layers.{i}.{signal}.energy`` ([F] float32, mean share of a token's energy, sums to
 1). If it was measured on several kinds of text, it also holds ``layers.{i}.{signal}.domains`` ([K, F] float32), the
-energies on each kind. Where it was measured how the blocks respond to their inputs (``core/compensation.py``), it holds
-``layers.{i}.response.`` with ``input_mean`` ([H] float32), ``hidden_mean`` ([F] float32), ``directions`` ([H, r]
-float16) and ``coefficients`` ([r, F] float16). Its metadata says which model it belongs to, how it was made, and how
-sensitive the model's output is to each block. A file may come from anyone: it is a safetensors file, data only, and
-checked before anything is allocated.
+energies on each kind. The neurons of E routed experts are [E, F / E] in all of these: ranked within each expert, while
+the energies of all of them sum to 1. Where it was measured how the dense blocks respond to their inputs
+(``core/compensation.py``), it holds ``layers.{i}.response.`` with ``input_mean`` ([H] float32), ``hidden_mean`` ([F]
+float32), ``directions`` ([H, r] float16) and ``coefficients`` ([r, F] float16). Its metadata says which model it
+belongs to, how it was made, and how sensitive the model's output is to each block. A file may come from anyone: it is a
+safetensors file, data only, and checked before anything is allocated.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from safetensors.numpy import save
 
 from ..core.compensation import Response
 from ..core.importance import SIGNALS
-from ..core.ranking import rank
+from ..core.ranking import rank_by_expert
 from ..errors import StatsError, printable
 from ..files import SMALL_HEADER, check_header, write_atomically
 from ..model.quality import QualityPoint
@@ -42,17 +43,17 @@ class GlobalStatistics:
     """A model's global statistics.
 
     Attributes:
-        ranks: for each signal the ranks [F] (int64) of every FFN block.
+        ranks: for each signal the ranks [F] (int64) of every FFN block, those of routed experts within each of them.
         energies: for each signal the energies [F] (float32) of every FFN block.
         domains: for each signal the energies [K, F] (float32) of every FFN block on each kind of text; with a single
             kind, ``energies``.
         sensitivity: of every block (``sensitivity.sensitivity``); None if it was not measured.
-        responses: of every block to its inputs; None if they were not measured.
+        responses: of every block to its inputs, None for routed experts; None if they were not measured.
         quality: what densities cost; empty if that was not measured.
         metadata: strings: format_version; model, original, revision, model_type, quantization and fingerprint
-            (the model it belongs to); sizes (F of each block) and blocks (their paths), as JSON; method, tokens,
-            domains and domain_tokens, sequences, length, temperature, seed, stability and tool versions (how it was
-            made).
+            (the model it belongs to); as JSON sizes (F of each block), experts (E of each block, 0 if it is dense;
+            left out if all are) and blocks (their paths); method, tokens, domains and domain_tokens, sequences, length,
+            temperature, seed, stability and tool versions (how it was made).
     """
 
     ranks: dict[str, list[mx.array]]
@@ -60,7 +61,7 @@ class GlobalStatistics:
     metadata: dict[str, str]
     domains: dict[str, list[mx.array]] = field(default_factory=dict)
     sensitivity: list[float] | None = None
-    responses: list[Response] | None = None
+    responses: list[Response | None] | None = None
     quality: list[QualityPoint] = field(default_factory=list)
 
     def __post_init__(self):
@@ -70,6 +71,11 @@ class GlobalStatistics:
     def sizes(self) -> list[int]:
         """F of each FFN block."""
         return json.loads(self.metadata["sizes"])
+
+    @property
+    def experts(self) -> list[int]:
+        """E of each FFN block; 0 if it is dense."""
+        return _experts(self.metadata, self.sizes)
 
     @property
     def domain_names(self) -> list[str]:
@@ -105,8 +111,9 @@ class GlobalStatistics:
         if version != FORMAT_VERSION:
             raise ValueError(f"format version {version}, expected {FORMAT_VERSION}")
         sizes = json.loads(metadata["sizes"])
-        if not isinstance(sizes, list) or not all(type(n) is int and 0 < n < 2**20 for n in sizes):
+        if not isinstance(sizes, list) or not all(type(n) is int and 0 < n < 2**24 for n in sizes):
             raise ValueError("sizes is not a list of neuron counts")
+        experts = _experts(metadata, sizes)
         kinds = len(_domain_names(metadata))
         if len(_domain_tokens(metadata)) != kinds:
             raise ValueError("domains and domain_tokens differ in length")
@@ -116,25 +123,28 @@ class GlobalStatistics:
         domains: dict[str, list[mx.array]] = {}
         for signal in SIGNALS:
             prefixes = [f"layers.{i}.{signal}" for i in range(len(sizes))]
-            blocks = [_read_block(f, names, prefix, size, kinds) for prefix, size in zip(prefixes, sizes)]
+            blocks = [_read_block(f, names, *block, kinds) for block in zip(prefixes, sizes, experts)]
             ranks[signal] = [block[0] for block in blocks]
             energies[signal] = [block[1] for block in blocks]
             domains[signal] = [block[2] for block in blocks]
         sensitivity, quality = _sensitivity(metadata, len(sizes)), _quality(metadata)
-        return cls(ranks, energies, metadata, domains, sensitivity, _responses(f, names, sizes), quality)
+        responses = _responses(f, names, [0 if e else size for size, e in zip(sizes, experts)])
+        return cls(ranks, energies, metadata, domains, sensitivity, responses, quality)
 
     def write(self, path: str | Path) -> None:
         """Write a file, completely or not at all."""
         tensors = {}
         for signal in SIGNALS:
-            for i, (r, e) in enumerate(zip(self.ranks[signal], self.energies[signal])):
-                small = np.uint16 if r.shape[0] < 2**16 else np.uint32
-                tensors[f"layers.{i}.{signal}.rank"] = np.array(r).astype(small)
-                tensors[f"layers.{i}.{signal}.energy"] = np.array(e)
+            for i, (size, experts) in enumerate(zip(self.sizes, self.experts)):
+                shape = _shape(size, experts)
+                small = np.uint16 if shape[-1] < 2**16 else np.uint32
+                tensors[f"layers.{i}.{signal}.rank"] = np.array(self.ranks[signal][i]).astype(small).reshape(shape)
+                tensors[f"layers.{i}.{signal}.energy"] = np.array(self.energies[signal][i]).reshape(shape)
                 if len(self.domain_names) > 1:
-                    tensors[f"layers.{i}.{signal}.domains"] = np.array(self.domains[signal][i])
+                    domains = np.array(self.domains[signal][i])
+                    tensors[f"layers.{i}.{signal}.domains"] = domains.reshape(len(domains), *shape)
         for i, response in enumerate(self.responses or []):
-            for name in _RESPONSE:
+            for name in _RESPONSE if response else ():
                 tensors[f"layers.{i}.response.{name}"] = np.array(getattr(response, name))
         metadata = dict(self.metadata)
         if self.sensitivity is not None:
@@ -164,8 +174,14 @@ class GlobalStatistics:
                 raise StatsError(
                     f"The ranks are for {made_for} with {got} neurons in FFN layer {i}; this model has {want}."
                 )
+        for i, (got, block) in enumerate(zip(self.experts, model.blocks)):
+            if got != block.experts:
+                raise StatsError(
+                    f"The ranks are for {made_for} with {got} routed experts in FFN layer {i}; "
+                    f"this model has {block.experts}."
+                )
         for i, (response, block) in enumerate(zip(self.responses or [], model.blocks)):
-            if len(response.input_mean) != block.input_size:
+            if response is not None and len(response.input_mean) != block.input_size:
                 raise StatsError(
                     f"The ranks are for {made_for} with {len(response.input_mean)} inputs of FFN layer {i}; "
                     f"this model has {block.input_size}."
@@ -179,6 +195,22 @@ class GlobalStatistics:
             f"The ranks are for {made_for}, whose weights differ from this model's, and neither is known to be a "
             "conversion of the other."
         )
+
+
+def _experts(metadata: dict[str, str], sizes: list[int]) -> list[int]:
+    """The experts of each block; files of models that have none do not say."""
+    experts = json.loads(metadata.get("experts", "null")) or [0] * len(sizes)
+    sound = isinstance(experts, list) and len(experts) == len(sizes) and all(type(e) is int for e in experts)
+    if not sound or not all(0 <= e <= size and size % (e or 1) == 0 for e, size in zip(experts, sizes)):
+        raise ValueError("experts is not a list of how many experts each layer has")
+    if not all(size // (e or 1) < 2**20 for e, size in zip(experts, sizes)):
+        raise ValueError("sizes has a layer of too many neurons")
+    return experts
+
+
+def _shape(size: int, experts: int) -> list[int]:
+    """The shape of a value for each neuron in a file."""
+    return [experts, size // experts] if experts else [size]
 
 
 def _domain_names(metadata: dict[str, str]) -> list[str]:
@@ -219,11 +251,14 @@ def _quality(metadata: dict[str, str]) -> list[QualityPoint]:
     return points
 
 
-def _read_block(f: Any, names: set[str], prefix: str, size: int, kinds: int) -> tuple[mx.array, mx.array, mx.array]:
+def _read_block(
+    f: Any, names: set[str], prefix: str, size: int, experts: int, kinds: int
+) -> tuple[mx.array, mx.array, mx.array]:
     """One block's ranks [F], energies [F] and energies on each kind of text [K, F], for one signal."""
-    expected = [("rank", ("U16", "U32"), [size]), ("energy", ("F32",), [size])]
+    shape = _shape(size, experts)
+    expected = [("rank", ("U16", "U32"), shape), ("energy", ("F32",), shape)]
     if kinds > 1:
-        expected.append(("domains", ("F32",), [kinds, size]))
+        expected.append(("domains", ("F32",), [kinds, *shape]))
     for name, dtypes, shape in expected:
         if f"{prefix}.{name}" not in names:
             raise ValueError(f"{prefix}.{name} is missing")
@@ -231,14 +266,15 @@ def _read_block(f: Any, names: set[str], prefix: str, size: int, kinds: int) -> 
         if entry.get_shape() != shape or entry.get_dtype() not in dtypes:
             raise ValueError(f"{prefix}.{name} has a wrong shape or dtype")
     ranks = f.get_tensor(f"{prefix}.rank").astype(np.int64)
-    if not np.array_equal(np.sort(ranks), np.arange(1, size + 1)):
-        raise ValueError(f"{prefix}.rank is not a ranking of {size} neurons")
-    energies = _read_energies(f, f"{prefix}.energy")
-    return mx.array(ranks), energies, _read_energies(f, f"{prefix}.domains") if kinds > 1 else energies[None]
+    if not (np.sort(ranks, axis=-1) == np.arange(1, ranks.shape[-1] + 1)).all():
+        raise ValueError(f"{prefix}.rank is not a ranking of {ranks.shape[-1]} neurons")
+    energies = _read_energies(f, f"{prefix}.energy", (size,))
+    domains = _read_energies(f, f"{prefix}.domains", (kinds, size)) if kinds > 1 else energies[None]
+    return mx.array(ranks.reshape(-1)), energies, domains
 
 
-def _read_energies(f: Any, name: str) -> mx.array:
-    values = f.get_tensor(name)
+def _read_energies(f: Any, name: str, shape: tuple[int, ...]) -> mx.array:
+    values = f.get_tensor(name).reshape(shape)
     if not (np.isfinite(values).all() and (values >= 0).all()):
         raise ValueError(f"{name} has values that are not energies")
     if not (np.abs(values.sum(axis=-1, dtype=np.float64) - 1) < 1e-2).all():
@@ -246,12 +282,15 @@ def _read_energies(f: Any, name: str) -> mx.array:
     return mx.array(values)
 
 
-def _responses(f: Any, names: set[str], sizes: list[int]) -> list[Response] | None:
-    """The responses of all blocks; None if the file has none."""
+def _responses(f: Any, names: set[str], sizes: list[int]) -> list[Response | None] | None:
+    """The responses of all blocks, none of a block of size 0; None if the file has none."""
     if not any(".response." in name for name in names):
         return None
-    found = []
+    found: list[Response | None] = []
     for i, size in enumerate(sizes):
+        if not size:
+            found.append(None)
+            continue
         prefix = f"layers.{i}.response."
         missing = [name for name in _RESPONSE if prefix + name not in names]
         if missing:
@@ -282,8 +321,8 @@ def merge(parts: list[GlobalStatistics]) -> GlobalStatistics:
     """
     first = parts[0]
     for other in parts[1:]:
-        if [other.metadata.get(k) for k in ("fingerprint", "sizes")] != [
-            first.metadata.get(k) for k in ("fingerprint", "sizes")
+        if [other.metadata.get(k) for k in ("fingerprint", "sizes", "experts")] != [
+            first.metadata.get(k) for k in ("fingerprint", "sizes", "experts")
         ]:
             raise StatsError("The files are of different models: merge files of one model.")
     tokens = [sum(part.domain_tokens) for part in parts]
@@ -303,7 +342,7 @@ def merge(parts: list[GlobalStatistics]) -> GlobalStatistics:
     }
     for key in ("stability", "stability_history", "sequences", "digest", "file"):  # these are of one part only
         metadata.pop(key, None)
-    ranks = {signal: [rank(e) for e in energies[signal]] for signal in SIGNALS}
+    ranks = {signal: list(map(rank_by_expert, energies[signal], first.experts)) for signal in SIGNALS}
     sensitivity = next((part.sensitivity for part in parts if part.sensitivity is not None), None)
     responses = next((part.responses for part in parts if part.responses is not None), None)
     quality = next((part.quality for part in parts if part.quality), [])

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
+
+from ..core.slicing import is_quantised
 
 if TYPE_CHECKING:
     from ..model.glass_model import GlassModel
@@ -33,7 +34,8 @@ def fingerprint(model: GlassModel) -> str:
         for name in block.names:
             for key, array in sorted(tree_flatten(block.module[name].parameters())):
                 digest.update(f"{name}.{key} {array.shape} {array.dtype}".encode())
-                sampled = array[:: -(-array.nbytes // _SAMPLE)]
+                rows = array.flatten(0, -2) if array.ndim > 2 else array  # of all experts
+                sampled = rows[:: -(-array.nbytes // _SAMPLE)]
                 digest.update(np.array(sampled.reshape(-1).view(mx.uint8)).tobytes())
     return _VERSION + digest.hexdigest()[:32]
 
@@ -105,6 +107,6 @@ def original(path: Path | None, name: str) -> str:
 
 def _quantization(model: GlassModel) -> str:
     projection = model.blocks[0].module[model.blocks[0].inputs[0]]
-    if isinstance(projection, nn.QuantizedLinear):
+    if is_quantised(projection):
         return f"{projection.mode} {projection.bits}-bit, groups of {projection.group_size}"
     return str(projection.weight.dtype).removeprefix("mlx.core.")

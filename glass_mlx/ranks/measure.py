@@ -22,10 +22,10 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from .._version import __version__
-from ..core.importance import SIGNALS, energy, output_norms
-from ..core.ranking import rank
+from ..core.importance import SIGNALS, output_norms
+from ..core.ranking import rank_by_expert
 from ..errors import GlassError
-from ..model.blocks import hooked, run_with
+from ..model.blocks import by_token, run_with
 from ..model.discovery import vocabulary_size
 from ..model.glass_model import GlassModel
 from .amounts import DEFAULT_RANK, DEFAULT_STABLE_AT, DEFAULT_TOKENS
@@ -149,7 +149,8 @@ def measure_statistics(
         raise GlassError("There is nothing to measure: the source gave no tokens.")
     read = [d for d in range(len(source.domains)) if evidence.tokens_of(d)]
     energies = {signal: _shares(evidence.by_block(signal)) for signal in SIGNALS}
-    ranks = {signal: [rank(e) for e in energies[signal]] for signal in SIGNALS}
+    experts = [block.experts for block in model.blocks]
+    ranks = {signal: list(map(rank_by_expert, energies[signal], experts)) for signal in SIGNALS}
     by_domain = {signal: [_shares(evidence.by_block(signal, domain=d)) for d in read] for signal in SIGNALS}
     statistics = GlobalStatistics(
         ranks=ranks,
@@ -213,7 +214,7 @@ def _record(
 ) -> None:
     """Read rows with the dense model and add their energies to one half and domain."""
     width = max(len(row) for row in rows)
-    at_once = max(1, _MAX_HIDDEN // (width * max(evidence.sizes)))
+    at_once = max(1, _MAX_HIDDEN // (width * max(block.width * block.active for block in model.blocks)))
     for i in range(0, len(rows), at_once):
         part = rows[i : i + at_once]
         # padding comes after a row's tokens, which never look ahead
@@ -221,11 +222,12 @@ def _record(
         weights = mx.array([[1.0] * len(row) + [0.0] * (width - len(row)) for row in part])
         energies = {signal: [mx.zeros((n,)) for n in evidence.sizes] for signal in SIGNALS}
 
-        def observe(j: int, h: mx.array, energies=energies, weights=weights) -> None:
+        def observe(j: int, h: mx.array, *routing: mx.array, energies=energies, weights=weights) -> None:
             for signal, scale in (("impact", norms[j]), ("activation", None)):
-                energies[signal][j] = energies[signal][j] + energy(h, scale, weights)
+                found = model.blocks[j].energy(h, scale, *routing, weights=weights)
+                energies[signal][j] = energies[signal][j] + found
 
-        run_with(hooked(model.blocks, observe), model.dense, tokens, cache=make_prompt_cache(model.dense))
+        run_with(by_token(model.blocks, observe), model.dense, tokens, cache=make_prompt_cache(model.dense))
         mx.eval(energies)
         for s, signal in enumerate(SIGNALS):
             evidence.sums[s, half, domain] += np.concatenate([np.array(e) for e in energies[signal]])
@@ -257,7 +259,7 @@ def _metadata(
     model: GlassModel, source: Source, evidence: SplitEvidence, read: list[int], name: str | None
 ) -> dict[str, str]:
     """A file's metadata; ``read`` are the domains that tokens were read of."""
-    described = describe(model)
+    described, routed = describe(model), any(block.experts for block in model.blocks)
     if name:
         described["model"] = name
     return {
@@ -266,6 +268,7 @@ def _metadata(
         "fingerprint": fingerprint(model),
         "sizes": json.dumps([block.size for block in model.blocks]),
         "blocks": json.dumps([block.path for block in model.blocks]),
+        **({"experts": json.dumps([block.experts for block in model.blocks])} if routed else {}),
         "method": source.method,
         "domains": json.dumps([source.domains[d] for d in read]),
         "domain_tokens": json.dumps([evidence.tokens_of(d) for d in read]),

@@ -37,8 +37,8 @@ def measure_responses(
     ranks: list[mx.array],
     rank: int = DEFAULT_RANK,
     progress: Callable[[int, int], None] = lambda done, passes: None,
-) -> list[Response]:
-    """The response of every block.
+) -> list[Response | None]:
+    """The response of every dense block.
 
     Args:
         model (GlassModel): the model; its dense form is run.
@@ -48,18 +48,22 @@ def measure_responses(
         progress: called with the passes over the text that are done, and how many there are.
 
     Returns:
-        list[Response]: in float16, but for the means; empty if no row has two tokens.
+        list[Response | None]: of all blocks, in float16 but for the means; None for routed experts. Empty if no row has
+        two tokens, or no block is dense.
     """
     rows = [row for row in rows if len(row) > 1]
-    if not rows or rank == 0:
+    answered = [i for i, block in enumerate(model.blocks) if not block.experts]
+    if not rows or not answered or rank == 0:
         return []
-    blocks = model.blocks
+    blocks = [model.blocks[i] for i in answered]
     groups = _groups(blocks)
     found: list[tuple[np.ndarray, np.ndarray]] = []
     for done, members in enumerate(groups):
-        found += _directions(model, rows, members, ranks, rank)
+        found += _directions(model, rows, [answered[i] for i in members], ranks, rank)
         progress(done + 1, len(groups) + 1)
-    responses = _regressions(model, rows, found)
+    responses: list[Response | None] = [None] * len(model.blocks)
+    for i, response in zip(answered, _regressions(model, blocks, rows, found)):
+        responses[i] = response
     progress(len(groups) + 1, len(groups) + 1)
     return responses
 
@@ -118,9 +122,8 @@ def _directions(
 
 
 def _regressions(
-    model: GlassModel, rows: list[list[int]], directions: list[tuple[np.ndarray, np.ndarray]]
+    model: GlassModel, blocks: list[Block], rows: list[list[int]], directions: list[tuple[np.ndarray, np.ndarray]]
 ) -> list[Response]:
-    blocks = model.blocks
     means = [mx.array(mean.astype(np.float32)) for mean, _ in directions]
     spans = [mx.array(span.astype(np.float32)) for _, span in directions]
     moments = [_Moments.zeros(span.shape[1], block.size) for span, block in zip(spans, blocks)]

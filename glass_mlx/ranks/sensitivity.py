@@ -14,7 +14,7 @@ import mlx.core as mx
 from ..core.importance import output_norms
 from ..core.metrics import kl_divergence
 from ..core.ranking import kept_count, rank, select
-from ..model.blocks import Block, hooked, run_with
+from ..model.blocks import Block, by_token, run_with
 from ..model.glass_model import GlassModel
 
 # Limits of a sample: rows, tokens in a row, and logits at once (2**25 are 128 MB in float32).
@@ -62,18 +62,20 @@ def _without_worse_half(
         tokens, real (mx.array): the sample, [B, L] each.
         dense (mx.array): the dense model's logits [B, L, vocabulary].
     """
-    kept = select(rank(energy), kept_count(0.5, block.size, block.group), block.group)
-    mask = mx.zeros((block.size,)).at[kept].add(1)
-    scale = mx.square(output_norms(block.module[block.output]))
+    best = select(rank(block.by_expert(energy)), kept_count(0.5, block.width, block.group), block.group)
+    mask = mx.zeros((block.size,)).at[block.joined(best)].add(1)
+    scale = mx.square(output_norms(block.module[block.output])).reshape(-1)
     lost: list[mx.array] = []
 
-    def observe(_: int, h: mx.array) -> mx.array:
-        squares = mx.square(h.reshape(*tokens.shape, -1).astype(mx.float32)) * scale
-        gone = mx.sum((1 - mask) * squares, axis=-1) / mx.maximum(mx.sum(squares, axis=-1), 1e-12)
+    def observe(_: int, h: mx.array, *routing: mx.array) -> mx.array:
+        kept = block.beside(mask, *routing)
+        squares = mx.square(h.astype(mx.float32)) * block.beside(scale, *routing)
+        gone = mx.sum((1 - kept) * squares, axis=-1) / mx.maximum(mx.sum(squares, axis=-1), 1e-12)
+        gone = mx.mean(gone.reshape(*tokens.shape, -1), axis=-1)  # over a token's experts
         lost.append(mx.sum(gone * real) / mx.sum(real))
-        return h * mask.astype(h.dtype)
+        return h * kept.astype(h.dtype)
 
-    sparse = run_with(hooked([block], observe), model.dense, tokens).astype(mx.float32)
+    sparse = run_with(by_token([block], observe), model.dense, tokens).astype(mx.float32)
     kl = mx.sum(kl_divergence(dense, sparse) * real) / mx.sum(real)
     share = mx.mean(mx.stack(lost))
     mx.eval(kl, share)

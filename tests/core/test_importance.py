@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_lm.models.switch_layers import SwitchLinear
 
-from glass_mlx.core.importance import dense_weight, energy, output_norms
+from glass_mlx.core import importance
+from glass_mlx.core.importance import dense_weight, energy, expert_energy, output_norms
 
 props = settings(deadline=None, max_examples=40)
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
@@ -108,3 +110,29 @@ def test_output_norms_of_quantised(mode, bits, group_size):
     np.testing.assert_allclose(dense_weight(quantised).astype(mx.float32), weight, rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(output_norms(quantised), np.linalg.norm(weight, axis=0), rtol=1e-3)
     assert not np.allclose(output_norms(quantised), output_norms(linear), rtol=1e-3)
+
+
+@pytest.mark.parametrize("impact", [False, True])
+@props
+@given(h=hidden_vectors(), data=st.data())
+def test_each_expert_has_the_energy_of_its_own_vectors(impact, h, data):
+    count = 3
+    experts = np.array(data.draw(st.lists(st.integers(0, count - 1), min_size=len(h), max_size=len(h))))
+    weights = np.array(data.draw(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=len(h), max_size=len(h))))
+    norms = np.stack([random_norms(h) * (e + 1) for e in range(count)]) if impact else None
+    found = expert_energy(mx.array(h), mx.array(experts), count, *to_mlx(norms), mx.array(weights, mx.float32))
+    for e in range(count):
+        own = experts == e
+        expected = energy(
+            mx.array(h[own]), *to_mlx(norms if norms is None else norms[e]), mx.array(weights[own], mx.float32)
+        )
+        np.testing.assert_allclose(found[e], expected if own.any() else np.zeros(h.shape[1]), rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("quantise", [False, True])
+def test_output_norms_of_experts(quantise, monkeypatch):
+    monkeypatch.setattr(importance, "_AT_ONCE", 2 * 16 * 64)  # two experts at once, of five
+    layer = SwitchLinear(64, 16, 5)
+    layer = layer.to_quantized(group_size=64, bits=4) if quantise else layer
+    expected = np.linalg.norm(np.array(dense_weight(layer), np.float64), axis=1)
+    np.testing.assert_allclose(output_norms(layer), expected, rtol=1e-5)

@@ -70,3 +70,37 @@ def test_much_evidence_outweighs_what_was_known(domains):
     prior, energy = Prior([mx.array(d[:1]) for d in domains]), prompt_of(domains, 2, 10**6)
     expected = np.array(prior.posterior_energy(mx.array(energy, mx.float32)))
     np.testing.assert_allclose(expected / 10**6, energy / 10**6, atol=3e-4)
+
+
+def test_routed_experts(domains):
+    """Each expert is worth its domains' tokens of its own, whatever their share of the routing is: where it saw n_e
+    tokens of a prompt, these count n_e against them."""
+    count, active = 4, 2
+    known = domains[1][:1].reshape(1, count, -1)
+    prior = Prior([mx.array(d[:1]) for d in domains], [(1, 1), (count, active)])
+    energy = np.concatenate([prompt_of(domains, 0, 6)[: SIZES[0]], np.zeros(SIZES[1])]).astype(np.float32)
+    seen = np.array([0, 1, 3, 8])  # tokens of each expert, each of which two experts share
+    energy[SIZES[0] :] = np.repeat(seen / active / (SIZES[1] // count), SIZES[1] // count)
+    tokens = prior.tokens(mx.array(energy)).item()
+    expected = np.array(prior.posterior_energy(mx.array(energy)))[SIZES[0] :].reshape(count, -1)
+    shares = known[0] / known[0].sum(axis=1, keepdims=True)
+    by_hand = (energy[SIZES[0] :].reshape(count, -1) * active + tokens * shares) / active
+    np.testing.assert_allclose(expected, by_hand, rtol=1e-4)
+    np.testing.assert_allclose(expected.sum(axis=1) * active, seen + tokens, rtol=1e-4)
+
+
+def test_the_fit_of_routed_experts(domains):
+    """The better half of each expert counts, not of all their neurons."""
+    domain = domains[1][0]
+    prior = Prior([mx.array(domain[None])], [(4, 2)])
+    best = np.argsort(-domain.reshape(4, -1), axis=1, kind="stable")[:, :5] + 10 * np.arange(4)[:, None]
+    energy = np.random.default_rng(0).random(SIZES[1]).astype(np.float32)
+    expected = energy[best].sum() / energy.sum() / (domain[best].sum() / domain.sum())
+    assert prior.fit(mx.array(energy)).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_expert_that_no_domain_knows(domains):
+    domain = domains[1][0].copy()
+    domain[:10] = 0
+    found = Prior([mx.array(domain[None])], [(4, 2)]).posterior_energy(mx.ones((SIZES[1],)))
+    assert np.isfinite(np.array(found)).all() and found[:10].tolist() == [1.0] * 10

@@ -22,6 +22,8 @@ PARAMETERS = {
     "qwen3-8b": 8.191,
     "qwen3-14b": 14.768,
     "gemma-3-4b": 3.880,
+    "qwen3-30b-a3b": 30.532,
+    "gpt-oss-20b": 20.915,
 }
 
 

@@ -165,3 +165,29 @@ def test_batches_make_no_difference(exact, monkeypatch):
     assert done == [2, 1]
     np.testing.assert_allclose(apart["glass"][0.5].kl, together["glass"][0.5].kl, atol=1e-4)
     assert all((a == t).all() for a, t in zip(apart["glass"][0.5].kept, together["glass"][0.5].kept))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_routed_experts(family):
+    """Texts of unequal length side by side, of which mlx-lm sorts the vectors by expert."""
+    model = glass_mlx.GlassModel(tiny_model(family))
+    prompts = [[3, 14, 15, 9, 26, 5, 35], [8, 97, 9], [(5 * i) % 89 for i in range(30)]]
+    said = [[9, 8, 7, 6], [1, 2, 3, 4], [11, 12, 13, 14]]
+    batch = TextBatch(prompts, said)
+    evidence, _ = collect_evidence(model, batch)
+    for signal, config in (("impact", GlassConfig(0.4, 0.0, **PLAIN)), ("activation", CONFIGS["griffin"])):
+        evidence.density = config.density
+        masks = as_masks(model, by_session(signal, 0.0)(evidence))
+        logits = batch.predictions(teacher_forced(model, batch, masks))
+        for b, (prompt, rest) in enumerate(zip(prompts, said)):
+            expected, neurons = decoded(model, prompt, rest, config)
+            for mask, kept in zip(masks, neurons):
+                assert mx.array_equal(mask[b], mx.zeros(mask[b].shape, mx.bool_).at[kept].add(True))
+            assert mx.max(mx.abs(logits[b] - expected)) <= 1e-3 * mx.max(mx.abs(expected))
+    chosen = {
+        name: by
+        for name, by in standard_selectors([0.5]).items()
+        if name in ("random", "magnitude", "griffin+", "oracle")
+    }
+    scores = score_selectors(model, prompts, said, chosen, [0.5])
+    assert set(scores) == {"dense", *chosen} and scores["oracle"][0.5].kl.mean() < scores["random"][0.5].kl.mean()

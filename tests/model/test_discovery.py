@@ -75,9 +75,10 @@ def block(module: nn.Module) -> Block:
         "phi3small": {f"model.layers.{i}.mlp": ("up_proj/down_proj", 128, "interleaved") for i in (0, 1)},
         "gpt2": {f"model.h.{i}.mlp": ("c_fc/c_proj", 256, "") for i in (0, 1)},
         "qwen": {f"transformer.h.{i}.mlp": ("w1+w2/c_proj", 64, "") for i in (0, 1)},
-        # dense first layer, then routed experts, of which only the shared one counts
+        # a dense first layer, then routed experts and a shared one
         "deepseek": {
             "model.layers.0.mlp": ("gate_proj+up_proj/down_proj", 128, ""),
+            "model.layers.1.mlp.switch_mlp": ("gate_proj+up_proj/down_proj", 4 * 64, ""),
             "model.layers.1.mlp.shared_experts": ("gate_proj+up_proj/down_proj", 128, ""),
         },
     }.items(),
@@ -94,15 +95,8 @@ def test_other_towers_and_lone_experts_are_left_alone():
     model.vision_tower, model.audio_encoder = {"mlp": Mlp()}, [Mlp()]
     model.experts, model.first, model.again, model.layers = [Mlp()], shared, shared, [{"mlp": Mlp()}]
     found, dense = find_blocks(model)
-    assert {b.path for b in found} == {"first", "layers.0.mlp"} and not dense
-
-
-def test_routed_experts_are_left_alone():
-    model = tiny_model("qwen2_moe")
-    found, dense = find_blocks(model)
-    assert found and not dense
-    assert all(b.path.endswith(("mlp", "shared_expert")) for b in found)
-    assert "switch_mlp" in model.layers[1].mlp
+    assert {b.path for b in found} == {"first", "layers.0.mlp"}
+    assert dense == {"experts.0": "one expert by itself, which few tokens are sent to"}
 
 
 @pytest.mark.parametrize("quantise", [False, True])
@@ -176,9 +170,9 @@ def test_no_block_is_an_error_that_says_why():
         GlassModel(model)
 
 
-@pytest.mark.parametrize(("family", "reason"), [("mamba", "SSM"), ("mixtral", "routed experts")])
+@pytest.mark.parametrize(("family", "reason"), [("mamba", "SSM"), ("dbrx", "one expert by itself")])
 def test_nothing_to_prune_is_an_error(family, reason):
-    with pytest.raises(GlassError, match=f"{family} has no dense FFN block.*{reason}"):
+    with pytest.raises(GlassError, match=f"{family} has no FFN block.*{reason}"):
         GlassModel(tiny_model(family))
 
 

@@ -27,6 +27,7 @@ from glass_mlx.core.compensation import Response
 from glass_mlx.core.prior import Prior
 from glass_mlx.core.slicing import ScatterLinear, plain_class
 from glass_mlx.evaluation.tiny_models import Unbuildable, tiny_model
+from glass_mlx.model.blocks import Block
 from glass_mlx.model_files import model_types
 from glass_mlx.ranks.format import GlobalStatistics
 from glass_mlx.ranks.lookup import STATS_DIR
@@ -36,7 +37,7 @@ OTHER = [8, 97, 9, 32, 38, 46]
 STEPS = [8, 97, 9]
 
 
-NO_DENSE_FFN = set("dbrx gpt_oss granitemoe mamba mamba2 mellum minimax mixtral olmoe phimoe phixtral rwkv7".split())
+NO_DENSE_FFN = set("dbrx mamba mamba2 rwkv7".split())
 FAMILIES = sorted(set(model_types()) - NO_DENSE_FFN)
 # Of every kind of block and of what stands beside it: plain, gated, fused, scaled, shared experts, hybrids.
 KINDS = "gpt2 llama phi3 phi3small gemma3_text qwen2_moe deepseek_v3 falcon_h1 lfm2 recurrent_gemma gemma3n".split()
@@ -58,21 +59,24 @@ def family(name: str) -> GlassModel:
 def made_up_ranks(model: GlassModel) -> dict[str, list[mx.array]]:
     """Global ranks that have nothing to do with the model."""
     rng = np.random.default_rng(5)
-    return {
-        signal: [mx.array(rng.permutation(block.size) + 1) for block in model.blocks]
-        for signal in ("impact", "activation")
-    }
+
+    def ranks(block: Block) -> mx.array:
+        return mx.array(np.concatenate([rng.permutation(block.width) + 1 for _ in range(block.experts or 1)]))
+
+    return {signal: [ranks(block) for block in model.blocks] for signal in ("impact", "activation")}
 
 
-def made_up_responses(model: GlassModel, rank: int = 3) -> list[Response]:
-    """Responses that have nothing to do with the model."""
+def made_up_responses(model: GlassModel, rank: int = 3) -> list[Response | None]:
+    """Responses that have nothing to do with the model; none of routed experts."""
     rng = np.random.default_rng(6)
 
     def random(*shape: int) -> mx.array:
         return mx.array(rng.normal(size=shape, scale=0.2).astype(np.float32))
 
-    shapes = [(block.input_size, block.size) for block in model.blocks]
-    return [Response(random(h), random(f), random(h, rank), random(rank, f)) for h, f in shapes]
+    def response(h: int, f: int) -> Response:
+        return Response(random(h), random(f), random(h, rank), random(rank, f))
+
+    return [None if block.experts else response(block.input_size, block.size) for block in model.blocks]
 
 
 @pytest.fixture(scope="module")
@@ -93,20 +97,22 @@ def trained() -> tuple[GlassModel, Any]:
 
 @dataclass
 class Seen:
-    """What the dense model computed in one block: its inputs and hidden vectors, a matrix for each call."""
+    """What the dense model computed in one block: its inputs and hidden vectors, a matrix for each call; of routed
+    experts also which of them these are of."""
 
     inputs: list[mx.array] = field(default_factory=list)
     hidden: list[mx.array] = field(default_factory=list)
+    experts: list[mx.array] = field(default_factory=list)
 
 
 class Watched:
     """A projection that shows its input, and computes with what it gets for it."""
 
-    def __init__(self, projection: nn.Module, show: Callable[[mx.array], mx.array]):
+    def __init__(self, projection: nn.Module, show: Callable[..., mx.array]):
         self.projection, self.show = projection, show
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.projection(self.show(x))
+    def __call__(self, x: mx.array, *routing: mx.array, **kwargs: bool) -> mx.array:
+        return self.projection(self.show(x, *routing), *routing, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.projection, name)
@@ -114,21 +120,24 @@ class Watched:
 
 @contextmanager
 def watched(
-    model: GlassModel, change: Callable[[int, mx.array, mx.array], mx.array] = lambda i, x, h: h
+    model: GlassModel, change: Callable[..., mx.array] = lambda i, x, h, *experts: h
 ) -> Iterator[dict[str, Seen]]:
     """The dense model with what it computes shown by block; ``change`` makes other hidden vectors of block i from its
-    inputs and hidden vectors: what sparse decoding is to equal, without a compact weight."""
+    inputs and hidden vectors, and of routed experts from which these are: what sparse decoding is to equal, without a
+    compact weight."""
     blocks = model.blocks  # as they are before they are changed
     seen = {block.path: Seen() for block in blocks}
     own = [(block, name, block.module[name]) for block in blocks for name in (block.inputs[0], block.output)]
 
-    def show_input(i: int, x: mx.array) -> mx.array:
+    def show_input(i: int, x: mx.array, *experts: mx.array) -> mx.array:
         seen[blocks[i].path].inputs.append(x)
         return x
 
-    def show_hidden(i: int, h: mx.array) -> mx.array:
-        seen[blocks[i].path].hidden.append(h)
-        return change(i, seen[blocks[i].path].inputs[-1], h)
+    def show_hidden(i: int, h: mx.array, *experts: mx.array) -> mx.array:
+        own = seen[blocks[i].path]
+        own.hidden.append(h)
+        own.experts += experts
+        return change(i, own.inputs[-1], h, *experts)
 
     for i, block in enumerate(blocks):
         for name, show in ((block.inputs[0], show_input), (block.output, show_hidden)):
@@ -158,16 +167,22 @@ def expected_of_the_dropped(response: Response | None, seen: Seen, tokens: int) 
     return lambda inputs: a + e + (inputs - mu) @ p @ c
 
 
-def without_dropped(model: GlassModel, cache: list, prompt: list[int]) -> Callable[[int, mx.array, mx.array], mx.array]:
+def without_dropped(model: GlassModel, cache: list, prompt: list[int]) -> Callable[..., mx.array]:
     """For ``watched``: the hidden values of the neurons that a conversation dropped are those to expect of them, or 0
-    without compensation."""
+    without compensation and in routed experts."""
     masks = [np.isin(np.arange(b.size), kept) for b, kept in zip(model.blocks, model.kept_neurons(cache).values())]
     with watched(model) as seen:
         run(model.dense, make_prompt_cache(model.dense), prompt)
     responses = model.responses or [None] * len(masks)
-    expect = [expected_of_the_dropped(r, own, len(prompt)) for r, own in zip(responses, seen.values())]
+    expect = [
+        None if block.experts else expected_of_the_dropped(r, seen[block.path], len(prompt))
+        for r, block in zip(responses, model.blocks)
+    ]
 
-    def change(i: int, x: mx.array, h: mx.array) -> mx.array:
+    def change(i: int, x: mx.array, h: mx.array, experts: mx.array | None = None) -> mx.array:
+        if experts is not None:
+            by_expert = mx.array(masks[i].reshape(model.blocks[i].experts, -1).astype(np.float32))
+            return h * by_expert[experts][..., None, :].astype(h.dtype)
         others = 0.0
         if model.session(cache).config.compensation:
             others = expect[i](np.array(x.astype(mx.float32), np.float64)).reshape(h.shape)
@@ -233,7 +248,7 @@ def assert_masked_dense(model: GlassModel, prompt: list[int] = PROMPT, **config)
 
 @pytest.mark.parametrize("name", sorted(NO_DENSE_FFN))
 def test_a_family_without_dense_blocks_is_refused(name):
-    with pytest.raises(GlassError, match="no dense FFN"):
+    with pytest.raises(GlassError, match="no FFN block"):
         GlassModel(tiny_model(name))
 
 

@@ -18,8 +18,9 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 import glass_mlx
-from glass_mlx import GlassError
+from glass_mlx import GlassError, GlassModel, StatsError
 from glass_mlx.core.importance import SIGNALS
+from glass_mlx.evaluation.tiny_models import tiny_model
 from glass_mlx.ranks import bars as bars_module
 from glass_mlx.ranks import measure as module
 from glass_mlx.ranks.agreement import compare
@@ -347,3 +348,50 @@ def test_progress_of_a_resumed_run(tiny, tmp_path, monkeypatch, capsys, caplog):
     with pytest.raises(KeyboardInterrupt):
         build_ranks(*tiny, tmp_path / "y.safetensors", interrupted(source, 0), 60)
     assert "stopped: no tokens are kept" in caplog.text
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_routed_experts(family, tmp_path):
+    """Measured, written and read: ranked within each expert; padding counts for nothing; decoding uses them."""
+    model = GlassModel(tiny_model(family))
+    rows = [[(7 * i + j) % 97 for j in range(5 + 9 * i)] for i in range(5)]
+    statistics = measure_statistics(model, given_sequences("text", rows, 5), stable_at=None)
+    expected = []
+    for row in rows:
+        cache = model.make_cache()
+        mx.eval(model.prefill(mx.array([row]), cache))
+        expected.append(np.array(model.session(cache).energy))
+    found = np.concatenate([np.array(e) for e in statistics.energies["impact"]])
+    np.testing.assert_allclose(found, sum(expected) / sum(map(len, rows)), rtol=1e-3, atol=1e-7)
+    assert statistics.experts == [b.experts for b in model.blocks] and max(statistics.experts) == 4
+    for block, ranks, response in zip(model.blocks, statistics.ranks["impact"], statistics.responses or [None] * 9):
+        within = np.sort(np.array(ranks).reshape(block.experts or 1, -1), axis=1)
+        assert (within == np.arange(1, block.width + 1)).all()
+        assert (response is None) == (block.experts > 0)
+    statistics.write(tmp_path / "ranks.safetensors")
+    read = GlobalStatistics.read(tmp_path / "ranks.safetensors")
+    assert same(read, statistics)
+    with safe_open(str(tmp_path / "ranks.safetensors"), framework="numpy") as f:
+        routed = model.blocks[0]
+        assert f.get_slice("layers.0.impact.rank").get_shape() == [4, routed.width]
+    read.check(model).use_in(model)
+    cache = model.make_cache()
+    mx.eval(model.prefill(mx.array([rows[1]]), cache))
+    model.select(cache)
+    assert mx.all(mx.isfinite(model.decode(mx.array([[5]]), cache)))
+    with pytest.raises(StatsError, match="experts in FFN layer 0"):
+        statistics.metadata["experts"] = json.dumps([2 * e for e in statistics.experts])
+        statistics.check(model)
+
+
+def test_stability_of_routed_experts_is_that_of_each_expert():
+    """Which experts a half of the text was sent to does not count, only which of their neurons fired."""
+    order = np.array([[4.0, 1, 3, 2], [1, 2, 4, 3]])
+    halves = [order * [[100], [1]], order * [[1], [100]]]
+
+    def stability(second: np.ndarray) -> dict[str, float]:
+        sums = np.stack([halves[0], second]).reshape(2, 1, 8)
+        return SplitEvidence([8], np.stack([sums, sums]), [[9], [9]], [[]], experts=[2]).stability()
+
+    assert stability(halves[1]) == {"correlation": pytest.approx(1), "overlap": 1}
+    assert stability(halves[1][:, ::-1])["overlap"] < 1
