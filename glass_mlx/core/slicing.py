@@ -21,6 +21,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .repacking import take_on_metal
+
 # Sub-classes may compute something else with their weights: only these exact classes are sliced.
 SLICEABLE = (nn.Linear, nn.QuantizedLinear)
 
@@ -94,7 +96,7 @@ def slice_columns(linear: nn.Module, columns: mx.array) -> nn.Module:
     compact = _copy(
         linear,
         {
-            "weight": take_codes(linear.weight, columns, linear.bits),
+            "weight": _packed(linear.weight, columns, linear.bits),
             "scales": _take_columns(linear.scales, groups),
             "biases": _take_columns(linear.biases, groups),
         },
@@ -137,6 +139,12 @@ class ScatterLinear(nn.Module):
             return mx.where(self.given, mx.take(h, self.place, axis=-1), mx.array(0, h.dtype))
         place, given = self.place[experts][..., None, :], self.given[experts][..., None, :]
         return mx.where(given, mx.take_along_axis(h, place, axis=-1), mx.array(0, h.dtype))
+
+
+def _packed(weight: mx.array, columns: mx.array, bits: int) -> mx.array:
+    """``take_codes``, in one pass where there is a kernel for it."""
+    packed = take_on_metal(weight, columns, bits, take_codes)
+    return take_codes(weight, columns, bits) if packed is None else packed
 
 
 def take_codes(weight: mx.array, columns: mx.array, bits: int) -> mx.array:
