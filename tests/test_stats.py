@@ -130,13 +130,18 @@ def test_interrupted_process(build, tiny_dir, tmp_path):
     options = ("--model", tiny_dir, "--out", out, "--tokens", 10**9, *FEW[2:], "--all")
     command = [sys.executable, "-m", "glass_mlx.stats", "build", *map(str, options)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+    # a process that was started in the background ignores Ctrl-C, and so do its children
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, cwd=ROOT, preexec_fn=heeds, **pipes) as process:
         for _ in range(600):
             if kept.exists() or process.poll() is not None:
                 break
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        printed, said = process.communicate(timeout=60)
+        try:
+            printed, said = process.communicate(timeout=60)
+        finally:
+            process.kill()  # else leaving the block would wait for it
         assert printed == b"" and re.fullmatch(rb".*stopped: [\d,]+ tokens are kept, .* goes on from them\n", said)
     assert process.returncode == 130 and not out.exists()
     build("--all")

@@ -204,8 +204,10 @@ class ChatBody(Body):
 
 
 _TokenId = whole(0, 2**31 - 1)
-_Tokens = Annotated[list[_TokenId], Field(min_length=1, max_length=2**20)]
-_Prompts = Annotated[list[str] | list[_Tokens], Field(min_length=1, max_length=MAX_CHOICES)]
+# Each kind of list is left at its first wrong item: a million tokens would be a million wrong texts.
+_Tokens = Annotated[list[_TokenId], Field(min_length=1, max_length=2**20, fail_fast=True)]
+_Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
+_Prompts = _Texts | Annotated[list[_Tokens], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
 
 
 class CompletionBody(Body):

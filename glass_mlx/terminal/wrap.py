@@ -48,12 +48,13 @@ class WordWrap:
         """Write the word with the space before it, or, where that does not fit, on a new line without the space."""
         word, width = self._word, shutil.get_terminal_size().columns
         self._line, self._word = self._line + word, ""
-        if not self._code and self._column and self._column + cell_len(word) > width:
+        if not self._code and self._column + cell_len(word) > width:
             word = word.lstrip()
             if not word:
                 return
-            self.write("\n")
-            self._column = 0
+            if self._column:
+                self.write("\n")
+                self._column = 0
         if word:
             self.write(word)
             self._column = (self._column + cell_len(word) - 1) % width + 1  # the terminal breaks longer words

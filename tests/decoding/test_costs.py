@@ -13,8 +13,14 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from glass_mlx import GlassModel
 from glass_mlx.decoding.costs import DEVICES, DeviceClass, StepCosts, cache_bytes, plan, step_costs
 from glass_mlx.decoding.draft_scheduler import tokens_per_pass
-from glass_mlx.evaluation.shapes import empty_model, random_model
+from glass_mlx.evaluation.shapes import SHAPES, empty_model, random_model
 from glass_mlx.evaluation.tiny_models import tiny_model
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """A shape whose embedding is no matter."""
+    monkeypatch.setitem(SHAPES, "small", SHAPES["qwen3-0.6b"] | {"vocab_size": 64})
 
 
 def ffn_bytes(block) -> int:
@@ -74,7 +80,7 @@ def test_a_projection_that_stays_whole_is_read_whole():
 
 def test_measured_answers_count():
     """What a session reads to answer for dropped neurons is what the costs have, and less without it."""
-    model = random_model("qwen3-0.6b", layers=1, bits=4)
+    model = random_model("small", layers=1, bits=4)
     read = sum(a.nbytes for answer in answered(model)[-1].compact.answers for a in answer.arrays)
     costs = step_costs(model, 0.5, 8)
     model.config = model.config.updated(compensation=False)
@@ -85,7 +91,7 @@ def test_measured_answers_count():
 
 def test_compacting_by_hand():
     """4-bit codes in groups of 64: rows are read and written; of columns all is read, and octets go to and fro."""
-    costs = step_costs(empty_model("qwen3-0.6b", layers=1), 0.5, 8)
+    costs = step_costs(empty_model("small", layers=1), 0.5, 8)
     hidden, size = 1024, 3072
     k = size // 2
     row = hidden // 2 + hidden // 64 * 4  # codes, and a scale and a bias of 2 bytes for each group
@@ -95,7 +101,7 @@ def test_compacting_by_hand():
 
 
 def test_nothing_need_be_evaluated():
-    empty, full = (make("qwen3-0.6b", layers=1) for make in (empty_model, random_model))
+    empty, full = (make("small", layers=1) for make in (empty_model, random_model))
     full.dense.set_dtype(mx.bfloat16)
     full = GlassModel(full.dense)
     full.set_global_ranks(None, responses=empty.responses)
@@ -133,7 +139,7 @@ def test_verified(drafted, acceptance, device):
 
 
 def test_plan():
-    model = empty_model("qwen3-0.6b", layers=1)
+    model = empty_model("small", layers=1)
     rows = plan(model, [0.3, 1.0], context=64)
     assert [(row["density"], row["device"]) for row in rows] == [(d, c.name) for d in (0.3, 1.0) for c in DEVICES]
     for row in rows:

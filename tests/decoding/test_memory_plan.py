@@ -10,7 +10,7 @@ import pytest
 from glass_mlx import GlassModel, load
 from glass_mlx.decoding import memory_plan
 from glass_mlx.decoding.memory_plan import MemoryPlan, plan_memory
-from glass_mlx.evaluation.shapes import random_model
+from glass_mlx.evaluation.shapes import SHAPES, random_model
 from glass_mlx.evaluation.tiny_models import tiny_model
 from glass_mlx.model.memory import model_bytes
 
@@ -28,15 +28,18 @@ def test_parts(density):
     assert plan.cache == sum(a.nbytes for e in cache[:-1] for a in e.state if isinstance(a, mx.array))
 
 
-def test_prefill_is_near_what_a_call_takes():
+def test_prefill_is_near_what_a_call_takes(monkeypatch):
     """An estimate: it is neither a small part of what a call takes here nor many times as much."""
-    model = random_model("qwen3-0.6b", layers=2, bits=32)
-    plan, cache = plan_memory(model, context=512), model.make_cache()
+    small = {"vocab_size": 64, "num_hidden_layers": 2, "hidden_size": 512}
+    monkeypatch.setitem(SHAPES, "small", SHAPES["qwen3-0.6b"] | small)
+    monkeypatch.setattr(memory_plan, "STEP", 96)
+    model = random_model("small", bits=32)
+    plan, cache = plan_memory(model, context=256), model.make_cache()
     model._plan.norms()
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    model.prefill(mx.ones((1, 512), mx.int32), cache)
+    model.prefill(mx.ones((1, 96), mx.int32), cache)
     mx.eval([entry.state for entry in cache])
     took = mx.get_peak_memory() - before - plan.cache
     assert 0.4 * took < plan.prefill < 2.5 * took

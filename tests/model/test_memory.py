@@ -238,7 +238,7 @@ def test_what_loading_changed_stays_in_memory(caplog):
     weight = changed.weight
     files = WeightFiles(DEMO_PATH, blocks)
     files.release(1, blocks[1], {name: nn.Identity() for name in ("gate_proj", "up_proj", "down_proj")}, files.read())
-    assert changed.weight is weight and not caplog.records
+    assert changed.weight is weight and "WARNING" not in caplog.text
     WeightFiles(DEMO_PATH.parent, blocks)  # no files at all
     assert "stay there" in caplog.text
 
