@@ -1,7 +1,7 @@
 """What decoding costs, predicted: the bytes that a step moves, and what more rows in a call cost on a class of device.
 
 Decoding is limited by memory bandwidth, so a step takes as long as reading its bytes does. A call over several tokens
-reads the same weights once, but Metal's quantised kernels take longer for more rows: ``ROWS`` has what was published.
+reads the same weights once, but Metal's quantised kernels take longer for more rows: ``DEVICES`` has what is known.
 All figures of this module are predictions. What a machine was measured at comes from ``benchmark`` without ``--plan``.
 """
 
@@ -112,7 +112,7 @@ class StepCosts:
 def step_costs(model: GlassModel, density: float, context: int) -> StepCosts:
     """The costs of a model at a density, with ``context`` tokens in its cache. Its weights need not be evaluated."""
     experts = [block for block in model.blocks if block.experts]
-    everything = sum(map(_bytes, experts))
+    everything = sum(block.nbytes for block in experts)
     routed = sum(_read(block, block.module[name]) for block in experts for name in block.names)
     dense = model_bytes(model.dense) - unread_embedding(model.dense) - everything + routed
     share = routed / everything if everything else 1.0
@@ -129,10 +129,6 @@ def step_costs(model: GlassModel, density: float, context: int) -> StepCosts:
         sparse += _answer_bytes(block, rank) if model.config.compensation and not block.experts else 0
         compacting += _moved(block, compact)
     return StepCosts(dense, sparse, cache, compacting, answering, rank + 1, routed, share)
-
-
-def _bytes(block: Block) -> int:
-    return sum(model_bytes(block.module[name]) for name in block.names)
 
 
 def _answer_bytes(block: Block, rank: int) -> int:

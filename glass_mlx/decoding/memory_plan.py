@@ -67,7 +67,7 @@ def plan_memory(model: GlassModel, context: int | None = None) -> MemoryPlan:
     if density < 1:
         for block, k in zip(model.blocks, model.kept_counts(density)):
             compact += block.compact_bytes(k)
-            ffn += sum(model_bytes(block.module[name]) for name in block.names)
+            ffn += block.nbytes
     # per token: gate, up, their product and the hidden vector; the latter once more in float32, and its square; and
     # about a dozen vectors around attention
     widest = max(model.blocks, key=lambda block: block.width * block.active)

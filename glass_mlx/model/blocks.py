@@ -20,6 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from ..core.importance import energy, expert_energy
 from ..core.slicing import (
@@ -174,6 +175,11 @@ class Block:
         """Any k neurons that can be kept, [k] int32."""
         experts = self.experts or 1
         return self.joined(mx.broadcast_to(mx.arange(k // experts, dtype=mx.int32), (experts, k // experts)))
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its own weights."""
+        return sum(array.nbytes for name in self.names for _, array in tree_flatten(self.module[name].parameters()))
 
     def compact_bytes(self, k: int) -> int:
         """Size of its compact weights for k neurons. Nothing is evaluated."""

@@ -37,6 +37,7 @@ class Request:
         density, global_weight, signal, layer_budgets, compensation, verify: where they differ from the
             engine's.
         logprobs: whether each token comes with its log-probability and with its ``top_logprobs`` most likely rivals.
+        refresh: has no effect any more (``model/config.py``).
 
     The other fields are those of mlx-lm's ``make_sampler`` and ``make_logits_processors``.
     """
@@ -60,6 +61,7 @@ class Request:
     density: float | None = None
     quality: str | None = None
     global_weight: float | str | None = None
+    refresh: Any = None
     signal: str | None = None
     layer_budgets: str | None = None
     compensation: bool | None = None

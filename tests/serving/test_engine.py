@@ -281,6 +281,10 @@ def test_verified_answers_are_the_dense_models(lively_engine):
         assert not last(lively_engine.submit(request)).usage.verified
 
 
+def test_a_retired_field_changes_nothing(tiny_engine):
+    assert text(tiny_engine.submit(ask("Hello", refresh=16))) == text(tiny_engine.submit(ask("Hello")))
+
+
 def test_drafting(make_lively):
     """Whatever it costs."""
     engine = make_lively(verify={"draft_tokens": 3})
