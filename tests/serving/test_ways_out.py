@@ -50,6 +50,14 @@ class Gate:
             assert self.open.wait(60), "nobody opened the gate"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_reading_ahead():
+    """Reading the last test's answer ahead also prefills, and may go on into the next test."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(worker.Worker, "read_ahead", lambda *_: None)
+        yield
+
+
 @pytest.fixture
 def gate(request, monkeypatch):
     """A gate at the place that the test names."""
@@ -75,7 +83,6 @@ def gate(request, monkeypatch):
         monkeypatch.setattr(engine_module, "load", held_load)
     elif place == "prefill":
         monkeypatch.setattr(GlassModel, "prefill", held_prefill)
-        monkeypatch.setattr(worker.Worker, "read_ahead", lambda *_: None)  # it prefills while nobody asks
     else:
         monkeypatch.setattr(worker, "stream_generate", held_stream)
     yield gate
