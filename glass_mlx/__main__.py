@@ -28,7 +28,7 @@ def main() -> None:
 
         print(f"glass_mlx {__version__}")
     elif command not in COMMANDS:
-        from .model_names import near_miss
+        from .hub.names import near_miss
 
         close = near_miss(command, COMMANDS)
         print(f"{USAGE}\nglass_mlx: error: no command {command!r}{close and f'; {close}'}", file=sys.stderr)

@@ -35,9 +35,9 @@ from ._version import __version__
 from .core.importance import SIGNALS
 from .errors import GlassError, printable, printable_lines
 from .files import write_atomically
+from .hub.names import DEFAULT_MODEL, near_miss
 from .model.config import LAYER_BUDGETS, GlassConfig
 from .model.quality import QUALITIES
-from .model_names import DEFAULT_MODEL, near_miss
 from .serving.logs import OneLineFormatter
 
 if TYPE_CHECKING:

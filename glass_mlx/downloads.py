@@ -14,15 +14,15 @@ from huggingface_hub.errors import CacheNotFound, DryRunError
 
 from .errors import GlassError
 from .files import read_json
-from .hub import hub_access
+from .hub.access import hub_access
+from .hub.model_files import problem
+from .hub.names import ALIASES, DEFAULT_MODEL, DEMO_PATH, near_miss
+from .hub.sizes import fit, size, usable_memory
 from .loading import MODEL_FILES
 from .model.config import GlassConfig
 from .model.context import context_length
-from .model_files import problem
-from .model_names import ALIASES, DEFAULT_MODEL, DEMO_PATH, near_miss
 from .ranks.identity import original
 from .ranks.lookup import measured_models
-from .sizes import fit, size, usable_memory
 
 
 @dataclass(frozen=True)

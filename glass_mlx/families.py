@@ -28,7 +28,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 def main() -> None:
     parser = setup_arg_parser()
     args = parser.parse_args()
-    from .model_files import model_types  # only now: it takes seconds to import
+    from .hub.model_files import model_types  # only now: it takes seconds to import
 
     known = model_types()
     for name in args.names:

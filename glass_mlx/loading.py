@@ -17,12 +17,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from .decoding.control_tokens import ChatTokenizer
 from .decoding.memory_plan import plan_memory
 from .errors import GlassError
-from .hub import hub_access
+from .hub.access import hub_access
+from .hub.model_files import check_model, problem
+from .hub.names import ALIASES, DEFAULT_MODEL, DEMO_PATH, near_miss
 from .model.config import GlassConfig
 from .model.glass_model import GlassModel
 from .model.quality import costs_more_than, density_for
-from .model_files import check_model, problem
-from .model_names import ALIASES, DEFAULT_MODEL, DEMO_PATH, near_miss
 from .ranks.format import GlobalStatistics
 from .ranks.lookup import find_statistics
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from .cli import Parser, add_verbose, print_table, run, say
 from .errors import GlassError, printable
-from .model_names import ALIASES, DEFAULT_MODEL
+from .hub.names import ALIASES, DEFAULT_MODEL
 
 _MODEL = "an alias, a Hub repository or a directory"
 

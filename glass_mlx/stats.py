@@ -18,7 +18,7 @@ import numpy as np
 from .cli import Parser, add_verbose, density, positive, print_table, run, say
 from .core.importance import SIGNALS
 from .errors import GlassError, StatsError, printable
-from .model_names import ALIASES, DEFAULT_MODEL
+from .hub.names import ALIASES, DEFAULT_MODEL
 from .ranks.agreement import compare
 from .ranks.amounts import DEFAULT_RANK, DEFAULT_STABLE_AT, DEFAULT_TOKENS
 from .ranks.format import GlobalStatistics, merge, write_index

@@ -17,9 +17,9 @@ from glass_mlx.__main__ import COMMANDS
 # From the ground up. A part, which is a package or a module beside the packages, imports from the levels below its own;
 # parts on one level do not know each other.
 LEVELS = (
-    ("_version", "errors", "model_names", "sizes"),
-    ("files", "hub"),
-    ("model_files",),
+    ("_version", "errors"),
+    ("files",),
+    ("hub",),
     ("core",),  # pure functions on arrays; see CORE_IMPORTS
     ("model",),
     ("decoding", "ranks"),

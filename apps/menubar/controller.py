@@ -17,6 +17,7 @@ from typing import Any
 
 from glass_mlx.downloads import Download, removal
 from glass_mlx.errors import GlassError
+from glass_mlx.hub.sizes import fit, size, usable_memory
 from glass_mlx.loading import ALIASES, DEFAULT_MODEL
 from glass_mlx.model.config import GlassConfig
 from glass_mlx.serving.catalogue import Catalogue
@@ -24,7 +25,6 @@ from glass_mlx.serving.engine import Engine, EngineOptions
 from glass_mlx.serving.errors import UnknownModel
 from glass_mlx.serving.measuring import MeasuringStopped
 from glass_mlx.serving.request import Usage
-from glass_mlx.sizes import fit, size, usable_memory
 
 from . import jobs
 from .jobs import Cancelled, Job

@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from glass_mlx.downloads import Download, plan_download
 from glass_mlx.errors import GlassError
-from glass_mlx.hub import hub_access
+from glass_mlx.hub.access import hub_access
+from glass_mlx.hub.model_files import problem
+from glass_mlx.hub.sizes import size
 from glass_mlx.loading import ALIASES, MODEL_FILES
-from glass_mlx.model_files import problem
-from glass_mlx.sizes import size
 
 from .state import Task
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from glass_mlx.hub.sizes import size
 from glass_mlx.model.quality import QUALITIES
-from glass_mlx.sizes import size
 
 from .state import Model, Snapshot, Status, download_progress, progress, speed, status
 

@@ -9,8 +9,8 @@ from typing import Any
 import toga
 from toga.style import Pack
 
+from glass_mlx.hub.sizes import size
 from glass_mlx.model.quality import QUALITIES
-from glass_mlx.sizes import size
 
 from .settings import Settings
 from .state import Snapshot

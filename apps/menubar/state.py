@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from glass_mlx.hub.sizes import size
 from glass_mlx.model.quality import agreement_at
-from glass_mlx.sizes import size
 
 from .settings import Settings
 

@@ -1,0 +1,1 @@
+"""Pure functions on arrays: importance, ranking, layer budgets, slicing, compensation."""

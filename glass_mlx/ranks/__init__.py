@@ -1,0 +1,1 @@
+"""Global statistics: measured, written, found for a model, shared."""

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import GlassError, StatsError
 from ..files import SMALL_HEADER, check_header, read_json
-from ..hub import download
+from ..hub.access import download
 from .format import GlobalStatistics
 from .identity import describe, fingerprint, fingerprints
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd
 
 from ..errors import GlassError
-from ..hub import download, hub_access, hub_api
+from ..hub.access import download, hub_access, hub_api
 from .format import FORMAT_VERSION, GlobalStatistics, index_entry
 
 INDEX, CARD = "index.json", "README.md"

@@ -16,8 +16,8 @@ from huggingface_hub import constants, scan_cache_dir, try_to_load_from_cache
 from huggingface_hub.errors import CacheNotFound, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..hub.model_files import problem
 from ..loading import ALIASES, DEFAULT_MODEL, DEMO_PATH, resolve_model
-from ..model_files import problem
 from .errors import UnknownModel
 
 DEFAULT_NAME = "default_model"

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from glass_mlx.evaluation import tiny_models as tiny
-from glass_mlx.model_files import model_types
+from glass_mlx.hub.model_files import model_types
 
 PROMPT = mx.array([[3, 14, 15, 9, 26]])
 

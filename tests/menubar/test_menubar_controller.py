@@ -19,11 +19,11 @@ from apps.menubar.jobs import repo_name
 from apps.menubar.settings import Settings, load_settings, save_settings
 from apps.menubar.state import status
 from glass_mlx import GlassError
+from glass_mlx.hub.sizes import size
 from glass_mlx.ranks import measure
 from glass_mlx.ranks.lookup import cache_dir
 from glass_mlx.serving.measuring import Measurement
 from glass_mlx.serving.server import Server
-from glass_mlx.sizes import size
 
 REPO = "mlx-community/tiny"
 

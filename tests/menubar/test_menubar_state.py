@@ -8,10 +8,10 @@ from apps.menubar.menu import BLANK, LINE, TICK, find, flat, menu
 from apps.menubar.settings import Settings, load_settings, save_settings
 from apps.menubar.state import Model, ServerView, Snapshot, Task, needs_attention, status
 from glass_mlx import GlassError
+from glass_mlx.hub.sizes import fit, size
 from glass_mlx.model.quality import QualityPoint
 from glass_mlx.serving.engine_status import EngineStatus, ModelFacts
 from glass_mlx.serving.measuring import Progress
-from glass_mlx.sizes import fit, size
 
 RUNNING = ServerView("running", 8080, "http://127.0.0.1:8080")
 READY = EngineStatus("ready", "demo", has_ranks=True, memory_bytes=2_000_000_000)

@@ -27,8 +27,8 @@ from glass_mlx.core.compensation import Response
 from glass_mlx.core.prior import Prior
 from glass_mlx.core.slicing import ScatterLinear, plain_class
 from glass_mlx.evaluation.tiny_models import Unbuildable, tiny_model
+from glass_mlx.hub.model_files import model_types
 from glass_mlx.model.blocks import Block
-from glass_mlx.model_files import model_types
 from glass_mlx.ranks.format import GlobalStatistics
 from glass_mlx.ranks.lookup import STATS_DIR
 

@@ -17,7 +17,7 @@ from hub_server import HubServer
 from huggingface_hub import constants, file_download
 
 from glass_mlx import GlassError, StatsError
-from glass_mlx.hub import download, hub_access
+from glass_mlx.hub.access import download, hub_access
 from glass_mlx.ranks.format import GlobalStatistics
 from glass_mlx.ranks.share import CARD, INDEX, upload
 

@@ -13,8 +13,8 @@ from hub_server import HubServer
 from huggingface_hub import constants
 
 from glass_mlx import GlassError, load, loading
+from glass_mlx.hub.model_files import INDEX, check_model, model_types, problem
 from glass_mlx.loading import DEMO_PATH, resolve_model
-from glass_mlx.model_files import INDEX, check_model, model_types, problem
 from glass_mlx.serving.catalogue import Catalogue
 from glass_mlx.serving.errors import UnknownModel
 
@@ -190,4 +190,4 @@ def test_what_the_cache_has_of_a_model(sharded, monkeypatch):
 
 def test_nothing_of_a_package_is_needed_to_look():
     """Only names and texts of mlx-lm's models are read: some exit, and others take seconds to import."""
-    assert "import_module" not in (ROOT / "glass_mlx" / "model_files.py").read_text()
+    assert "import_module" not in (ROOT / "glass_mlx" / "hub" / "model_files.py").read_text()

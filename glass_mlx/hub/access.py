@@ -14,8 +14,8 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants
 from huggingface_hub import errors as hub_errors
 
-from ._version import __version__
-from .errors import GlassError
+from .._version import __version__
+from ..errors import GlassError
 
 
 @contextlib.contextmanager

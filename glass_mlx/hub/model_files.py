@@ -11,8 +11,8 @@ from typing import Any
 
 from mlx_lm.utils import MODEL_ARCHITECTURE_REMAPPING, MODEL_REMAPPING
 
-from .errors import GlassError
-from .files import check_complete, read_json
+from ..errors import GlassError
+from ..files import check_complete, read_json
 
 WEIGHTS, INDEX = "model*.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"(model.*)-(\d{5})-of-(\d{5})\.safetensors")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 DEFAULT_MODEL = "demo"
-DEMO_PATH = Path(__file__).parent / "demo" / "model"
+DEMO_PATH = Path(__file__).parents[1] / "demo" / "model"
 
 # Short names of models that people run on a Mac.
 ALIASES = {
