@@ -36,7 +36,7 @@ from .core.importance import SIGNALS
 from .errors import GlassError, printable, printable_lines
 from .files import write_atomically
 from .hub.names import DEFAULT_MODEL, near_miss
-from .model.config import LAYER_BUDGETS, GlassConfig
+from .model.config import EXPERTS, LAYER_BUDGETS, GlassConfig
 from .model.quality import QUALITIES
 from .serving.logs import OneLineFormatter
 
@@ -232,6 +232,12 @@ def add_glass_options(parser: argparse.ArgumentParser, build: bool) -> None:
         action=argparse.BooleanOptionalAction,
         default=GlassConfig.compensation,
         help="predict what the dropped neurons would add; without it they add nothing (default: on)",
+    )
+    group.add_argument(
+        "--experts",
+        choices=EXPERTS,
+        default=GlassConfig.experts,
+        help="whether the density holds for routed experts too, or they stay dense (default: %(default)s)",
     )
     group.add_argument("--signal", choices=SIGNALS, default=GlassConfig.signal, help="what neurons are ranked by")
     group.add_argument("--refresh", help=argparse.SUPPRESS)  # retired (model/config.py)

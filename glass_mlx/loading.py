@@ -109,6 +109,7 @@ class LoadOptions(TypedDict, total=False):
     signal: str
     layer_budgets: str
     compensation: bool
+    experts: str
     quality: str | None
     stats: str | Path | bool | None
     stats_repo: str | None
@@ -157,6 +158,7 @@ def load(
     signal: str = GlassConfig.signal,
     layer_budgets: str = GlassConfig.layer_budgets,
     compensation: bool = GlassConfig.compensation,
+    experts: str = GlassConfig.experts,
     quality: str | None = None,
     stats: str | Path | bool | None = None,
     stats_repo: str | None = None,
@@ -169,7 +171,7 @@ def load(
     Args:
         path_or_hf_repo (str): a directory, a Hub repository, an alias (``ALIASES``) or ``demo``.
         tokenizer_config, ..., trust_remote_code: as in ``mlx_lm.load``.
-        density, ..., compensation: how neurons are chosen; see :class:`glass_mlx.GlassConfig`.
+        density, ..., experts: how neurons are chosen; see :class:`glass_mlx.GlassConfig`.
         quality (str, optional): ``"high"``, ``"balanced"`` or ``"fast"``: instead of ``density`` the one that costs at
             most what this says (``model/quality.py``), by what the ranks file knows of the model.
         stats (str or bool, optional): a global-ranks file, or False to use none. Default: the model's own, looked up
@@ -188,7 +190,7 @@ def load(
         GlassError: the model cannot be found, loaded or sparsified, or an argument is out of range.
         StatsError: the ranks file is damaged or belongs to another model.
     """
-    config = GlassConfig(density, global_weight, signal, layer_budgets, compensation)
+    config = GlassConfig(density, global_weight, signal, layer_budgets, compensation, experts)
     path = resolve_model(path_or_hf_repo, revision)
     options = {"model_config": model_config, "lazy": lazy, "trust_remote_code": trust_remote_code}
     options["tokenizer_config"] = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}

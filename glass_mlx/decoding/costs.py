@@ -124,6 +124,8 @@ def step_costs(model: GlassModel, density: float, context: int) -> StepCosts:
         answering = sum(model_bytes(block.module[block.output]) for block in model.blocks if not block.experts)
         rank = max((response.rank for response in model.responses or [] if response is not None), default=0)
     for block, k in zip(model.blocks, model.kept_counts(density)):
+        if k == block.size:
+            continue
         compact = block.compact(block.first(k))
         sparse += sum(_read(block, compact[name]) - _read(block, block.module[name]) for name in block.names)
         sparse += _answer_bytes(block, rank) if model.config.compensation and not block.experts else 0

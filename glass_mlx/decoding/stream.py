@@ -81,6 +81,7 @@ def stream_generate(
     signal: str | None = None,
     layer_budgets: str | None = None,
     compensation: bool | None = None,
+    experts: str | None = None,
     verify: bool = False,
     draft_tokens: int | None = None,
     prompt_cache: list[Any] | None = None,
@@ -100,7 +101,7 @@ def stream_generate(
         max_tokens (int): the longest answer; -1 for no limit but the model's context.
         draft_model (nn.Module, optional): for mlx-lm's speculative decoding. The model checks several tokens at once,
             and those calls are dense, so the answer is the dense model's.
-        density, global_weight, signal, layer_budgets, compensation: where this and later answers of the
+        density, global_weight, signal, layer_budgets, compensation, experts: where this and later answers of the
             conversation differ from the model's configuration (:class:`glass_mlx.GlassConfig`).
         verify (bool): draft sparsely and check with the dense model, whose answer it then is
             (``decoding/speculative.py``).
@@ -116,7 +117,7 @@ def stream_generate(
         GlassError: an argument is out of range, or the prompt is empty or longer than the model's context.
     """
     choice = {"density": density, "global_weight": global_weight, "signal": signal}
-    choice |= {"layer_budgets": layer_budgets, "compensation": compensation}
+    choice |= {"layer_budgets": layer_budgets, "compensation": compensation, "experts": experts}
     kwargs = {name: value for name, value in kwargs.items() if name not in RETIRED}
     if not isinstance(model, nn.Module):
         raise GlassError(f"The model comes first, then the tokenizer; this is a {type(model).__name__!r}.")
@@ -145,7 +146,7 @@ def stream_generate(
     embeddings = kwargs.get("input_embeddings")
     length = prompt.size if embeddings is None else embeddings.shape[0]
     max_tokens = _within_context(model, tokenizer, prompt_cache, length, max_tokens)
-    if verify and session.config.density < 1:
+    if verify and not model.keeps_all(session.config):
         if kwargs.pop("input_embeddings", None) is not None:
             raise GlassError("Verified decoding does not take input embeddings.")
         if not isinstance(tokenizer, TokenizerWrapper):
@@ -228,7 +229,7 @@ def _describe(model: GlassModel, session: Session) -> dict[str, Any]:
     config = session.config
     return {
         "density": config.density,
-        "kept_neurons": sum(model.kept_counts(config.density, config.layer_budgets)),
+        "kept_neurons": sum(model.kept_counts(config.density, config.layer_budgets, config.experts)),
         "total_neurons": sum(block.size for block in model.blocks),
         "global_weight": model.global_weight(session),
         "signal": config.signal,

@@ -66,7 +66,7 @@ class Evidence:
         blocks, kept = self.model.blocks, []
         for block, score in zip(blocks, scores):
             score = mx.broadcast_to(score, (len(self.prompts), block.size))
-            if self.density == 1:
+            if self.density == 1 or (block.experts and self.model.config.experts == "dense"):
                 kept.append(mx.broadcast_to(mx.arange(block.size, dtype=mx.int32), score.shape))
             else:
                 k = kept_count(self.density, block.width, block.group)

@@ -227,9 +227,16 @@ class GlassModel(nn.Module):
         """
         return {block.path: kept for block, kept in zip(self.blocks, self._choose(self.session(cache)))}
 
-    def kept_counts(self, density: float, layer_budgets: str | None = None) -> list[int]:
-        """How many neurons a density keeps in each block, by default with the model's own layer budgets."""
-        return self._plan.selector.counts(density, layer_budgets or self.config.layer_budgets)
+    def kept_counts(
+        self, density: float, layer_budgets: str | None = None, experts: str | None = None
+    ) -> list[int]:
+        """How many neurons a density keeps in each block; by default as the model's own configuration says."""
+        config = self.config.updated(density=density, layer_budgets=layer_budgets, experts=experts)
+        return self._plan.selector.counts(config)
+
+    def keeps_all(self, config: GlassConfig) -> bool:
+        """Whether decoding is dense: at density 1, or where all blocks are routed experts that stay dense."""
+        return self._plan.selector.keeps_all(config)
 
     def global_weight(self, session: Session) -> float:
         """How much what is known of the model counts in a session's choice, in [0, 1]; see ``NeuronSelector``."""
@@ -294,7 +301,7 @@ class GlassModel(nn.Module):
             GlassError: nothing to choose by yet: no prompt was prefilled and there are no global ranks.
         """
         session, plan = self.session(cache), self._plan
-        if session.config.density == 1:
+        if self.keeps_all(session.config):
             return
         if session.compact is not None:
             plan.memory.use(session)
@@ -316,7 +323,7 @@ class GlassModel(nn.Module):
         session = self.session(cache)
         logits = self._sparse(session, inputs, cache, kwargs)
         # Densely decoded tokens wait too where they follow sparse ones: what is read again is the cache's end.
-        exact = session.config.density == 1 and not session.pending_reread
+        exact = self.keeps_all(session.config) and not session.pending_reread
         session.advance(_length(inputs, kwargs), None if exact or "input_embeddings" in kwargs else inputs)
         return logits
 
@@ -342,7 +349,7 @@ class GlassModel(nn.Module):
             self.session(cache).retract(tokens)
 
     def _sparse(self, session: Session, inputs: mx.array, cache: list[Any], kwargs: dict[str, Any]) -> mx.array:
-        if session.config.density == 1:
+        if self.keeps_all(session.config):
             self._plan.bring_here(self.dense)
             return self.dense(inputs, cache=cache[:-1], **kwargs)
         if session.compact is None:

@@ -71,7 +71,7 @@ class NeuronSelector:
         domains = domains or {signal: [_shares(r) for r in rs] for signal, rs in (ranks or {}).items()}
         experts = [(shape.experts, shape.active) for shape in shapes]
         self._priors = {signal: Prior(rows, experts) for signal, rows in domains.items()}
-        self._counts: dict[tuple[float, str], list[int]] = {}
+        self._counts: dict[tuple[float, str, str], list[int]] = {}
 
     @property
     def sizes(self) -> list[int]:
@@ -85,18 +85,30 @@ class NeuronSelector:
             return NeuronSelector(shapes)
         return NeuronSelector(shapes, self.ranks, self._domains, self._sensitivity)
 
-    def counts(self, density: float, layer_budgets: str) -> list[int]:
+    def counts(self, config: GlassConfig) -> list[int]:
         """How many neurons each block keeps: density * F, rounded to what the block can be cut into; or, with the
-        budgets ``"measured"`` and where sensitivities are known, as many in all (``core/layer_budgets.py``)."""
-        key = (density, layer_budgets)
+        budgets ``"measured"`` and where sensitivities are known, as many in all (``core/layer_budgets.py``). Routed
+        experts that are to stay dense keep all of theirs."""
+        key = (config.density, config.layer_budgets, config.experts)
         if key not in self._counts:
-            steps = [shape.step for shape in self.shapes]
-            if self._sensitivity is None or layer_budgets == "uniform":
-                self._counts[key] = uniform_budgets(density, self.sizes, steps)
-            else:
-                energies = [np.array(e) for e in self.by_block(self._priors["impact"].posterior_energy(None))]
-                self._counts[key] = measured_budgets(density, energies, self._sensitivity, steps)
+            sparse = [i for i, s in enumerate(self.shapes) if s.experts == 1 or config.experts == "sparse"]
+            self._counts[key] = self.sizes
+            for i, count in zip(sparse, self._budgets(config, sparse)):
+                self._counts[key][i] = count
         return self._counts[key]
+
+    def _budgets(self, config: GlassConfig, members: list[int]) -> list[int]:
+        """How many neurons some of the blocks keep, if the density holds for these."""
+        sizes, steps = [self.sizes[i] for i in members], [self.shapes[i].step for i in members]
+        if self._sensitivity is None or config.layer_budgets == "uniform" or not members:
+            return uniform_budgets(config.density, sizes, steps)
+        energies = self.by_block(self._priors["impact"].posterior_energy(None))
+        known = [(np.array(energies[i]), self._sensitivity[i]) for i in members]
+        return measured_budgets(config.density, *map(list, zip(*known)), steps)
+
+    def keeps_all(self, config: GlassConfig) -> bool:
+        """Whether every block keeps all of its neurons."""
+        return config.density == 1 or self.counts(config) == self.sizes
 
     def choose(self, config: GlassConfig, energy: mx.array | None, prompt_tokens: int) -> list[mx.array]:
         """The neurons to keep.
@@ -112,12 +124,13 @@ class NeuronSelector:
         Raises:
             GlassError: there is nothing to choose by.
         """
-        if config.density == 1:
-            return [mx.arange(size, dtype=mx.int32) for size in self.sizes]
-        counts = self.counts(config.density, config.layer_budgets)
+        kept = [mx.arange(size, dtype=mx.int32) for size in self.sizes]
+        if self.keeps_all(config):
+            return kept
+        counts = self.counts(config)
         scores = self._scores(config, energy, prompt_tokens)
-        kept: list[mx.array] = [None] * len(self.shapes)
-        for shape, members in self._alike().items():  # blocks of one shape at once
+        chosen = [i for i, count in enumerate(counts) if count < self.sizes[i]]
+        for shape, members in self._alike(chosen).items():  # blocks of one shape at once
             first = mx.arange(0, shape.size, shape.size // shape.experts, dtype=mx.int32)[:, None]  # of each expert
             for i, order in zip(members, keep_order(scores(members), shape.group)):
                 kept[i] = (mx.sort(order[:, : counts[i] // shape.experts], axis=-1) + first).reshape(-1)
@@ -125,7 +138,7 @@ class NeuronSelector:
 
     def fits(self, kept: list[mx.array], config: GlassConfig) -> bool:
         """Whether neurons [k] that were kept elsewhere, in a file say, can be kept in these blocks."""
-        counts = self.counts(config.density, config.layer_budgets)
+        counts = self.counts(config)
         if [(k.shape, k.dtype) for k in kept] != [((count,), mx.int32) for count in counts]:
             return False
         for neurons, shape in zip(map(np.array, kept), self.shapes):
@@ -196,11 +209,11 @@ class NeuronSelector:
         alone = energy is None or (prompt_tokens <= 1 and config.global_weight > 0)
         return 1.0 if alone else float(config.global_weight)
 
-    def _alike(self) -> dict[BlockShape, list[int]]:
-        """Indices of the blocks by their shape."""
+    def _alike(self, members: list[int]) -> dict[BlockShape, list[int]]:
+        """Indices of blocks by their shape."""
         alike: dict[BlockShape, list[int]] = {}
-        for i, shape in enumerate(self.shapes):
-            alike.setdefault(shape, []).append(i)
+        for i in members:
+            alike.setdefault(self.shapes[i], []).append(i)
         return alike
 
 

@@ -45,7 +45,7 @@ def _ignored(reason: str, *neutral: Any) -> Rule:
 
 
 _GLASS = {
-    **_honoured("density quality global_weight signal layer_budgets compensation verify"),
+    **_honoured("density quality global_weight signal layer_budgets compensation experts verify"),
     "refresh": _ignored("answers are not read again any more; a higher density does more", 0),
 }
 _SAMPLING = _honoured(

@@ -106,6 +106,7 @@ class Body(Model):
     signal: Literal["impact", "activation"] | None = None
     layer_budgets: Literal["measured", "uniform"] | None = None
     compensation: bool | None = None
+    experts: Literal["sparse", "dense"] | None = None
     verify: bool | None = Field(
         None, description="draft with the sparse model and check with the dense one, whose answer it is"
     )

@@ -161,6 +161,7 @@ class Worker:
                 signal=request.signal,
                 layer_budgets=request.layer_budgets,
                 compensation=request.compensation,
+                experts=request.experts,
             )
         except GlassError as e:
             raise BadRequest(str(e)) from e
@@ -230,7 +231,7 @@ class _Completion:
         self.conversation, self.prompt, self.call_ends = conversation, prompt, call_ends
         self.grammar, self.in_cache = grammar, len(conversation.tokens)
         self.verify = worker.verify_options(self.request)
-        self.verified = bool(self.verify.get("verify")) and conversation.session.config.density < 1
+        self.verified = bool(self.verify.get("verify")) and not worker.model.keeps_all(conversation.session.config)
         self.generated: list[int] = []
         self.text = ""  # of the chunks so far
         self.drafted = 0
