@@ -234,10 +234,7 @@ def add_glass_options(parser: argparse.ArgumentParser, build: bool) -> None:
         help="predict what the dropped neurons would add; without it they add nothing (default: on)",
     )
     group.add_argument(
-        "--experts",
-        choices=EXPERTS,
-        default=GlassConfig.experts,
-        help="whether the density holds for routed experts too, or they stay dense (default: %(default)s)",
+        "--experts", choices=EXPERTS, default=GlassConfig.experts, help="routed experts: sparse or dense"
     )
     group.add_argument("--signal", choices=SIGNALS, default=GlassConfig.signal, help="what neurons are ranked by")
     group.add_argument("--refresh", help=argparse.SUPPRESS)  # retired (model/config.py)

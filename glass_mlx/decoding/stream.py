@@ -229,7 +229,7 @@ def _describe(model: GlassModel, session: Session) -> dict[str, Any]:
     config = session.config
     return {
         "density": config.density,
-        "kept_neurons": sum(model.kept_counts(config.density, config.layer_budgets, config.experts)),
+        "kept_neurons": sum(model.kept_counts(**vars(config))),
         "total_neurons": sum(block.size for block in model.blocks),
         "global_weight": model.global_weight(session),
         "signal": config.signal,

@@ -1,4 +1,4 @@
-"""The demo's model in PyTorch: a Llama, or with routed experts a Mixtral, that can be trained and exported to mlx-lm."""
+"""The demo's model in PyTorch: a Llama, or with routed experts a Mixtral."""
 
 from __future__ import annotations
 
@@ -125,7 +125,8 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Parameter names equal those of a Hugging Face Llama checkpoint without the ``model.`` prefix."""
+    """Parameter names equal those of a Hugging Face Llama checkpoint without the ``model.`` prefix; experts are below
+    ``mlp.experts``."""
 
     def __init__(self, c: Config):
         super().__init__()

@@ -4,8 +4,9 @@
     python -m glass_mlx.demo.train --prose prose.txt.xz --dialogues dialogues.jsonl.xz --out my-model
 
 The prose file holds one paragraph a line and a blank line between books; the dialogues file holds one
-``{"messages": [{"role", "content"}, ...]}`` a line. The result is a Llama-architecture model in the
-mlx-lm directory format. PyTorch is used because its CPU kernels train several times faster than MLX's.
+``{"messages": [{"role", "content"}, ...]}`` a line. The result is a Llama in the mlx-lm directory format, or with
+``--experts`` a Mixtral, whose experts share out the neurons of the Llama that ``--init`` names. PyTorch is used because
+its CPU kernels train several times faster than MLX's.
 
 The learning rate follows the elapsed time, so a run takes ``--minutes`` on any machine. It writes a checkpoint
 every few minutes; the same command with ``--resume`` goes on where it stopped.
@@ -21,7 +22,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -157,8 +158,10 @@ def make_model(args, vocab_size: int) -> Model:
 
 
 def make_optimizers(model: Model, args) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for the rest. Muon computes in bfloat16, so in float32 all is AdamW's."""
-    muon = [] if args.float32 else [p for n, p in model.layers.named_parameters() if p.ndim == 2 and "mlp.gate." not in n]
+    """Muon for the matrices of the blocks but their routers, AdamW for the rest. In float32 it is AdamW for all: PyTorch's
+    Muon computes in bfloat16."""
+    matrices = [p for name, p in model.layers.named_parameters() if p.ndim == 2 and "mlp.gate." not in name]
+    muon = [] if args.float32 else matrices
     rest = [p for p in model.parameters() if not any(p is m for m in muon)]
     optimizers = [torch.optim.AdamW(rest, lr=args.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
     if muon:
@@ -185,6 +188,79 @@ def _epoch_order(seed: int, epoch: int, rows: int) -> np.ndarray:
 def schedule(progress: float) -> float:
     """Learning-rate factor at ``progress`` in [0, 1]: 2 % warm-up, then linear to 2 %."""
     return min(1.0, progress / 0.02 + 0.01) * (1 - 0.98 * min(progress, 1.0))
+
+
+class Training:
+    """A model in training: how far it is, and what it is saved as.
+
+    Attributes:
+        step: how many batches it has read.
+        elapsed: seconds that this took.
+    """
+
+    def __init__(self, model: Model, optimizers: list[torch.optim.Optimizer], args: argparse.Namespace):
+        self.model, self.optimizers, self.args = model, optimizers, args
+        self.step, self.elapsed, self.average = 0, 0.0, None
+        self.checkpoint = args.out / "checkpoint.pt"
+        self._peak = [[group["lr"] for group in o.param_groups] for o in optimizers]
+        self._loss = self._forward if args.no_compile else torch.compile(self._forward)
+
+    def restore(self) -> None:
+        """Go on from the checkpoint, if there is one."""
+        if self.checkpoint.exists():
+            saved = torch.load(self.checkpoint, weights_only=True)
+            self.model.load_state_dict(saved["model"])
+            for optimizer, state in zip(self.optimizers, saved["optimizers"]):
+                optimizer.load_state_dict(state)
+            self.step, self.elapsed = saved["step"], saved["elapsed"]
+
+    def save(self) -> None:
+        """Write the checkpoint and the mlx-lm model."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "step": self.step,
+            "elapsed": self.elapsed,
+        }
+        torch.save(state, self.checkpoint.with_suffix(".tmp"))
+        self.checkpoint.with_suffix(".tmp").replace(self.checkpoint)
+        export(self.model, self.args.out, self.args.tokenizer)
+
+    def run(self, batches: Callable[[int], np.ndarray], steps: int) -> None:
+        """Train for so many steps, or until the time is over, and print how it went."""
+        tic, before, args = time.perf_counter(), self.step, self.args
+        done = self.elapsed
+        while self.step < before + steps and done < args.minutes * 60:
+            self._train(batches(self.step), schedule(done / (args.minutes * 60)))
+            done = self.elapsed + time.perf_counter() - tic
+        tokens = args.batch_size * args.context
+        speed = (self.step - before) * tokens / (done - self.elapsed)
+        self.elapsed = done
+        print(
+            f"step {self.step}  {done / 60:.1f}/{args.minutes:g} min  {self.step * tokens / 1e6:.1f} M tokens  "
+            f"loss {self.average:.4f} nats/token  {speed:,.0f} tokens/s",
+            flush=True,
+        )
+
+    def _train(self, batch: np.ndarray, factor: float) -> None:
+        """One step on rows [batch, context + 1], with this factor of the learning rates."""
+        for optimizer, rates in zip(self.optimizers, self._peak):
+            for group, rate in zip(optimizer.param_groups, rates):
+                group["lr"] = rate * factor
+        loss = self._loss(torch.from_numpy(batch).to(self.model.norm.weight.device))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.average = loss.item() if self.average is None else 0.98 * self.average + 0.02 * loss.item()
+        if not math.isfinite(self.average):
+            sys.exit(f"The loss is {self.average} at step {self.step}: lower --muon-lr or --adam-lr.")
+
+    def _forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=not self.args.float32):
+            return self.model.loss(tokens) + BALANCE_WEIGHT * self.model.balance()
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -221,85 +297,33 @@ def main() -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = Tokenizer.from_file(str(args.tokenizer / "tokenizer.json"))
     prose, dialogues, held = prepare(args, tokenizer)
     held_out = {"prose": held}
     if args.dialogues_dev:
         dev = dialogue_tokens(args.dialogues_dev, args.tokenizer, tokenizer)[:40]
         held_out["dialogues"] = [d[: args.context + 1] for d in dev]
-
     model = make_model(args, tokenizer.get_vocab_size())
-    model.to(device)
-    optimizers = make_optimizers(model, args)
-    peak = [[g["lr"] for g in o.param_groups] for o in optimizers]
-    step, elapsed, checkpoint = 0, 0.0, args.out / "checkpoint.pt"
-    if args.resume and checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(saved["model"])
-        for optimizer, state in zip(optimizers, saved["optimizers"]):
-            optimizer.load_state_dict(state)
-        step, elapsed = saved["step"], saved["elapsed"]
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    training = Training(model, make_optimizers(model, args), args)
+    if args.resume:
+        training.restore()
+
+    def print_held_out(when: str) -> None:
+        scores = {name: nats_per_byte(model, texts, tokenizer) for name, texts in held_out.items()}
+        print(f"held-out nats per byte{when}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()), flush=True)
 
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters / 1e6:.2f} M parameters, {prose.size / 1e6:.1f} M prose tokens, "
           f"{dialogues.size / 1e6:.1f} M dialogue tokens", flush=True)  # fmt: skip
-
-    def loss_fn(tokens):
-        with torch.autocast(device, torch.bfloat16, enabled=not args.float32):
-            return model.loss(tokens) + BALANCE_WEIGHT * model.balance()
-
-    train_loss = loss_fn if args.no_compile else torch.compile(loss_fn)
-
-    def evaluate() -> str:
-        scores = {k: nats_per_byte(model, v, tokenizer) for k, v in held_out.items()}
-        return ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
-
-    def save() -> None:
-        state = {
-            "model": model.state_dict(),
-            "optimizers": [o.state_dict() for o in optimizers],
-            "step": step,
-            "elapsed": elapsed,
-        }
-        torch.save(state, checkpoint.with_suffix(".tmp"))
-        checkpoint.with_suffix(".tmp").replace(checkpoint)
-        export(model, args.out, args.tokenizer)
-
-    print(f"held-out nats per byte before: {evaluate()}", flush=True)
-    total, average = args.minutes * 60, None
-    next_eval = elapsed + args.eval_minutes * 60
-    while elapsed < total:
-        tic, before = time.perf_counter(), step
-        while step < before + 100 and elapsed + time.perf_counter() - tic < total:
-            factor = schedule((elapsed + time.perf_counter() - tic) / total)
-            for optimizer, lrs in zip(optimizers, peak):
-                for group, lr in zip(optimizer.param_groups, lrs):
-                    group["lr"] = lr * factor
-            batch = batch_at(step, prose, dialogues, args)
-            loss = train_loss(torch.from_numpy(batch).to(device))
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            step += 1
-            average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
-            if not math.isfinite(average):
-                sys.exit(f"The loss is {average} at step {step}: lower --muon-lr or --adam-lr.")
-        seconds = time.perf_counter() - tic
-        elapsed += seconds
-        per_step = args.batch_size * args.context
-        speed = (step - before) * per_step / seconds
-        print(
-            f"step {step}  {elapsed / 60:.1f}/{args.minutes:g} min  {step * per_step / 1e6:.1f} M tokens  "
-            f"loss {average:.4f} nats/token  {speed:,.0f} tokens/s",
-            flush=True,
-        )
-        if elapsed >= next_eval or elapsed >= total:
-            next_eval = elapsed + args.eval_minutes * 60
-            save()
-            print(f"held-out nats per byte: {evaluate()}", flush=True)
+    print_held_out(" before")
+    total, next_eval = args.minutes * 60, training.elapsed + args.eval_minutes * 60
+    while training.elapsed < total:
+        training.run(lambda step: batch_at(step, prose, dialogues, args), steps=100)
+        if training.elapsed >= min(next_eval, total):
+            next_eval = training.elapsed + args.eval_minutes * 60
+            training.save()
+            print_held_out("")
 
 
 if __name__ == "__main__":

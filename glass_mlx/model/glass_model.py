@@ -153,8 +153,7 @@ class GlassModel(nn.Module):
 
         Args:
             ranks, domains, sensitivity: as for :class:`~glass_mlx.model.selection.NeuronSelector`.
-            responses (list, optional): of every block, to answer for dropped neurons (``core/compensation.py``); None
-                for routed experts, whose dropped neurons add nothing.
+            responses (list, optional): of every block, to answer for dropped neurons (``core/compensation.py``).
             quality (list, optional): what densities cost (``model/quality.py``).
         """
         self._plan.set_statistics(responses, ranks, domains, sensitivity)
@@ -227,12 +226,9 @@ class GlassModel(nn.Module):
         """
         return {block.path: kept for block, kept in zip(self.blocks, self._choose(self.session(cache)))}
 
-    def kept_counts(
-        self, density: float, layer_budgets: str | None = None, experts: str | None = None
-    ) -> list[int]:
-        """How many neurons a density keeps in each block; by default as the model's own configuration says."""
-        config = self.config.updated(density=density, layer_budgets=layer_budgets, experts=experts)
-        return self._plan.selector.counts(config)
+    def kept_counts(self, density: float, layer_budgets: str | None = None, **choice: Any) -> list[int]:
+        """How many neurons a density keeps in each block; what is not given is as in the model's configuration."""
+        return self._plan.selector.counts(self.config.updated(density=density, layer_budgets=layer_budgets, **choice))
 
     def keeps_all(self, config: GlassConfig) -> bool:
         """Whether decoding is dense: at density 1, or where all blocks are routed experts that stay dense."""

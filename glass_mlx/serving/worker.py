@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import mlx.core as mx
@@ -154,15 +154,10 @@ class Worker:
 
     def _config(self, request: Request) -> GlassConfig:
         try:
-            quality = request.quality
-            return self.model.config.updated(
-                density=request.density if quality is None else density_for(quality, self.model.quality),
-                global_weight=request.global_weight,
-                signal=request.signal,
-                layer_budgets=request.layer_budgets,
-                compensation=request.compensation,
-                experts=request.experts,
-            )
+            choice = {field.name: getattr(request, field.name) for field in fields(GlassConfig)}
+            if request.quality is not None:
+                choice["density"] = density_for(request.quality, self.model.quality)
+            return self.model.config.updated(**choice)
         except GlassError as e:
             raise BadRequest(str(e)) from e
 
