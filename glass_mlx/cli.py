@@ -233,9 +233,7 @@ def add_glass_options(parser: argparse.ArgumentParser, build: bool) -> None:
         default=GlassConfig.compensation,
         help="predict what the dropped neurons would add; without it they add nothing (default: on)",
     )
-    group.add_argument(
-        "--experts", choices=EXPERTS, default=GlassConfig.experts, help="routed experts: sparse or dense"
-    )
+    group.add_argument("--experts", choices=EXPERTS, default=GlassConfig.experts, help="what routed experts are")
     group.add_argument("--signal", choices=SIGNALS, default=GlassConfig.signal, help="what neurons are ranked by")
     group.add_argument("--refresh", help=argparse.SUPPRESS)  # retired (model/config.py)
     group.add_argument("--stats", metavar="FILE", help="global ranks (default: looked up)")

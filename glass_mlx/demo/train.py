@@ -158,7 +158,7 @@ def make_model(args, vocab_size: int) -> Model:
 
 
 def make_optimizers(model: Model, args) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks but their routers, AdamW for the rest. In float32 it is AdamW for all: PyTorch's
+    """Muon for the matrices of the blocks but their routers, AdamW for the rest. In float32, AdamW for all: PyTorch's
     Muon computes in bfloat16."""
     matrices = [p for name, p in model.layers.named_parameters() if p.ndim == 2 and "mlp.gate." not in name]
     muon = [] if args.float32 else matrices

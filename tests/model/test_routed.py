@@ -268,3 +268,40 @@ def test_low_memory(tmp_path, caplog):
         said.append(turns)
     assert said[0] == said[1]
     assert "all of them stay there" not in caplog.text
+
+
+# Left dense
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])
+def test_experts_that_stay_dense(family):
+    """They keep all their neurons and decode with their own weights; the density holds for the other blocks."""
+    model = GlassModel(tiny_model(family))
+    assert_masked_dense(model, experts="dense")
+    cache = prefilled(model, experts="dense", layer_budgets="uniform")
+    for block, kept in zip(model.blocks, model.kept_neurons(cache).values()):
+        assert kept.size == (block.size if block.experts else block.size / 2)
+    model.select(cache)
+    projections = model.session(cache).compact.projections
+    assert [bool(compact) for compact in projections] == [not block.experts for block in model.blocks]
+
+
+def test_a_model_with_nothing_but_dense_experts_is_dense(mixtral):
+    config = mixtral.config.updated(experts="dense")
+    assert mixtral.keeps_all(config) and not mixtral.keeps_all(mixtral.config)
+    cache, own = prefilled(mixtral, experts="dense"), mixtral.make_cache()[:-1]
+    mixtral.dense(mx.array([PROMPT]), cache=own)
+    mixtral.select(cache)
+    assert mx.array_equal(mixtral.decode(mx.array([[8]]), cache), mixtral.dense(mx.array([[8]]), cache=own))
+    assert not mixtral.session(cache).compact and not mixtral.session(cache).pending_reread
+
+
+def test_experts_change_within_a_conversation(mixtral):
+    cache = prefilled(mixtral, experts="dense")
+    mixtral.session(cache).configure(experts="sparse")
+    assert_equal_kept(mixtral, cache, prefilled(mixtral))
+
+
+def assert_equal_kept(model: GlassModel, *caches: list) -> None:
+    first, second = (model.kept_neurons(cache).values() for cache in caches)
+    assert all(mx.array_equal(a, b) for a, b in zip(first, second, strict=True))
