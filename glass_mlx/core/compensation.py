@@ -13,6 +13,8 @@ shrunk by ``SHRINKAGE`` tokens of zero. The first token of a text is in none of 
 P spans the directions that say most about what the dropped neurons add. With the covariances of x with itself, Cxx, and
 with y_S = W_S h_S, Cxy, for the neurons S that global ranks drop, reduced-rank regression (Izenman 1975) gives
 P = Cxx^-1 Cxy V_r, where V_r are the first eigenvectors of Cxy^T Cxx^-1 Cxy. C_S W_S^T is made for any kept set.
+Routed experts share mu and P, the layer's, which are found for all of their outputs alike. Everything else is each
+expert's own, of the tokens that are sent to it, and e is zero: a prompt sends most experts few tokens.
 The form and its constants are this project's own, and measured.
 """
 
@@ -27,13 +29,15 @@ import numpy as np
 SHRINKAGE = 64
 # What is added to the diagonal of Cxx, in parts of its mean.
 RIDGE = 1e-2
+# Tokens in which h did not follow from x, that the regression of h is made with.
+UNRELATED = 8
 # Up to this many inputs all eigenvectors are found; above it, the first ones by iteration.
 _EXACT = 1024
 
 
 @dataclass(frozen=True)
 class Response:
-    """How one block's hidden vector follows from its input.
+    """How one block's hidden vector follows from its input. F are the neurons of all its experts.
 
     Attributes:
         input_mean (mx.array): mu, [H] float32.
@@ -131,17 +135,18 @@ def find_directions(inputs: np.ndarray, cross: np.ndarray, rank: int, ridge: flo
     return np.where(speaks, directions / np.where(speaks, scale, 1), 0)
 
 
-def find_coefficients(squares: np.ndarray, cross: np.ndarray) -> np.ndarray:
-    """C (module docstring): the regression of h on z = (x - mu) P.
+def find_coefficients(squares: np.ndarray, cross: np.ndarray, tokens: float = np.inf) -> np.ndarray:
+    """C (module docstring): the regression of h on z = (x - mu) P, whose directions have a variance of about 1.
 
     Args:
         squares (np.ndarray): the covariance of z with itself, [r, r] float64.
         cross (np.ndarray): that of z with h, [r, F] float64.
+        tokens (float): how many they are of; the fewer, the smaller C (``UNRELATED``).
 
     Returns:
         np.ndarray: [r, F] float64.
     """
-    return np.linalg.lstsq(squares + 1e-6 * np.eye(len(squares)), cross, rcond=None)[0]
+    return np.linalg.lstsq(squares + (1e-6 + UNRELATED / tokens) * np.eye(len(squares)), cross, rcond=None)[0]
 
 
 def _first_eigenvectors(matrix: np.ndarray, count: int) -> np.ndarray:

@@ -120,23 +120,25 @@ def step_costs(model: GlassModel, density: float, context: int) -> StepCosts:
     if density == 1:
         return StepCosts(dense, dense, cache, 0, 0, 0, routed, share)
     sparse, compacting, answering, rank = dense, 0, 0, 0
-    if model.config.compensation:
-        answering = sum(model_bytes(block.module[block.output]) for block in model.blocks if not block.experts)
-        rank = max((response.rank for response in model.responses or [] if response is not None), default=0)
-    for block, k in zip(model.blocks, model.kept_counts(density)):
+    responses = model.responses or [None] * len(model.blocks)
+    for block, k, response in zip(model.blocks, model.kept_counts(density), responses):
         if k == block.size:
             continue
         compact = block.compact(block.first(k))
         sparse += sum(_read(block, compact[name]) - _read(block, block.module[name]) for name in block.names)
-        sparse += _answer_bytes(block, rank) if model.config.compensation and not block.experts else 0
         compacting += _moved(block, compact)
+        if model.config.compensation and (response is not None or not block.experts):
+            own = 0 if response is None else response.rank
+            sparse += _answer_bytes(block, own)
+            answering += model_bytes(block.module[block.output])
+            rank = max(rank, own)
     return StepCosts(dense, sparse, cache, compacting, answering, rank + 1, routed, share)
 
 
 def _answer_bytes(block: Block, rank: int) -> int:
     """What a step reads to answer for a block's dropped neurons (``model/dropped.py``)."""
     reader = (block.input_size + 1) * (rank + 1) if rank else 0
-    return (block.output_size * (rank + 1) + reader) * block.dtype.size
+    return (block.active * block.output_size * (rank + 1) + reader) * block.dtype.size
 
 
 def _read(block: Block, projection: nn.Module) -> int:

@@ -141,7 +141,7 @@ def _in_format(shape: str, layers: int | None, bits: int, dtype: mx.Dtype) -> nn
 def _wrap(dense: nn.Module, key: mx.array | None = None) -> GlassModel:
     """A GlassModel with responses that predict nothing, and with random ranks where there is a key."""
     model = GlassModel(dense)
-    responses = [None if block.experts else _no_response(block.input_size, block.size) for block in model.blocks]
+    responses = [_no_response(block.input_size, block.size) for block in model.blocks]
     ranks = None if key is None else [_random_ranks(block, key) for block in model.blocks]
     model.set_global_ranks(ranks and {"impact": ranks, "activation": ranks}, responses=responses)
     return model

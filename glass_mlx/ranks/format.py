@@ -128,7 +128,7 @@ class GlobalStatistics:
             energies[signal] = [block[1] for block in blocks]
             domains[signal] = [block[2] for block in blocks]
         sensitivity, quality = _sensitivity(metadata, len(sizes)), _quality(metadata)
-        responses = _responses(f, names, [0 if e else size for size, e in zip(sizes, experts)])
+        responses = _responses(f, names, sizes, experts)
         return cls(ranks, energies, metadata, domains, sensitivity, responses, quality)
 
     def write(self, path: str | Path) -> None:
@@ -282,17 +282,17 @@ def _read_energies(f: Any, name: str, shape: tuple[int, ...]) -> mx.array:
     return mx.array(values)
 
 
-def _responses(f: Any, names: set[str], sizes: list[int]) -> list[Response | None] | None:
-    """The responses of all blocks, none of a block of size 0; None if the file has none."""
+def _responses(f: Any, names: set[str], sizes: list[int], experts: list[int]) -> list[Response | None] | None:
+    """The responses of all blocks; None if the file has none. Older files have none of routed experts."""
     if not any(".response." in name for name in names):
         return None
     found: list[Response | None] = []
     for i, size in enumerate(sizes):
-        if not size:
-            found.append(None)
-            continue
         prefix = f"layers.{i}.response."
         missing = [name for name in _RESPONSE if prefix + name not in names]
+        if experts[i] and len(missing) == len(_RESPONSE):
+            found.append(None)
+            continue
         if missing:
             raise ValueError(f"{prefix}{missing[0]} is missing")
         shapes = {name: f.get_slice(prefix + name).get_shape() for name in _RESPONSE}

@@ -66,8 +66,8 @@ def made_up_ranks(model: GlassModel) -> dict[str, list[mx.array]]:
     return {signal: [ranks(block) for block in model.blocks] for signal in ("impact", "activation")}
 
 
-def made_up_responses(model: GlassModel, rank: int = 3) -> list[Response | None]:
-    """Responses that have nothing to do with the model; none of routed experts."""
+def made_up_responses(model: GlassModel, rank: int = 3) -> list[Response]:
+    """Responses that have nothing to do with the model."""
     rng = np.random.default_rng(6)
 
     def random(*shape: int) -> mx.array:
@@ -76,7 +76,7 @@ def made_up_responses(model: GlassModel, rank: int = 3) -> list[Response | None]
     def response(h: int, f: int) -> Response:
         return Response(random(h), random(f), random(h, rank), random(rank, f))
 
-    return [None if block.experts else response(block.input_size, block.size) for block in model.blocks]
+    return [response(block.input_size, block.size) for block in model.blocks]
 
 
 @pytest.fixture(scope="module")
@@ -149,44 +149,51 @@ def watched(
             block.module[name] = projection
 
 
-def expected_of_the_dropped(response: Response | None, seen: Seen, tokens: int) -> Callable[[np.ndarray], np.ndarray]:
-    """The formula of ``core/compensation.py`` in NumPy, for one block after a prompt: hidden vectors from inputs."""
+def expected_of_the_dropped(
+    response: Response | None, seen: Seen | None, tokens: int
+) -> Callable[[np.ndarray], np.ndarray]:
+    """The formula of ``core/compensation.py`` in NumPy, for one block after a prompt: hidden vectors from inputs. The
+    prompt does not count for routed experts: nothing is ``seen``."""
 
     def counted(calls: list[mx.array]) -> np.ndarray:
         vectors = [np.array(c.astype(mx.float32), np.float64).reshape(-1, c.shape[-1]) for c in calls]
         return np.concatenate([v[1:] if len(v) == tokens else v for v in vectors])  # the first token does not count
 
-    x, h = counted(seen.inputs), counted(seen.hidden)
+    if seen is not None:
+        x, h = counted(seen.inputs), counted(seen.hidden)
     if response is None:
-        mean = h.sum(axis=0) / (len(h) + 64)
-        return lambda inputs: np.broadcast_to(mean, (*inputs.shape[:-1], len(mean)))
+        mean = 0.0 if seen is None else h.sum(axis=0) / (len(h) + 64)
+        return lambda inputs: np.broadcast_to(mean, (*inputs.shape[:-1], *np.shape(mean)))
     mu, a, p, c = (
         np.array(v.astype(mx.float32), np.float64) for v in vars(response).values() if isinstance(v, mx.array)
     )
-    e = (h - a - (x - mu) @ p @ c).sum(axis=0) / (len(h) + 64)
+    e = 0.0 if seen is None else (h - a - (x - mu) @ p @ c).sum(axis=0) / (len(h) + 64)
     return lambda inputs: a + e + (inputs - mu) @ p @ c
 
 
 def without_dropped(model: GlassModel, cache: list, prompt: list[int]) -> Callable[..., mx.array]:
     """For ``watched``: the hidden values of the neurons that a conversation dropped are those to expect of them, or 0
-    without compensation and in routed experts."""
+    without compensation and in routed experts without a response."""
     masks = [np.isin(np.arange(b.size), kept) for b, kept in zip(model.blocks, model.kept_neurons(cache).values())]
     with watched(model) as seen:
         run(model.dense, make_prompt_cache(model.dense), prompt)
     responses = model.responses or [None] * len(masks)
     expect = [
-        None if block.experts else expected_of_the_dropped(r, seen[block.path], len(prompt))
+        expected_of_the_dropped(r, None if block.experts else seen[block.path], len(prompt))
         for r, block in zip(responses, model.blocks)
     ]
 
     def change(i: int, x: mx.array, h: mx.array, experts: mx.array | None = None) -> mx.array:
-        if experts is not None:
-            by_expert = mx.array(masks[i].reshape(model.blocks[i].experts, -1).astype(np.float32))
-            return h * by_expert[experts][..., None, :].astype(h.dtype)
-        others = 0.0
-        if model.session(cache).config.compensation:
-            others = expect[i](np.array(x.astype(mx.float32), np.float64)).reshape(h.shape)
-        return mx.array(np.where(masks[i], np.array(h.astype(mx.float32)), others).astype(np.float32)).astype(h.dtype)
+        block, mask, others = model.blocks[i], masks[i], 0.0
+        if model.session(cache).config.compensation and (experts is None or responses[i] is not None):
+            others = expect[i](np.array(x.astype(mx.float32), np.float64))
+        if experts is not None:  # each hidden vector is of one of them
+            mask = mask.reshape(block.experts, -1)[np.array(experts)][..., None, :]
+            if np.ndim(others):
+                rows = others.reshape(-1, block.experts, block.width)
+                others = np.take_along_axis(rows, np.array(experts, np.int64).reshape(len(rows), -1, 1), axis=1)
+        others = np.reshape(others, h.shape) if np.ndim(others) else others
+        return mx.array(np.where(mask, np.array(h.astype(mx.float32)), others).astype(np.float32)).astype(h.dtype)
 
     return change
 

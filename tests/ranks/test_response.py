@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from glass_mlx import GlassModel
-from glass_mlx.core.compensation import RIDGE
+from glass_mlx.core.compensation import RIDGE, UNRELATED
 from glass_mlx.core.ranking import rank
 from glass_mlx.evaluation.tiny_models import tiny_model
 from glass_mlx.model.blocks import hooked, run_with, watching_inputs
@@ -57,7 +57,8 @@ def test_it_is_a_regression_of_low_rank(family, monkeypatch):
         y = solved @ weight.T  # [inputs, outputs], times the tokens
         _, vectors_ = np.linalg.eigh(weight @ h.T @ x @ y)
         z = x @ y @ vectors_[:, ::-1][:, :RANK]
-        expected = z @ np.linalg.lstsq(z, h, rcond=None)[0]
+        z /= z.std(axis=0)
+        expected = z @ np.linalg.solve(z.T @ z + UNRELATED * np.eye(RANK), z.T @ h)
         got = x @ np.array(own.directions, np.float64) @ np.array(own.coefficients, np.float64)
         np.testing.assert_allclose(got, expected, atol=0.02 * np.abs(expected).max())
 
