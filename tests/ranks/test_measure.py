@@ -367,7 +367,7 @@ def test_routed_experts(family, tmp_path):
     for block, ranks, response in zip(model.blocks, statistics.ranks["impact"], statistics.responses or [None] * 9):
         within = np.sort(np.array(ranks).reshape(block.experts or 1, -1), axis=1)
         assert (within == np.arange(1, block.width + 1)).all()
-        assert (response is None) == (block.experts > 0)
+        assert response.coefficients.shape[1] == response.hidden_mean.size == block.size
     statistics.write(tmp_path / "ranks.safetensors")
     read = GlobalStatistics.read(tmp_path / "ranks.safetensors")
     assert same(read, statistics)
