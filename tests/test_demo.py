@@ -248,7 +248,7 @@ def test_training_goes_on_where_it_stopped(torch, tmp_path):
 
     def training():
         args = SimpleNamespace(out=tmp_path, tokenizer=DEMO_PATH, no_compile=True, float32=True, adam_lr=1e-3)
-        vars(args).update(minutes=1e6, batch_size=4, context=16)
+        vars(args).update(minutes=1e6, balance=0.01, batch_size=4, context=16)
         model = random_model(torch, num_local_experts=4, num_experts_per_tok=2)
         return train.Training(model, train.make_optimizers(model, args), args)
 

@@ -44,7 +44,6 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 HELD_OUT_EVERY = 60  # one book in so many is kept for the held-out loss
-BALANCE_WEIGHT = 0.01  # of the experts' load-balancing loss
 
 
 def read_text(path: Path) -> str:
@@ -260,7 +259,7 @@ class Training:
 
     def _forward(self, tokens: torch.Tensor) -> torch.Tensor:
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=not self.args.float32):
-            return self.model.loss(tokens) + BALANCE_WEIGHT * self.model.balance()
+            return self.model.loss(tokens) + self.args.balance * self.model.balance()
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -276,6 +275,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--experts", type=int, default=0, help="routed experts a layer (a Mixtral); default: a Llama")
     parser.add_argument("--active", type=int, default=2, help="experts that read a token")
     parser.add_argument("--expert-width", type=int, default=256, help="neurons of one expert")
+    parser.add_argument("--balance", type=float, default=0.01, help="weight of the experts' load-balancing loss")
     parser.add_argument("--minutes", type=float, default=120, help="training time")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -319,7 +319,7 @@ def main() -> None:
     print_held_out(" before")
     total, next_eval = args.minutes * 60, training.elapsed + args.eval_minutes * 60
     while training.elapsed < total:
-        training.run(lambda step: batch_at(step, prose, dialogues, args), steps=100)
+        training.run(lambda step: batch_at(step, prose, dialogues, args), steps=50)
         if training.elapsed >= min(next_eval, total):
             next_eval = training.elapsed + args.eval_minutes * 60
             training.save()
