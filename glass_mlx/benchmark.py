@@ -15,7 +15,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .cli import Parser, add_model_or_shape, add_verbose, density, global_weight, list_of, print_result, run
+from .cli import (
+    Parser,
+    add_experts,
+    add_model_or_shape,
+    add_verbose,
+    density,
+    global_weight,
+    list_of,
+    print_result,
+    run,
+)
 from .core.importance import SIGNALS
 from .decoding.costs import DEVICES, plan
 from .evaluation.machine import backend
@@ -33,6 +43,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--density", type=list_of(density), default=[0.3, 0.5, 0.7], metavar="X[,X...]")
     parser.add_argument("--global-weight", type=global_weight, default=GlassConfig.global_weight, metavar="WEIGHT")
     parser.add_argument("--signal", choices=SIGNALS, default=GlassConfig.signal)
+    add_experts(parser)
     parser.add_argument("--prompt-tokens", "-p", type=int, default=512, help="length of the prompt")
     parser.add_argument("--generation-tokens", "-g", type=int, default=256, help="tokens to generate")
     parser.add_argument("--num-trials", "-n", type=int, default=5, help="runs after a warm-up")
@@ -63,7 +74,7 @@ def _benchmark(args: argparse.Namespace) -> None:
     if args.plan:
         _plan(args)
         return
-    choice = {"global_weight": args.global_weight, "signal": args.signal}
+    choice = {"global_weight": args.global_weight, "signal": args.signal, "experts": args.experts}
     if args.shape:
         model = random_model(args.shape, args.layers, args.bits, args.seed)
         model.config = model.config.updated(**choice)
@@ -94,6 +105,7 @@ def _plan(args: argparse.Namespace) -> None:
     else:
         name = args.model or DEFAULT_MODEL
         model, _ = load(name, trust_remote_code=args.trust_remote_code)
+    model.config = model.config.updated(experts=args.experts)
     context = args.prompt_tokens + args.generation_tokens // 2
     devices = [*DEVICES] if backend() == "cpu" else [*DEVICES, measure_device(model)]  # a CPU says nothing about Macs
     result = {

@@ -233,7 +233,7 @@ def add_glass_options(parser: argparse.ArgumentParser, build: bool) -> None:
         default=GlassConfig.compensation,
         help="predict what the dropped neurons would add; without it they add nothing (default: on)",
     )
-    group.add_argument("--experts", choices=EXPERTS, default=GlassConfig.experts, help="what routed experts are")
+    add_experts(group)
     group.add_argument("--signal", choices=SIGNALS, default=GlassConfig.signal, help="what neurons are ranked by")
     group.add_argument("--refresh", help=argparse.SUPPRESS)  # retired (model/config.py)
     group.add_argument("--stats", metavar="FILE", help="global ranks (default: looked up)")
@@ -257,6 +257,16 @@ def add_glass_options(parser: argparse.ArgumentParser, build: bool) -> None:
         help="decode without the dense FFN weights; each prompt reads them again (default: where memory is short)",
     )
     group.add_argument("--dense", action="store_true", help="decode with all neurons, as mlx-lm does")
+
+
+def add_experts(parser: Any) -> None:
+    """Add the option that says whether the density holds for routed experts."""
+    parser.add_argument(
+        "--experts",
+        choices=EXPERTS,
+        default=GlassConfig.experts,
+        help="routed experts: dense (default), or sparse, which is faster in long answers and strays further",
+    )
 
 
 def add_verify_options(parser: argparse.ArgumentParser) -> None:

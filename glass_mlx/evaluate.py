@@ -26,7 +26,19 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
-from .cli import Parser, add_float32, add_verbose, density, global_weight, list_of, one_of, positive, print_result, run
+from .cli import (
+    Parser,
+    add_experts,
+    add_float32,
+    add_verbose,
+    density,
+    global_weight,
+    list_of,
+    one_of,
+    positive,
+    print_result,
+    run,
+)
 from .evaluation import exact, fidelity, lm_eval_tasks
 from .evaluation.free_running import fit_length
 from .evaluation.intervals import windows
@@ -58,6 +70,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         metavar="W[,W...]",
         help="of glass-a and glass-i (default: 0.5); glass uses auto",
     )
+    add_experts(parser)
     parser.add_argument("--stats", metavar="FILE", help="global ranks (default: looked up)")
     _add_text_options(parser)
     add_float32(parser)
@@ -124,7 +137,9 @@ def main() -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
     tic = time.perf_counter()
-    model, tokenizer = load(args.model, stats=args.stats, trust_remote_code=args.trust_remote_code)
+    model, tokenizer = load(
+        args.model, stats=args.stats, experts=args.experts, trust_remote_code=args.trust_remote_code
+    )
     if args.float32:
         model.dense.set_dtype(mx.float32)
     measure = _exact if args.exact else _tasks if args.tasks else _fidelity
@@ -184,7 +199,7 @@ def _exact(args: argparse.Namespace, model: GlassModel, tokenizer: Any) -> Figur
 
 
 def _tasks(args: argparse.Namespace, model: GlassModel, tokenizer: Any) -> Figures:
-    configs = lm_eval_tasks.standard_configs(args.density)
+    configs = lm_eval_tasks.standard_configs(args.density, args.experts)
     rows = lm_eval_tasks.run_tasks(model, tokenizer, args.tasks, configs, args.include_path, args.limit, args.seed)
     return {"tasks": rows}, lm_eval_tasks.table
 

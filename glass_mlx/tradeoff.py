@@ -30,6 +30,7 @@ import numpy as np
 
 from .cli import (
     Parser,
+    add_experts,
     add_float32,
     add_model_or_shape,
     add_verbose,
@@ -75,6 +76,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--global-weight", type=global_weight, default=GlassConfig.global_weight, metavar="WEIGHT")
     parser.add_argument("--layer-budgets", choices=LAYER_BUDGETS, default=GlassConfig.layer_budgets)
+    add_experts(parser)
     parser.add_argument("--stats", metavar="FILE", help="global ranks (default: looked up)")
     _add_text_options(parser)
     add_float32(parser)
@@ -133,6 +135,7 @@ def _compare(args: argparse.Namespace) -> None:
         prompts = [prompts[i * len(prompts) // args.count] for i in range(min(args.count, len(prompts)))]
         prompts = fit_length(model, prompts, args.prompt_tokens, args.temp, args.seed)
         decoders = standard_decoders(args.density, args.global_weight, args.draft_tokens, args.ways, args.layer_budgets)
+    model.config = model.config.updated(experts=args.experts)
     found = measure_decoders(model, prompts, decoders, args.tokens, args.temp, args.seed, fidelity=not args.shape)
     result = {
         "model": name,

@@ -242,7 +242,7 @@ def test_density_by_quality():
     model, _ = load("demo", quality="balanced")
     assert model.config.density == density_for("balanced", model.quality) < 1
     assert load("demo", quality="high")[0].config.density > model.config.density
-    with pytest.raises(GlassError, match="was not measured"):
+    with pytest.raises(GlassError, match="is not known"):
         load("demo", stats=False, quality="fast")
 
 

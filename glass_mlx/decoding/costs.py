@@ -109,11 +109,12 @@ class StepCosts:
         return passed / tokens_per_pass(drafted, acceptance)
 
 
-def step_costs(model: GlassModel, density: float, context: int) -> StepCosts:
-    """The costs of a model at a density, with ``context`` tokens in its cache. Its weights need not be evaluated."""
-    experts = [block for block in model.blocks if block.experts]
-    everything = sum(block.nbytes for block in experts)
-    routed = sum(_read(block, block.module[name]) for block in experts for name in block.names)
+def step_costs(model: GlassModel, density: float, context: int, experts: str | None = None) -> StepCosts:
+    """The costs of a model at a density, with ``context`` tokens in its cache. Its weights need not be evaluated. Unless
+    ``experts`` says so (``GlassConfig``), routed experts are as in the model's configuration."""
+    of_experts = [block for block in model.blocks if block.experts]
+    everything = sum(block.nbytes for block in of_experts)
+    routed = sum(_read(block, block.module[name]) for block in of_experts for name in block.names)
     dense = model_bytes(model.dense) - unread_embedding(model.dense) - everything + routed
     share = routed / everything if everything else 1.0
     cache = cache_bytes(model, context)
@@ -121,7 +122,7 @@ def step_costs(model: GlassModel, density: float, context: int) -> StepCosts:
         return StepCosts(dense, dense, cache, 0, 0, 0, routed, share)
     sparse, compacting, answering, rank = dense, 0, 0, 0
     responses = model.responses or [None] * len(model.blocks)
-    for block, k, response in zip(model.blocks, model.kept_counts(density), responses):
+    for block, k, response in zip(model.blocks, model.kept_counts(density, experts=experts), responses):
         if k == block.size:
             continue
         compact = block.compact(block.first(k))

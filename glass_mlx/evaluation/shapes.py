@@ -14,7 +14,7 @@ from ..core.ranking import rank_by_expert
 from ..core.slicing import is_quantised
 from ..model.blocks import Block
 from ..model.glass_model import GlassModel
-from ..ranks.amounts import DEFAULT_RANK
+from ..ranks.amounts import answer_rank
 
 BITS = (4, 8, 16, 32)
 
@@ -141,7 +141,7 @@ def _in_format(shape: str, layers: int | None, bits: int, dtype: mx.Dtype) -> nn
 def _wrap(dense: nn.Module, key: mx.array | None = None) -> GlassModel:
     """A GlassModel with responses that predict nothing, and with random ranks where there is a key."""
     model = GlassModel(dense)
-    responses = [_no_response(block.input_size, block.size) for block in model.blocks]
+    responses = [_no_response(block.input_size, block.size, answer_rank(block.experts)) for block in model.blocks]
     ranks = None if key is None else [_random_ranks(block, key) for block in model.blocks]
     model.set_global_ranks(ranks and {"impact": ranks, "activation": ranks}, responses=responses)
     return model
@@ -151,9 +151,9 @@ def _random_ranks(block: Block, key: mx.array) -> mx.array:
     return rank_by_expert(mx.random.uniform(shape=(block.size,), key=key), block.experts)
 
 
-def _no_response(inputs: int, size: int) -> Response:
+def _no_response(inputs: int, size: int, rank: int) -> Response:
     """What costs as much as a measured response, and predicts nothing."""
-    shapes = ((inputs,), (size,), (inputs, DEFAULT_RANK), (DEFAULT_RANK, size))
+    shapes = ((inputs,), (size,), (inputs, rank), (rank, size))
     return Response(*map(mx.zeros, shapes))
 
 

@@ -133,8 +133,9 @@ class GlassModel(nn.Module):
 
     @property
     def quality(self) -> list[QualityPoint]:
-        """What densities cost this model, as its statistics say (``model/quality.py``)."""
-        return self._plan.quality
+        """What densities cost this model, as its statistics say (``model/quality.py``): if routed experts are sparse."""
+        known = self.config.experts == "sparse" or not any(block.experts for block in self.blocks)
+        return self._plan.quality if known else []
 
     @property
     def responses(self) -> list[Response | None] | None:
@@ -153,8 +154,7 @@ class GlassModel(nn.Module):
 
         Args:
             ranks, domains, sensitivity: as for :class:`~glass_mlx.model.selection.NeuronSelector`.
-            responses (list, optional): of every block, to answer for dropped neurons (``core/compensation.py``).
-            quality (list, optional): what densities cost (``model/quality.py``).
+            responses, quality (optional): as :attr:`responses`, and :attr:`quality` where routed experts are sparse.
         """
         self._plan.set_statistics(responses, ranks, domains, sensitivity)
         self._plan.quality = quality or []

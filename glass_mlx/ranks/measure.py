@@ -172,7 +172,8 @@ def measure_statistics(
         or None,
         metadata=_metadata(model, source, evidence, read, name),
     )
-    judged = GlassModel(model.dense)  # the model itself keeps the statistics that it has
+    # the model itself keeps the statistics that it has
+    judged = GlassModel(model.dense, model.config.updated(experts="sparse"))
     statistics.use_in(judged)
     alternating = [row for rows in zip_longest(*evidence.rows) for row in rows if row is not None]
     statistics.quality = measure_quality(judged, alternating, during("quality of densities"))

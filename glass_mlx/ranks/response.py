@@ -18,7 +18,7 @@ from ..core.ranking import kept_count, select
 from ..core.slicing import in_float32
 from ..model.blocks import Block, by_token, run_with
 from ..model.glass_model import GlassModel
-from .amounts import DEFAULT_RANK
+from .amounts import DEFAULT_RANK, answer_rank
 
 # The neurons that the directions are found for: those that global ranks drop at this density.
 _DENSITY = 0.5
@@ -45,7 +45,7 @@ def measure_responses(
         model (GlassModel): the model; its dense form is run.
         rows (list[list[int]]): token sequences, each of which begins as a text does. Their first tokens do not count.
         ranks (list[mx.array]): the global ranks [F] of every block.
-        rank (int): of the regression.
+        rank (int): of the regressions of dense blocks (``amounts.answer_rank``).
         progress: called with the passes over the text that are done, and how many there are.
 
     Returns:
@@ -118,9 +118,9 @@ def _directions(
 
     _read(model, blocks, rows, observe)
     found = []
-    for moment in moments:
+    for block, moment in zip(blocks, moments):
         [(_, mean, _, squares, cross)] = moment.central()
-        found.append((mean, find_directions(squares, cross, rank)))
+        found.append((mean, find_directions(squares, cross, answer_rank(block.experts, rank))))
     return found
 
 
