@@ -110,8 +110,8 @@ class StepCosts:
 
 
 def step_costs(model: GlassModel, density: float, context: int, experts: str | None = None) -> StepCosts:
-    """The costs of a model at a density, with ``context`` tokens in its cache. Its weights need not be evaluated. Unless
-    ``experts`` says so (``GlassConfig``), routed experts are as in the model's configuration."""
+    """The costs of a model at a density, with ``context`` tokens in its cache. Its weights need not be evaluated.
+    Routed experts are as ``experts`` says, or the model's configuration."""
     of_experts = [block for block in model.blocks if block.experts]
     everything = sum(block.nbytes for block in of_experts)
     routed = sum(_read(block, block.module[name]) for block in of_experts for name in block.names)

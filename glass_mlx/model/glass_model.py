@@ -133,7 +133,7 @@ class GlassModel(nn.Module):
 
     @property
     def quality(self) -> list[QualityPoint]:
-        """What densities cost this model, as its statistics say (``model/quality.py``): if routed experts are sparse."""
+        """What densities cost this model (``model/quality.py``), as far as it is known: with sparse routed experts."""
         known = self.config.experts == "sparse" or not any(block.experts for block in self.blocks)
         return self._plan.quality if known else []
 

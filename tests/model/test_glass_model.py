@@ -22,7 +22,7 @@ from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_promp
 from mlx_lm.tuner.lora import LoRALinear
 
 import glass_mlx
-from glass_mlx import GlassError, GlassModel
+from glass_mlx import GlassConfig, GlassError, GlassModel
 from glass_mlx.core.compensation import Response
 from glass_mlx.core.prior import Prior
 from glass_mlx.core.slicing import ScatterLinear, plain_class
@@ -49,7 +49,7 @@ CHUNKABLE = [name for name in FAMILIES if name != "phi3small"]
 def family(name: str) -> GlassModel:
     """A tiny model of a family, built once."""
     try:
-        model = GlassModel(tiny_model(name))
+        model = GlassModel(tiny_model(name), GlassConfig(experts="sparse"))
     except Unbuildable as e:
         pytest.skip(f"{name} {e}")
     model.set_global_ranks(None, responses=made_up_responses(model))

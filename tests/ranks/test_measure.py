@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 import glass_mlx
-from glass_mlx import GlassError, GlassModel, StatsError
+from glass_mlx import GlassConfig, GlassError, GlassModel, StatsError
 from glass_mlx.core.importance import SIGNALS
 from glass_mlx.evaluation.tiny_models import tiny_model
 from glass_mlx.ranks import bars as bars_module
@@ -353,7 +353,7 @@ def test_progress_of_a_resumed_run(tiny, tmp_path, monkeypatch, capsys, caplog):
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
 def test_routed_experts(family, tmp_path):
     """Measured, written and read: ranked within each expert; padding counts for nothing; decoding uses them."""
-    model = GlassModel(tiny_model(family))
+    model = GlassModel(tiny_model(family), GlassConfig(experts="sparse"))
     rows = [[(7 * i + j) % 97 for j in range(5 + 9 * i)] for i in range(5)]
     statistics = measure_statistics(model, given_sequences("text", rows, 5), stable_at=None)
     expected = []
