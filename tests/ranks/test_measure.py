@@ -379,6 +379,10 @@ def test_routed_experts(family, tmp_path):
     mx.eval(model.prefill(mx.array([rows[1]]), cache))
     model.select(cache)
     assert mx.all(mx.isfinite(model.decode(mx.array([[5]]), cache)))
+    known = [None if b.experts else response for b, response in zip(model.blocks, statistics.responses)]
+    replace(statistics, responses=known).write(tmp_path / "older.safetensors")  # without those of routed experts
+    older = GlobalStatistics.read(tmp_path / "older.safetensors").responses or known
+    assert [response is None for response in older] == [b.experts > 0 for b in model.blocks]
     with pytest.raises(StatsError, match="experts in FFN layer 0"):
         statistics.metadata["experts"] = json.dumps([2 * e for e in statistics.experts])
         statistics.check(model)
