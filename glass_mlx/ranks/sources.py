@@ -18,6 +18,7 @@ from mlx_lm.sample_utils import make_sampler
 
 from ..errors import GlassError
 from ..model.glass_model import GlassModel
+from ..model.randomness import random_state_kept
 
 # The first batch of each kind of text has so many sequences, one for each half of the evidence, and each further one
 # twice as many up to the usual: a run that is stopped early has something to keep.
@@ -93,21 +94,17 @@ def null_prompt(
     batchable = all(hasattr(c, "merge") for c in make_prompt_cache(model.dense))
 
     def batch(number: int) -> list[list[int]]:
-        # The caller's random state is a key; seeding with that key's number puts it back.
-        high, low = mx.random.state[0].tolist()
-        mx.random.seed(int(np.random.SeedSequence((seed, number)).generate_state(1)[0]))
         turn, kind = divmod(number, len(starts))
         start = list(starts.values())[kind]
         prompts = [start] * batch_size(turn, sequences)
-        try:
+        with random_state_kept():
+            mx.random.seed(int(np.random.SeedSequence((seed, number)).generate_state(1)[0]))
             if batchable:
                 out = batch_generate(
                     model.dense, tokenizer, prompts, max_tokens=length, sampler=sampler, return_token_ids=True
                 )
                 return [[*start, *ids] for ids in out.token_ids]
             return [[*start, *_sample(model, tokenizer, start, length, sampler)] for _ in prompts]
-        finally:
-            mx.random.seed((high << 32) | low)
 
     settings = {"sequences": sequences, "length": length, "temperature": temperature, "seed": seed}
     return Source(tuple(starts), batch, settings, watchers)

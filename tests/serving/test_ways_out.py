@@ -21,8 +21,7 @@ import pytest
 from servers import CHAT, QUESTION, connect, raw, serving
 
 from glass_mlx.model.glass_model import GlassModel
-from glass_mlx.serving import engine as engine_module
-from glass_mlx.serving import worker
+from glass_mlx.serving import model_loading, worker
 from glass_mlx.serving.app import ApiOptions
 from glass_mlx.serving.errors import EngineFailed
 from glass_mlx.serving.openapi import document
@@ -62,7 +61,7 @@ def no_reading_ahead():
 def gate(request, monkeypatch):
     """A gate at the place that the test names."""
     gate, place = Gate(), request.getfixturevalue("place")
-    load, prefill, stream = engine_module.load, GlassModel.prefill, worker.stream_generate
+    load, prefill, stream = model_loading.load, GlassModel.prefill, worker.stream_generate
 
     def held_load(*args, **options):
         gate.hold()
@@ -80,7 +79,7 @@ def gate(request, monkeypatch):
                 yield response
 
     if place == "load":
-        monkeypatch.setattr(engine_module, "load", held_load)
+        monkeypatch.setattr(model_loading, "load", held_load)
     elif place == "prefill":
         monkeypatch.setattr(GlassModel, "prefill", held_prefill)
     else:
