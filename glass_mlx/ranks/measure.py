@@ -210,7 +210,7 @@ def _read(
         for half in (0, 1):  # sequences alternate, across batches too
             mine = rows[(before + half) % 2 :: 2]
             if mine:
-                _record(model, mine, norms, evidence, half, domain)
+                _record(model, mine, norms, evidence, half, domain, source)
         evidence.batches += 1
         agreement = evidence.stability()
         evidence.history.append([evidence.total, *(round(agreement[key], 4) for key in STABILITY)])
@@ -218,7 +218,13 @@ def _read(
 
 
 def _record(
-    model: GlassModel, rows: list[list[int]], norms: list[mx.array], evidence: SplitEvidence, half: int, domain: int
+    model: GlassModel,
+    rows: list[list[int]],
+    norms: list[mx.array],
+    evidence: SplitEvidence,
+    half: int,
+    domain: int,
+    source: Source,
 ) -> None:
     """Read rows with the dense model and add their energies to one half and domain."""
     width = max(len(row) for row in rows)
@@ -242,6 +248,7 @@ def _record(
         evidence.tokens[half][domain] += sum(len(row) for row in part)
         evidence.sequences += len(part)
         mx.clear_cache()
+        source.tell(0)
 
 
 def _shares(energies: list[np.ndarray]) -> list[mx.array]:

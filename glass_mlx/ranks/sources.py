@@ -34,13 +34,18 @@ class Source:
         batch: a function from a batch's number to its token sequences, each of which begins as a text does (with BOS,
             say). An empty list ends the source. The same number gives the same sequences.
         settings: further entries of the metadata.
-        watchers: told how many tokens were generated, at every step of a batch.
+        watchers: told at every step how many tokens it has generated.
     """
 
     domains: tuple[str, ...]
     batch: Callable[[int], list[list[int]]]
     settings: dict[str, Any] = field(default_factory=dict)
     watchers: list[Callable[[int], None]] = field(default_factory=list)
+
+    def tell(self, tokens: int) -> None:
+        """Tell the watchers of a step."""
+        for watcher in self.watchers:
+            watcher(tokens)
 
     @property
     def method(self) -> str:
@@ -84,11 +89,10 @@ def null_prompt(
         except GlassError:
             if chat:
                 raise
-    sample, watchers = make_sampler(temp=temperature), []
+    sample = make_sampler(temp=temperature)
 
     def sampler(logprobs: mx.array) -> mx.array:
-        for told in watchers:
-            told(len(logprobs))
+        source.tell(len(logprobs))
         return sample(logprobs)
 
     batchable = all(hasattr(c, "merge") for c in make_prompt_cache(model.dense))
@@ -107,7 +111,8 @@ def null_prompt(
             return [[*start, *_sample(model, tokenizer, start, length, sampler)] for _ in prompts]
 
     settings = {"sequences": sequences, "length": length, "temperature": temperature, "seed": seed}
-    return Source(tuple(starts), batch, settings, watchers)
+    source = Source(tuple(starts), batch, settings)
+    return source
 
 
 def empty_message(tokenizer: Any) -> list[int]:
