@@ -46,7 +46,7 @@ def measure_responses(
         rows (list[list[int]]): token sequences, each of which begins as a text does. Their first tokens do not count.
         ranks (list[mx.array]): the global ranks [F] of every block.
         rank (int): of the regressions of dense blocks (``amounts.answer_rank``).
-        progress: called with the passes over the text that are done, and how many there are.
+        progress: called with how many tokens were read, in all passes over the text, and how many there are to read.
 
     Returns:
         list[Response]: of all blocks, in float16 but for the means. Empty if no row has two tokens.
@@ -56,12 +56,16 @@ def measure_responses(
         return []
     groups = _groups(model.blocks)
     found: list[tuple[np.ndarray, np.ndarray]] = []
-    for done, members in enumerate(groups):
-        found += _directions(model, rows, members, ranks, rank)
-        progress(done + 1, len(groups) + 1)
-    responses = _regressions(model, rows, found)
-    progress(len(groups) + 1, len(groups) + 1)
-    return responses
+    read, total = 0, (len(groups) + 1) * sum(map(len, rows))
+
+    def on_tokens(tokens: int) -> None:
+        nonlocal read
+        read += tokens
+        progress(read, total)
+
+    for members in groups:
+        found += _directions(model, rows, members, ranks, rank, on_tokens)
+    return _regressions(model, rows, found, on_tokens)
 
 
 @dataclass
@@ -100,7 +104,12 @@ class _Moments:
 
 
 def _directions(
-    model: GlassModel, rows: list[list[int]], members: list[int], ranks: list[mx.array], rank: int
+    model: GlassModel,
+    rows: list[list[int]],
+    members: list[int],
+    ranks: list[mx.array],
+    rank: int,
+    on_tokens: Callable[[int], None],
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """For some blocks the mean input [H], and the directions [H, r] that say most of what the dropped neurons add."""
     blocks = [model.blocks[i] for i in members]
@@ -116,7 +125,7 @@ def _directions(
         y = outputs[i](h * blocks[i].beside(dropped[i], *routing), *routing)
         return moments[i].add(x, y.reshape(len(x), -1), weights[None])
 
-    _read(model, blocks, rows, observe)
+    _read(model, blocks, rows, observe, on_tokens)
     found = []
     for block, moment in zip(blocks, moments):
         [(_, mean, _, squares, cross)] = moment.central()
@@ -125,7 +134,10 @@ def _directions(
 
 
 def _regressions(
-    model: GlassModel, rows: list[list[int]], directions: list[tuple[np.ndarray, np.ndarray]]
+    model: GlassModel,
+    rows: list[list[int]],
+    directions: list[tuple[np.ndarray, np.ndarray]],
+    on_tokens: Callable[[int], None],
 ) -> list[Response]:
     blocks = model.blocks
     means = [mx.array(mean.astype(np.float32)) for mean, _ in directions]
@@ -136,7 +148,7 @@ def _regressions(
         own = [weights * (routing[0] == e) for e in range(blocks[i].experts)] if routing else [weights]
         return moments[i].add((x - means[i]) @ spans[i], h, mx.stack(own))
 
-    _read(model, blocks, rows, observe)
+    _read(model, blocks, rows, observe, on_tokens)
     responses = []
     for mean, span, moment in zip(means, spans, moments):
         hidden, coefficients = [], []
@@ -155,9 +167,15 @@ def _regressions(
     return responses
 
 
-def _read(model: GlassModel, blocks: list[Block], rows: list[list[int]], observe: _Observer) -> None:
+def _read(
+    model: GlassModel,
+    blocks: list[Block],
+    rows: list[list[int]],
+    observe: _Observer,
+    on_tokens: Callable[[int], None],
+) -> None:
     """Read rows with the dense model and show some blocks' inputs and hidden vectors; what is made of them is
-    evaluated."""
+    evaluated. ``on_tokens`` is told how many tokens a batch had."""
     rows = sorted(rows, key=len)  # so that there is little padding
     at_once = max(1, _MAX_HIDDEN // (len(rows[-1]) * max(block.size for block in blocks)))
     for first in range(0, len(rows), at_once):
@@ -181,6 +199,7 @@ def _read(model: GlassModel, blocks: list[Block], rows: list[list[int]], observe
         run_with(by_token(blocks, show, keep), model.dense, tokens)
         mx.eval(made)
         mx.clear_cache()
+        on_tokens(sum(map(len, part)))
 
 
 def _vectors(array: mx.array) -> mx.array:
