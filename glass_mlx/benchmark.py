@@ -15,7 +15,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .cli import Parser, add_model_or_shape, add_verbose, density, global_weight, list_of, print_result, run
+from .cli.options import add_model_or_shape, add_verbose
+from .cli.parser import Parser
+from .cli.printing import print_result
+from .cli.running import run
+from .cli.values import density, global_weight, list_of
 from .core.importance import SIGNALS
 from .decoding.costs import DEVICES, plan
 from .evaluation.machine import backend

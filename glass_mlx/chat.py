@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import argparse
 
-from .cli import Parser, add_generation_options, add_glass_options, add_verbose, add_verify_options, check_numbers, run
+from .cli.checks import check_numbers
+from .cli.options import add_generation_options, add_glass_options, add_verbose, add_verify_options
+from .cli.parser import Parser
+from .cli.running import run
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:

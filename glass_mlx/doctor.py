@@ -14,7 +14,9 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .cli import Parser, add_verbose, run
+from .cli.options import add_verbose
+from .cli.parser import Parser
+from .cli.running import run
 
 if TYPE_CHECKING:
     from .evaluation.diagnosis import Report, Result

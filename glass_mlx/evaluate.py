@@ -26,7 +26,11 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
-from .cli import Parser, add_float32, add_verbose, density, global_weight, list_of, one_of, positive, print_result, run
+from .cli.options import add_float32, add_verbose
+from .cli.parser import Parser
+from .cli.printing import print_result
+from .cli.running import run
+from .cli.values import density, global_weight, list_of, one_of, positive
 from .evaluation import exact, fidelity, lm_eval_tasks
 from .evaluation.free_running import fit_length
 from .evaluation.intervals import windows

@@ -14,7 +14,9 @@ from dataclasses import asdict
 
 import mlx.core as mx
 
-from .cli import Parser, add_verbose, run
+from .cli.options import add_verbose
+from .cli.parser import Parser
+from .cli.running import run
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:

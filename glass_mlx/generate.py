@@ -13,19 +13,18 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .cli import (
-    Parser,
+from .cli.checks import check_numbers
+from .cli.options import (
     add_generation_options,
     add_glass_options,
     add_verify_options,
-    check_numbers,
     glass_choice,
-    run,
     sampler_maker,
-    template_args,
-    text,
     verify_options,
 )
+from .cli.parser import Parser
+from .cli.running import run
+from .cli.values import template_args, text
 from .errors import GlassError, printable_lines
 
 if TYPE_CHECKING:

@@ -11,7 +11,10 @@ import json
 import sys
 from typing import Any
 
-from .cli import Parser, add_verbose, print_table, run, say
+from .cli.options import add_verbose
+from .cli.parser import Parser
+from .cli.printing import print_table, say
+from .cli.running import run
 from .errors import GlassError, printable
 from .hub.names import ALIASES, DEFAULT_MODEL
 

@@ -11,22 +11,12 @@ import signal
 import threading
 from pathlib import Path
 
-from .cli import (
-    Parser,
-    adapter_directory,
-    add_glass_options,
-    add_verbose,
-    add_verify_options,
-    check_numbers,
-    glass_choice,
-    list_of,
-    memory_size,
-    run,
-    say,
-    template_args,
-    verify_options,
-    warn_of_idle_options,
-)
+from .cli.checks import check_numbers, warn_of_idle_options
+from .cli.options import add_glass_options, add_verbose, add_verify_options, glass_choice, verify_options
+from .cli.parser import Parser
+from .cli.printing import say
+from .cli.running import run
+from .cli.values import adapter_directory, list_of, memory_size, template_args
 from .errors import GlassError
 from .loading import DEFAULT_MODEL
 from .model.config import GlassConfig

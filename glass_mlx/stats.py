@@ -15,7 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .cli import Parser, add_verbose, density, positive, print_table, run, say
+from .cli.options import add_verbose
+from .cli.parser import Parser
+from .cli.printing import print_table, say
+from .cli.running import run
+from .cli.values import density, positive
 from .core.importance import SIGNALS
 from .errors import GlassError, StatsError, printable
 from .hub.names import ALIASES, DEFAULT_MODEL

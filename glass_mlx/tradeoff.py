@@ -28,18 +28,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .cli import (
-    Parser,
-    add_float32,
-    add_model_or_shape,
-    add_verbose,
-    density,
-    global_weight,
-    list_of,
-    one_of,
-    print_result,
-    run,
-)
+from .cli.options import add_float32, add_model_or_shape, add_verbose
+from .cli.parser import Parser
+from .cli.printing import print_result
+from .cli.running import run
+from .cli.values import density, global_weight, list_of, one_of
 from .evaluation.decoders import KINDS, measure_decoders, simulated_decoders, standard_decoders
 from .evaluation.free_running import fit_length
 from .evaluation.machine import machine, mlx_backend

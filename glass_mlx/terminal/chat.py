@@ -11,7 +11,8 @@ from typing import Any
 import mlx.core as mx
 from rich.console import Console
 
-from ..cli import density, glass_choice, sampler_maker, verify_options
+from ..cli.options import glass_choice, sampler_maker, verify_options
+from ..cli.values import density
 from ..decoding.conversation import Conversation
 from ..decoding.stream import GenerationResponse, context_length
 from ..errors import GlassError, printable, printable_lines
