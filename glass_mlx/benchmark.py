@@ -21,12 +21,7 @@ from .cli.printing import print_result
 from .cli.running import run
 from .cli.values import density, global_weight, list_of
 from .core.importance import SIGNALS
-from .decoding.costs import DEVICES, plan
-from .evaluation.machine import backend
-from .evaluation.plot import plot_benchmark
-from .evaluation.shapes import empty_model, random_model, shape_label
-from .evaluation.speed import compare_speed, measure_device
-from .loading import DEFAULT_MODEL, load
+from .hub.names import DEFAULT_MODEL
 from .model.config import GlassConfig
 
 
@@ -67,6 +62,10 @@ def _benchmark(args: argparse.Namespace) -> None:
     if args.plan:
         _plan(args)
         return
+    from .evaluation.shapes import random_model, shape_label
+    from .evaluation.speed import compare_speed
+    from .loading import load
+
     choice = {"global_weight": args.global_weight, "signal": args.signal}
     if args.shape:
         model = random_model(args.shape, args.layers, args.bits, args.seed)
@@ -88,10 +87,18 @@ def _benchmark(args: argparse.Namespace) -> None:
     result = {"model": name, **figures}
     print_result(result, table, args.json)
     if args.plot:
+        from .evaluation.plot import plot_benchmark
+
         plot_benchmark(result, args.plot)
 
 
 def _plan(args: argparse.Namespace) -> None:
+    from .decoding.costs import DEVICES, plan
+    from .evaluation.machine import backend
+    from .evaluation.shapes import empty_model, shape_label
+    from .evaluation.speed import measure_device
+    from .loading import load
+
     if args.shape:
         model = empty_model(args.shape, args.layers, args.bits)
         name = shape_label(args.shape, model, args.bits).removesuffix(", random weights")

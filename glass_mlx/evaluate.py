@@ -21,25 +21,21 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-from tqdm import tqdm
 
 from .cli.options import add_float32, add_verbose
 from .cli.parser import Parser
 from .cli.printing import print_result
 from .cli.running import run
 from .cli.values import density, global_weight, list_of, one_of, positive
-from .evaluation import exact, fidelity, lm_eval_tasks
-from .evaluation.free_running import fit_length
-from .evaluation.intervals import windows
-from .evaluation.machine import mlx_backend
-from .evaluation.plot import plot_fidelity
-from .evaluation.prompts import PROMPTS, SETS, read_prompts
-from .evaluation.selectors import GLOBAL, SELECTORS, choose_selectors
-from .loading import DEFAULT_MODEL, load
-from .model.glass_model import GlassModel
+from .evaluation.names import DEFAULT_PROMPTS, GLOBAL, PROMPT_SETS, SELECTORS
+from .evaluation.questions import TASKS, read_questions
+from .hub.names import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from .model.glass_model import GlassModel
 
 # What answers are compared for, if nothing else is asked for.
 _EXACT_SELECTORS = ("griffin", "glass-i", "glass")
@@ -78,9 +74,9 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 def _add_text_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts",
-        default=PROMPTS,
+        default=DEFAULT_PROMPTS,
         metavar="SET[,SET...]|FILE",
-        help=f"bundled sets ({', '.join(SETS)}); or a file with a prompt in each line; or .jsonl with text or "
+        help=f"bundled sets ({', '.join(PROMPT_SETS)}); or a file with a prompt in each line; or .jsonl with text or "
         "messages; or null: BOS alone (default: %(default)s)",
     )
     parser.add_argument("--count", type=positive, help="use the first COUNT prompts (default: all; of null: 32)")
@@ -102,9 +98,9 @@ def _add_task_options(parser: argparse.ArgumentParser) -> None:
     kind = group.add_mutually_exclusive_group()
     kind.add_argument(
         "--exact",
-        type=list_of(one_of(exact.TASKS)),
+        type=list_of(one_of(TASKS)),
         metavar="TASK[,TASK...]",
-        help=f"bundled tasks whose answers rules can tell: {', '.join(exact.TASKS)}",
+        help=f"bundled tasks whose answers rules can tell: {', '.join(TASKS)}",
     )
     kind.add_argument(
         "--tasks",
@@ -127,6 +123,9 @@ def main() -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    from .evaluation.machine import mlx_backend
+    from .loading import load
+
     tic = time.perf_counter()
     model, tokenizer = load(args.model, stats=args.stats, trust_remote_code=args.trust_remote_code)
     if args.float32:
@@ -136,6 +135,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     about = {"model": args.model, "backend": mlx_backend(), "float32": args.float32, "seed": args.seed}
     result = {**about, "seconds": round(time.perf_counter() - tic, 1), **figures}
     if args.plot is not None and "arms" in result:
+        from .evaluation.plot import plot_fidelity
+
         plot_fidelity(result, args.plot)
     print_result(result, table, args.json)
 
@@ -144,6 +145,14 @@ Figures = tuple[dict[str, Any], Callable[[dict[str, Any]], str]]
 
 
 def _fidelity(args: argparse.Namespace, model: GlassModel, tokenizer: Any) -> Figures:
+    from tqdm import tqdm
+
+    from .evaluation import fidelity
+    from .evaluation.free_running import fit_length
+    from .evaluation.intervals import windows
+    from .evaluation.prompts import read_prompts
+    from .evaluation.selectors import choose_selectors
+
     selectors = choose_selectors(args.arms, args.global_weight, model.global_ranks is not None)
     if args.arms is None and model.global_ranks is None:
         print(f"There are no global ranks for this model: without {', '.join(GLOBAL)}.", file=sys.stderr)
@@ -175,19 +184,26 @@ def _fidelity(args: argparse.Namespace, model: GlassModel, tokenizer: Any) -> Fi
 
 
 def _exact(args: argparse.Namespace, model: GlassModel, tokenizer: Any) -> Figures:
+    from tqdm import tqdm
+
+    from .evaluation import exact
+    from .evaluation.selectors import choose_selectors
+
     has_statistics = model.global_ranks is not None
     names = args.arms or [name for name in _EXACT_SELECTORS if has_statistics or name not in GLOBAL]
     selectors = choose_selectors(names, args.global_weight, has_statistics)
-    questions = {task: exact.read_questions(task, args.limit) for task in args.exact}
+    questions = {task: read_questions(task, args.limit) for task in args.exact}
     rows = {}
     with tqdm(total=sum(map(len, questions.values())), unit="question", file=sys.stderr, disable=None) as bar:
         for task, some in questions.items():
-            how = exact.TASKS[task]
+            how = TASKS[task]
             rows[task] = exact.measure_task(model, tokenizer, how, some, selectors, args.density, bar.update)
     return {"questions": {task: len(some) for task, some in questions.items()}, "exact": rows}, exact.table
 
 
 def _tasks(args: argparse.Namespace, model: GlassModel, tokenizer: Any) -> Figures:
+    from .evaluation import lm_eval_tasks
+
     configs = lm_eval_tasks.standard_configs(args.density)
     rows = lm_eval_tasks.run_tasks(model, tokenizer, args.tasks, configs, args.include_path, args.limit, args.seed)
     return {"tasks": rows}, lm_eval_tasks.table

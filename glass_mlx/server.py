@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .cli.checks import check_numbers, warn_of_idle_options
 from .cli.options import add_glass_options, add_verbose, add_verify_options, glass_choice, verify_options
@@ -18,21 +19,14 @@ from .cli.printing import say
 from .cli.running import run
 from .cli.values import adapter_directory, list_of, memory_size, template_args
 from .errors import GlassError
-from .loading import DEFAULT_MODEL
+from .hub.names import DEFAULT_MODEL
 from .model.config import GlassConfig
-from .serving.engine import Engine, EngineOptions
-from .serving.errors import RequestError
 from .serving.logs import log_to_file
 from .serving.sockets import DEFAULT_HOST, DEFAULT_PORT, is_loopback, parse_origin
 
-_missing = None
-try:
+if TYPE_CHECKING:
     from .serving.app import ApiOptions
-    from .serving.server import Server
-except ModuleNotFoundError as e:
-    if e.name not in ("uvicorn", "starlette", "pydantic", "h11"):
-        raise
-    _missing = e.name
+    from .serving.engine import Engine, EngineOptions
 
 KEY_VARIABLE = "GLASS_API_KEY"
 
@@ -161,8 +155,13 @@ def main() -> None:
 
 def serve(args: argparse.Namespace) -> None:
     """Serve until Ctrl-C or SIGTERM."""
-    if _missing is not None:
-        raise GlassError(f"the server needs {_missing}: pip install 'glass_mlx[server]'")
+    try:
+        from .serving.engine import Engine
+        from .serving.server import Server
+    except ModuleNotFoundError as e:
+        if e.name not in ("uvicorn", "starlette", "pydantic", "h11"):
+            raise
+        raise GlassError(f"the server needs {e.name}: pip install 'glass_mlx[server]'") from e
     log = log_to_file(directory=args.log_dir, level=args.log_level)
     engine = Engine(engine_options(args))
     server = Server(engine, args.host, args.port, api_options(args))
@@ -184,6 +183,8 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def _preload(engine: Engine) -> None:
+    from .serving.errors import RequestError
+
     try:
         engine.load().result()
     except RequestError as e:
@@ -192,6 +193,8 @@ def _preload(engine: Engine) -> None:
 
 def engine_options(args: argparse.Namespace) -> EngineOptions:
     """The engine's options of a command line."""
+    from .serving.engine_options import EngineOptions
+
     tokenizer = {"chat_template": args.chat_template} if args.chat_template else {}
     return EngineOptions(
         model=args.model or DEFAULT_MODEL,
@@ -223,6 +226,8 @@ def engine_options(args: argparse.Namespace) -> EngineOptions:
 
 def api_options(args: argparse.Namespace) -> ApiOptions:
     """The server's options of a command line."""
+    from .serving.app import ApiOptions
+
     defaults = {"temperature": args.temp, "top_p": args.top_p, "top_k": args.top_k, "min_p": args.min_p}
     return ApiOptions(
         defaults={**defaults, "max_tokens": args.max_tokens},

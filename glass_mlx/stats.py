@@ -294,16 +294,17 @@ def _shape(statistics: GlobalStatistics) -> str:
 
 
 def _plot(args: argparse.Namespace) -> None:
+    from .evaluation.names import DEFAULT_PROMPTS
     from .evaluation.overlap import prompt_overlaps  # only here: the other commands need no evaluation
     from .evaluation.plot import plot_ranks
-    from .evaluation.prompts import PROMPTS, read_prompts
+    from .evaluation.prompts import read_prompts
 
     statistics = GlobalStatistics.read(_find(args.file))
     overlaps = None
     if args.model is not None:
         model, tokenizer = _load(args)
         statistics.check(model)
-        prompts = [tokenizer.encode(args.prompt)] if args.prompt else read_prompts(PROMPTS, tokenizer)
+        prompts = [tokenizer.encode(args.prompt)] if args.prompt else read_prompts(DEFAULT_PROMPTS, tokenizer)
         overlaps = prompt_overlaps(model, prompts, statistics, args.density)
     plot_ranks(statistics, args.out, overlaps, args.density)
     say(args.out)

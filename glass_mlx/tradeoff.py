@@ -23,25 +23,24 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-import numpy as np
 
 from .cli.options import add_float32, add_model_or_shape, add_verbose
 from .cli.parser import Parser
 from .cli.printing import print_result
 from .cli.running import run
 from .cli.values import density, global_weight, list_of, one_of
-from .evaluation.decoders import KINDS, measure_decoders, simulated_decoders, standard_decoders
-from .evaluation.free_running import fit_length
-from .evaluation.machine import machine, mlx_backend
-from .evaluation.plot import plot_tradeoff
-from .evaluation.prompts import PROMPTS, SETS, read_prompts
-from .evaluation.shapes import SHAPES, random_model, shape_label
+from .evaluation.names import DECODERS, DEFAULT_PROMPTS, PROMPT_SETS
+from .evaluation.shape_configs import SHAPES
 from .evaluation.tables import text_table
-from .loading import DEFAULT_MODEL, load
+from .hub.names import DEFAULT_MODEL
 from .model.config import LAYER_BUDGETS, GlassConfig
+
+if TYPE_CHECKING:
+    from .evaluation.decoders import Decoders
+    from .model.glass_model import GlassModel
 
 _HEADS = ("", "density", "tok/s", "speed-up", "strays", "KL", "last third", "own PPL", "accepted", "a pass")
 _SPEEDS = (("tps", ".1f"), ("speedup", ".2f"))
@@ -61,10 +60,10 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--draft-tokens", type=int, metavar="K", help="always draft K tokens (default: what pays best)")
     parser.add_argument(
         "--ways",
-        type=list_of(one_of(KINDS)),
-        default=KINDS,
+        type=list_of(one_of(DECODERS)),
+        default=DECODERS,
         metavar="WAY[,WAY...]",
-        help=f"decoders to compare: {', '.join(KINDS)} (default: all)",
+        help=f"decoders to compare: {', '.join(DECODERS)} (default: all)",
     )
     parser.add_argument("--global-weight", type=global_weight, default=GlassConfig.global_weight, metavar="WEIGHT")
     parser.add_argument("--layer-budgets", choices=LAYER_BUDGETS, default=GlassConfig.layer_budgets)
@@ -81,9 +80,9 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 def _add_text_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts",
-        default=PROMPTS,
+        default=DEFAULT_PROMPTS,
         metavar="SET[,SET...]|FILE",
-        help=f"bundled sets ({', '.join(SETS)}), or a file with a prompt in each line (default: %(default)s)",
+        help=f"bundled sets ({', '.join(PROMPT_SETS)}), or a file with a prompt in each line (default: %(default)s)",
     )
     parser.add_argument("--count", type=int, default=8, help="number of prompts, spread over the file (default: 8)")
     parser.add_argument(
@@ -111,21 +110,10 @@ def main() -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    if args.shape:
-        model = random_model(args.shape, args.layers, args.bits, args.seed)
-        name = shape_label(args.shape, model, args.bits)
-        rng = np.random.default_rng(args.seed)
-        prompts = rng.integers(0, SHAPES[args.shape]["vocab_size"], (args.count, args.prompt_tokens or 16)).tolist()
-        decoders = simulated_decoders(args.density, args.acceptance)
-    else:
-        name = args.model or DEFAULT_MODEL
-        model, tokenizer = load(name, stats=args.stats, trust_remote_code=args.trust_remote_code)
-        if args.float32:
-            model.dense.set_dtype(mx.float32)
-        prompts = read_prompts(args.prompts, tokenizer)
-        prompts = [prompts[i * len(prompts) // args.count] for i in range(min(args.count, len(prompts)))]
-        prompts = fit_length(model, prompts, args.prompt_tokens, args.temp, args.seed)
-        decoders = standard_decoders(args.density, args.global_weight, args.draft_tokens, args.ways, args.layer_budgets)
+    from .evaluation.decoders import measure_decoders
+    from .evaluation.machine import machine, mlx_backend
+
+    name, model, prompts, decoders = _of_shape(args) if args.shape else _of_model(args)
     found = measure_decoders(model, prompts, decoders, args.tokens, args.temp, args.seed, fidelity=not args.shape)
     result = {
         "model": name,
@@ -142,8 +130,41 @@ def _compare(args: argparse.Namespace) -> None:
         "ways": found,  # scripts read this name
     }
     if args.plot:
+        from .evaluation.plot import plot_tradeoff
+
         plot_tradeoff(result, args.plot)
     print_result(result, table, args.json)
+
+
+def _of_shape(args: argparse.Namespace) -> tuple[str, GlassModel, list[list[int]], Decoders]:
+    """What to compare with random weights."""
+    import numpy as np
+
+    from .evaluation.decoders import simulated_decoders
+    from .evaluation.shapes import random_model, shape_label
+
+    model = random_model(args.shape, args.layers, args.bits, args.seed)
+    rng = np.random.default_rng(args.seed)
+    prompts = rng.integers(0, SHAPES[args.shape]["vocab_size"], (args.count, args.prompt_tokens or 16)).tolist()
+    return shape_label(args.shape, model, args.bits), model, prompts, simulated_decoders(args.density, args.acceptance)
+
+
+def _of_model(args: argparse.Namespace) -> tuple[str, GlassModel, list[list[int]], Decoders]:
+    """What to compare with a model's own weights."""
+    from .evaluation.decoders import standard_decoders
+    from .evaluation.free_running import fit_length
+    from .evaluation.prompts import read_prompts
+    from .loading import load
+
+    name = args.model or DEFAULT_MODEL
+    model, tokenizer = load(name, stats=args.stats, trust_remote_code=args.trust_remote_code)
+    if args.float32:
+        model.dense.set_dtype(mx.float32)
+    prompts = read_prompts(args.prompts, tokenizer)
+    prompts = [prompts[i * len(prompts) // args.count] for i in range(min(args.count, len(prompts)))]
+    prompts = fit_length(model, prompts, args.prompt_tokens, args.temp, args.seed)
+    decoders = standard_decoders(args.density, args.global_weight, args.draft_tokens, args.ways, args.layer_budgets)
+    return name, model, prompts, decoders
 
 
 def table(result: dict[str, Any]) -> str:

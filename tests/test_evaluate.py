@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 
 from glass_mlx.errors import GlassError
 from glass_mlx.evaluate import main
-from glass_mlx.evaluation.selectors import SELECTORS, choose_selectors
+from glass_mlx.evaluation.names import SELECTORS
+from glass_mlx.evaluation.selectors import choose_selectors
 
 
 @pytest.fixture

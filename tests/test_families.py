@@ -9,8 +9,6 @@ import pytest
 
 from glass_mlx import families
 
-pytestmark = pytest.mark.usefixtures("log_level")
-
 
 @pytest.fixture
 def command(monkeypatch, capsys):

@@ -29,8 +29,6 @@ from glass_mlx.serving.output_parser import OutputParser
 from glass_mlx.serving.request import Chunk
 from glass_mlx.serving.server import Server
 
-pytestmark = pytest.mark.usefixtures("log_level")  # the command sets it for the log file
-
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory, tiny_dir):
@@ -639,6 +637,7 @@ def test_allowed_origins(invoke, monkeypatch, text, origins):
 
 
 def test_without_the_libraries(monkeypatch, invoke):
-    monkeypatch.setattr(server, "_missing", "uvicorn")
+    monkeypatch.delitem(sys.modules, "glass_mlx.serving.server", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
     done = invoke(server.main)
     assert (done.code, done.err) == (1, "error: the server needs uvicorn: pip install 'glass_mlx[server]'\n")

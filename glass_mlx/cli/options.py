@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..core.importance import SIGNALS
+from ..evaluation.shape_configs import BITS, SHAPES
 from ..hub.names import DEFAULT_MODEL
 from ..model.config import LAYER_BUDGETS, GlassConfig
 from ..model.quality import QUALITIES
@@ -141,8 +142,6 @@ def add_float32(parser: argparse.ArgumentParser) -> None:
 
 def add_model_or_shape(parser: argparse.ArgumentParser) -> None:
     """Add the options for what to measure: a model, or random weights of a model's shape."""
-    from ..evaluation.shapes import BITS, SHAPES
-
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--model", help=f"directory, Hub repository or alias (default: {DEFAULT_MODEL})")
     what.add_argument(
