@@ -12,8 +12,8 @@ import sys
 from typing import Any
 
 from .cli.options import add_verbose
+from .cli.output import print_table, say
 from .cli.parser import Parser
-from .cli.printing import print_table, say
 from .cli.running import run
 from .errors import GlassError, printable
 from .hub.names import ALIASES, DEFAULT_MODEL

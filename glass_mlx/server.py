@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from .cli.checks import check_numbers, warn_of_idle_options
 from .cli.options import add_glass_options, add_verbose, add_verify_options, glass_choice, verify_options
+from .cli.output import say
 from .cli.parser import Parser
-from .cli.printing import say
 from .cli.running import run
 from .cli.values import adapter_directory, list_of, memory_size, template_args
 from .errors import GlassError

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .cli.options import add_verbose
+from .cli.output import print_table, say
 from .cli.parser import Parser
-from .cli.printing import print_table, say
 from .cli.running import run
 from .cli.values import density, positive
 from .core.importance import SIGNALS
@@ -276,7 +276,7 @@ def _diff(args: argparse.Namespace) -> None:
         for i in range(len(a.sizes))
     ]
     if args.json:
-        say(json.dumps({"density": args.density, "layers": layers}))
+        print(json.dumps({"density": args.density, "layers": layers}))
         return
     from rich.table import Table
 

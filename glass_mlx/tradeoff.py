@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from .cli.options import add_float32, add_model_or_shape, add_verbose
+from .cli.output import print_result
 from .cli.parser import Parser
-from .cli.printing import print_result
 from .cli.running import run
 from .cli.values import density, global_weight, list_of, one_of
 from .evaluation.names import DECODERS, DEFAULT_PROMPTS, PROMPT_SETS

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -34,5 +36,15 @@ def print_table(table: Table) -> None:
 
 
 def say(text: object) -> None:
-    """Print what may have come out of anyone's file or request."""
-    print(printable_lines(str(text)), flush=True)
+    """Print what may have come out of anyone's file or request; lines that a terminal has no room for end between
+    words, and go on where they began."""
+    lines = printable_lines(str(text)).split("\n")
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+        lines = [part for line in lines for part in ([line] if len(line) <= width else _folded(line, width))]
+    print(*lines, sep="\n", flush=True)
+
+
+def _folded(line: str, width: int) -> list[str]:
+    indent = " " * (len(line) - len(line.lstrip()))
+    return textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
