@@ -15,6 +15,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .cli import checks
 from .cli.options import add_model_or_shape, add_verbose
 from .cli.output import print_result
 from .cli.parser import Parser
@@ -24,6 +25,12 @@ from .core.importance import SIGNALS
 from .evaluation.tables import text_table
 from .hub.names import DEFAULT_MODEL
 from .model.config import GlassConfig
+
+IDLE = (
+    checks.SHAPE,
+    checks.Idle("trust_remote_code", beside="shape"),
+    checks.Idle("global_weight signal num_trials prefill_step_size delay seed plot", beside="plan"),
+)
 
 _HEADS = (
     *("density", "prompt tok/s", "decode tok/s", "peak GB", "speed-up", "ceiling", "of it", "recording"),
@@ -59,8 +66,7 @@ def main() -> None:
         parser.error("-p must be at least 2, -g at least 3, -n at least 1")
     if args.prefill_step_size < 1 or args.delay < 0:
         parser.error("--prefill-step-size must be at least 1, --delay not negative")
-    if args.layers is not None and args.shape is None:
-        parser.error("--layers goes with --shape")
+    checks.check_together(parser, args, IDLE)
     run(lambda: _benchmark(args), args.verbose)
 
 

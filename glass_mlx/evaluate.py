@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from .cli import checks
 from .cli.options import add_float32, add_verbose
 from .cli.output import print_result
 from .cli.parser import Parser
@@ -36,6 +37,15 @@ from .hub.names import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from .model.glass_model import GlassModel
+
+IDLE = (
+    checks.Idle("prompts count prompt_tokens tokens temp free plot", beside="exact tasks"),
+    checks.Idle("seed", beside="exact"),
+    checks.Idle("arms global_weight", beside="tasks"),
+    checks.Idle("global_weight", without="arms=glass-a arms=glass-i"),
+    checks.Idle("limit", without="exact tasks"),
+    checks.Idle("include_path", without="tasks"),
+)
 
 # What answers are compared for, if nothing else is asked for.
 _EXACT_SELECTORS = ("griffin", "glass-i", "glass")
@@ -119,6 +129,7 @@ def main() -> None:
         parser.error("--tokens must be at least 2")
     if args.temp < 0:
         parser.error("--temp must not be negative")
+    checks.check_together(parser, args, IDLE)
     run(lambda: _evaluate(args), args.verbose)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .cli.checks import check_numbers
+from .cli import checks
 from .cli.options import (
     add_generation_options,
     add_glass_options,
@@ -30,6 +30,24 @@ from .errors import GlassError, printable_lines
 if TYPE_CHECKING:
     from .decoding.stream import GenerationResponse
     from .model.glass_model import GlassModel
+
+IDLE = (
+    checks.Idle("verify prompt_cache_file", beside="draft_model", refused=True),
+    *checks.GLASS,
+    checks.DENSE,
+    checks.Idle("density quality build", beside="dense draft_model"),
+    checks.Idle(f"{checks.CHOICE} verify draft_tokens", beside="dense draft_model density=1"),
+    checks.Idle("build", beside="global_weight=0 density=1"),
+    checks.VERIFY,
+    checks.Idle("num_draft_tokens", without="draft_model"),
+    *checks.SAMPLING,
+    checks.Idle("top_k min_p min_tokens_to_keep", without="temp"),
+    checks.Idle("min_tokens_to_keep", without="min_p"),
+    checks.KV,
+    checks.Idle("max_kv_size", beside="draft_model prompt_cache_file"),
+    checks.Idle("system_prompt prefill_response chat_template_config", beside="ignore_chat_template"),
+    checks.Idle("system_prompt", beside="prompt_cache_file"),
+)
 
 
 def _yes(argument: str) -> bool:
@@ -72,9 +90,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.image:
         parser.error("--image: glass_mlx generates from text only")
-    check_numbers(parser, args)
-    if args.draft_model and args.prompt_cache_file:
-        parser.error("--draft-model cannot be used with --prompt-cache-file")
+    checks.check_numbers(parser, args)
+    checks.check_together(parser, args, IDLE)
     try:
         template = template_args(args.chat_template_config) if args.chat_template_config else {}
     except argparse.ArgumentTypeError as e:

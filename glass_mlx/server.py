@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .cli.checks import check_numbers, warn_of_idle_options
+from .cli import checks
 from .cli.options import add_glass_options, add_verbose, add_verify_options, glass_choice, verify_options
 from .cli.output import say
 from .cli.parser import Parser
@@ -29,6 +29,16 @@ if TYPE_CHECKING:
     from .serving.engine import Engine, EngineOptions
 
 KEY_VARIABLE = "GLASS_API_KEY"
+
+IDLE = (
+    *checks.GLASS,
+    checks.DENSE,
+    checks.Idle("verify draft_tokens", beside="dense"),
+    checks.Idle(checks.CHOICE, beside="dense", until="a request sets its density"),
+    checks.Idle("draft_tokens", without="verify", until="a request asks to verify"),
+    checks.KV,
+    checks.Idle("log_prompts", beside="log_level=WARNING log_level=ERROR log_level=CRITICAL"),
+)
 
 # Options of mlx-lm's server, and why this one has them not.
 NOT_SERVED = {
@@ -148,8 +158,8 @@ def main() -> None:
         )
     if args.max_tokens < 1:
         parser.error("--max-tokens must be at least 1")
-    check_numbers(parser, args)
-    warn_of_idle_options(parser, args)
+    checks.check_numbers(parser, args)
+    checks.check_together(parser, args, IDLE)
     run(lambda: serve(args), args.verbose)
 
 

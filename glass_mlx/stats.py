@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .cli import checks
 from .cli.options import add_verbose
 from .cli.output import print_table, say
 from .cli.parser import Parser
@@ -32,6 +33,12 @@ if TYPE_CHECKING:
     from .model.glass_model import GlassModel
     from .ranks.sources import Source
 
+IDLE = {
+    "build": (checks.Idle("stable_at", beside="all"), checks.Idle("temp seed", beside="text dataset")),
+    "verify": (checks.Idle("trust_remote_code", without="model"),),
+    "plot": (checks.Idle("prompt density", without="model"),),
+}
+
 _FILE = "a file, or the name of a listed model"
 
 
@@ -41,7 +48,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 
     def add(name: str, does: Any, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
-        command.set_defaults(does=does)
+        command.set_defaults(does=does, parser=command)
         add_verbose(command)
         return command
 
@@ -123,6 +130,7 @@ def main() -> None:
     for option in ("temp", "seed", "response_rank"):
         if not getattr(args, option, 0) >= 0:
             parser.error(f"--{option.replace('_', '-')} must not be negative")
+    checks.check_together(args.parser, args, IDLE.get(args.command, ()))
     run(lambda: args.does(args), args.verbose)
 
 

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from .cli import checks
 from .cli.options import add_float32, add_model_or_shape, add_verbose
 from .cli.output import print_result
 from .cli.parser import Parser
@@ -41,6 +42,16 @@ from .model.config import LAYER_BUDGETS, GlassConfig
 if TYPE_CHECKING:
     from .evaluation.decoders import Decoders
     from .model.glass_model import GlassModel
+
+IDLE = (
+    checks.SHAPE,
+    checks.Idle("acceptance", without="shape"),
+    checks.Idle(
+        "draft_tokens ways global_weight layer_budgets stats prompts float32 trust_remote_code", beside="shape"
+    ),
+    checks.Idle("draft_tokens", without="ways=verified"),
+    checks.Idle("global_weight layer_budgets", without="ways=glass ways=verified"),
+)
 
 _HEADS = ("", "density", "tok/s", "speed-up", "strays", "KL", "last third", "own PPL", "accepted", "a pass")
 _SPEEDS = (("tps", ".1f"), ("speedup", ".2f"))
@@ -104,8 +115,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.tokens < 3 or args.count < 1 or args.temp < 0 or (args.prompt_tokens or 1) < 1:
         parser.error("--tokens must be at least 3, --count and --prompt-tokens at least 1, --temp not negative")
-    if args.layers is not None and args.shape is None:
-        parser.error("--layers goes with --shape")
+    checks.check_together(parser, args, IDLE)
     run(lambda: _compare(args), args.verbose)
 
 

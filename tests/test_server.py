@@ -596,21 +596,6 @@ def test_settings_that_do_not_fit_the_model(invoke, tmp_path):
     assert done.code == 1 and "--kv-group-size" in done.err.splitlines()[-1]
 
 
-@pytest.mark.parametrize(
-    ("line", "idle"),
-    [
-        ("--kv-group-size 32", "--kv-group-size has no effect without --kv-bits"),
-        ("--draft-tokens 2", "--draft-tokens has no effect without --verify"),
-        ("--dense --quality fast", "--quality has no effect with --dense"),
-        ("--kv-bits 8 --kv-group-size 32 --verify --draft-tokens 2", None),
-    ],
-)
-def test_options_that_have_no_effect(invoke, monkeypatch, caplog, line, idle):
-    monkeypatch.setattr(server, "serve", lambda args: None)
-    assert invoke(server.main, *line.split()).code == 0
-    assert [record.getMessage() for record in caplog.records] == ([idle] if idle else [])
-
-
 def test_options():
     glass = "--dense --low-memory --max-session-memory 1MB"
     serving = "--idle-timeout 0 --prompt-cache-bytes 1.5GiB --allowed-origins http://a,http://b"

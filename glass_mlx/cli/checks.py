@@ -1,9 +1,13 @@
-"""What options must be beside each other, and numbers in themselves."""
+"""What options must be in themselves, and beside each other."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from .running import log_to_stderr
 
 # What the numbers on command lines may be.
 _ANY = 2**31 - 1
@@ -31,23 +35,88 @@ def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
             )
 
 
-# Options that have no effect without another one.
-_NEEDS = {"kv_group_size": "kv_bits", "quantized_kv_start": "kv_bits", "draft_tokens": "verify"}
-_NOT_WITH_DENSE = ("density", "quality", "verify", "low_memory")
+class Idle(NamedTuple):
+    """Options that have no effect without or beside others. Names are those of ``argparse``'s namespace, with spaces
+    between them; ``name=value`` is an option of that value, or with it among its values.
+
+    Attributes:
+        options: those without effect
+        without: unless one of these is given;
+        beside: if one of these is given that has an effect itself.
+        until: what would give them an effect later.
+        refused: whether that is an error.
+    """
+
+    options: str
+    without: str = ""
+    beside: str = ""
+    until: str = ""
+    refused: bool = False
 
 
-def warn_of_idle_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Log a warning for each option that was given and has no effect besides the others."""
+# What says which neurons to decode with.
+CHOICE = "global_weight layer_budgets compensation signal stats stats_repo max_session_memory"
+GLASS = (Idle("density", beside="quality"), Idle("stats_repo build", beside="stats"))
+DENSE = Idle("density quality low_memory", beside="dense")
+VERIFY = Idle("draft_tokens", without="verify")
+SAMPLING = (Idle("top_p xtc_probability xtc_threshold seed", without="temp"),)
+SAMPLING += (Idle("xtc_threshold", without="xtc_probability"),)
+KV = Idle("kv_group_size quantized_kv_start", without="kv_bits")
+SHAPE = Idle("layers bits", without="shape", refused=True)
 
-    def given(name: str) -> bool:
-        return getattr(args, name, None) not in (None, parser.get_default(name))
 
-    def option(name: str) -> str:
-        return f"--{name.replace('_', '-')}"
+def check_together(parser: argparse.ArgumentParser, args: argparse.Namespace, rules: Iterable[Idle]) -> None:
+    """Log a warning for the options that were given and have no effect beside the others, or report an error."""
+    idle: set[str] = set()
+    told: dict[str, list[str]] = {}  # options by the reason
+    for rule in rules:
+        reason = _reason(parser, args, rule, idle)
+        names = [name for name in rule.options.split() if _given(parser, args, name) and name not in idle]
+        if not reason or not names:
+            continue
+        idle.update(names)
+        options = [_option(name, getattr(args, name)) for name in names]
+        if rule.refused:
+            parser.error(f"{_listed(options)} cannot be used {reason}")
+        told.setdefault(reason + (rule.until and f" until {rule.until}"), []).extend(options)
+    for reason, options in told.items():
+        log_to_stderr()
+        verb = "has" if len(options) == 1 else "have"
+        logging.getLogger("glass_mlx").warning("%s %s no effect %s", _listed(options), verb, reason)
 
-    idle = [(name, f"without {option(needed)}") for name, needed in _NEEDS.items() if not given(needed)]
-    if getattr(args, "dense", False):
-        idle += [(name, "with --dense") for name in _NOT_WITH_DENSE]
-    for name, why in idle:
-        if given(name):
-            logging.getLogger("glass_mlx").warning("%s has no effect %s", option(name), why)
+
+def _reason(parser: argparse.ArgumentParser, args: argparse.Namespace, rule: Idle, idle: set[str]) -> str:
+    """Why a rule's options have no effect; empty if they have."""
+    needed, rivals = rule.without.split(), rule.beside.split()
+    if needed and not any(_holds(parser, args, condition) for condition in needed):
+        return f"without {' or '.join(map(_shown, needed))}"
+    found = [c for c in rivals if _holds(parser, args, c) and c.partition("=")[0] not in idle]
+    return f"with {_shown(found[0])}" if found else ""
+
+
+def _given(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str) -> bool:
+    return getattr(args, name) not in (None, parser.get_default(name))
+
+
+def _holds(parser: argparse.ArgumentParser, args: argparse.Namespace, condition: str) -> bool:
+    name, _, wanted = condition.partition("=")
+    value = getattr(args, name)
+    if not wanted:
+        return _given(parser, args, name)
+    if value is None:  # all of them
+        return True
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return wanted in (f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+
+
+def _listed(options: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(options[:-1]), options[-1]]))
+
+
+def _shown(condition: str) -> str:
+    name, _, value = condition.partition("=")
+    return f"{_option(name)} {value}".rstrip()
+
+
+def _option(name: str, value: Any = True) -> str:
+    return f"--{'no-' if value is False else ''}{name.replace('_', '-')}"

@@ -28,11 +28,16 @@ def _quiet_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def run(command: Callable[[], None], verbose: bool = False) -> None:
-    """Run a command line's work: a GlassError, or an error of MLX's backend, ends it with one line and exit code 1."""
+def log_to_stderr() -> None:
+    """Log warnings to standard error, a line each, unless logging is set up already."""
     to_stderr = logging.StreamHandler()
     to_stderr.setFormatter(OneLineFormatter("[%(levelname)s] %(message)s"))
     logging.basicConfig(handlers=[to_stderr])
+
+
+def run(command: Callable[[], None], verbose: bool = False) -> None:
+    """Run a command line's work: a GlassError, or an error of MLX's backend, ends it with one line and exit code 1."""
+    log_to_stderr()
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show, or has not sent as text, is replaced
             stream.reconfigure(errors="replace")
