@@ -267,9 +267,9 @@ def test_measuring_declined(talk, chats, tiny_dir, written, monkeypatch, caplog,
     options = [written if option == "given" else option for option in options]
     assert talk("Hi", options=("--model", tiny_dir, *options)).code == 0
     assert (chats[0].model.global_ranks is None) == (written not in options)
-    warned = caplog.text.count("WARNING")
-    assert warned == ("--build" not in options and written not in options)
-    assert ("/measure in the chat" in caplog.text) == bool(warned)  # what is missing, and what to do
+    lacking = "--build" not in options and written not in options
+    assert ("/measure in the chat" in caplog.text) == lacking  # what is missing, and what to do
+    assert ("--build has no effect" in caplog.text) == ("--build" in options)
 
 
 def test_an_answer_that_is_cut(talk):
