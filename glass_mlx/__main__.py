@@ -7,13 +7,13 @@ COMMANDS = {
     "chat": "chat with a model in the terminal",
     "generate": "answer one prompt, or continue a text",
     "server": "serve an OpenAI-compatible API and a chat page",
-    "models": "list, download and remove models: which fit, which have ranks",
+    "models": "list, download and remove models",
     "stats": "measure, check, compare and share a model's global ranks",
-    "doctor": "check on small models that everything works on this machine",
-    "evaluate": "how far sparse decoding is from the dense model",
-    "benchmark": "speed and memory against plain mlx-lm",
-    "tradeoff": "speed against fidelity, for all ways to decode",
-    "families": "the model families that are covered",
+    "doctor": "check that everything works on this machine",
+    "evaluate": "measure how far sparse decoding is from the dense model",
+    "benchmark": "measure speed and memory against plain mlx-lm",
+    "tradeoff": "compare the speed and fidelity of all ways to decode",
+    "families": "list the model families that are covered",
 }
 USAGE = f"usage: glass_mlx {{{','.join(COMMANDS)}}} ..."
 

@@ -16,15 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from .cli import checks
-from .cli.options import add_model_or_shape, add_verbose
+from .cli.options import add_choice_options, add_model_or_shape, add_trust, add_verbose
 from .cli.output import print_result
 from .cli.parser import Parser
 from .cli.running import run
-from .cli.values import density, global_weight, list_of
-from .core.importance import SIGNALS
+from .cli.values import density, list_of
 from .evaluation.tables import text_table
 from .hub.names import DEFAULT_MODEL
-from .model.config import GlassConfig
 
 IDLE = (
     checks.SHAPE,
@@ -40,19 +38,30 @@ _HEADS = (
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """The options of mlx-lm's benchmark, and GLASS's."""
-    parser = Parser("glass_mlx.benchmark", description="Speed of GLASS against plain mlx-lm.")
+    parser = Parser("glass_mlx.benchmark", description="Measure the speed of GLASS against plain mlx-lm.")
     add_model_or_shape(parser)
-    parser.add_argument("--density", type=list_of(density), default=[0.3, 0.5, 0.7], metavar="X[,X...]")
-    parser.add_argument("--global-weight", type=global_weight, default=GlassConfig.global_weight, metavar="WEIGHT")
-    parser.add_argument("--signal", choices=SIGNALS, default=GlassConfig.signal)
+    parser.add_argument(
+        "--density",
+        type=list_of(density),
+        default=[0.3, 0.5, 0.7],
+        metavar="X[,X...]",
+        help="shares of the neurons to keep",
+    )
+    add_choice_options(parser, "global_weight", "signal")
     parser.add_argument("--prompt-tokens", "-p", type=int, default=512, help="length of the prompt")
     parser.add_argument("--generation-tokens", "-g", type=int, default=256, help="tokens to generate")
     parser.add_argument("--num-trials", "-n", type=int, default=5, help="runs after a warm-up")
-    parser.add_argument("--prefill-step-size", type=int, default=2048, help="tokens in a prefill call")
-    parser.add_argument("--plan", action="store_true", help="predict the time of every way to decode, by class of Mac")
+    parser.add_argument(
+        "--prefill-step-size", type=int, default=2048, help="read the prompt in calls of this many tokens"
+    )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="measure nothing, but predict how fast each way to decode is on several Macs",
+    )
     parser.add_argument("--delay", type=float, default=0, help="seconds to wait before each run, to cool down")
-    parser.add_argument("--seed", type=int, default=0, help="PRNG seed")
-    parser.add_argument("--trust-remote-code", action="store_true")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random numbers")
+    add_trust(parser)
     parser.add_argument("--json", metavar="FILE", help="write the figures to a file; - prints them and nothing else")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw a PNG (pip install 'glass_mlx[plot]')")
     add_verbose(parser)

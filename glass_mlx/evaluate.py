@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from .cli import checks
-from .cli.options import add_float32, add_verbose
+from .cli.options import add_float32, add_trust, add_verbose
 from .cli.output import print_result
 from .cli.parser import Parser
 from .cli.running import run
@@ -52,14 +52,16 @@ _EXACT_SELECTORS = ("griffin", "glass-i", "glass")
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
-    parser = Parser("glass_mlx.evaluate", description="Fidelity of sparse decoding to the dense model.")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="directory, Hub repository or alias")
-    parser.add_argument("--density", type=list_of(density), default=[0.5], metavar="X[,X...]")
+    parser = Parser("glass_mlx.evaluate", description="Measure how far sparse decoding is from the dense model.")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="an alias, a Hub repository or a directory")
+    parser.add_argument(
+        "--density", type=list_of(density), default=[0.5], metavar="X[,X...]", help="share of the neurons to keep"
+    )
     parser.add_argument(
         "--arms",
         type=list_of(one_of(SELECTORS)),
         metavar="ARM[,ARM...]",
-        help=f"what selects the neurons: {', '.join(SELECTORS)} (default: all)",
+        help=f"selectors to compare: {', '.join(SELECTORS)} (default: all)",
     )
     parser.add_argument(
         "--global-weight",
@@ -68,12 +70,12 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         metavar="W[,W...]",
         help="of glass-a and glass-i (default: 0.5); glass uses auto",
     )
-    parser.add_argument("--stats", metavar="FILE", help="global ranks (default: looked up)")
+    parser.add_argument("--stats", metavar="FILE", help="file of global ranks (default: looked up)")
     _add_text_options(parser)
     add_float32(parser)
-    parser.add_argument("--trust-remote-code", action="store_true")
+    add_trust(parser)
     parser.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE", help="write JSON, to standard output by default"
+        "--json", nargs="?", const="-", metavar="FILE", help="write JSON to FILE, or else to standard output"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG (pip install 'glass_mlx[plot]')")
     _add_task_options(parser)
@@ -95,22 +97,22 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
         type=list_of(positive),
         default=[None],
         metavar="N[,N...]",
-        help="cut prompts to this length; the dense model continues shorter ones",
+        help="cut prompts to this length; the dense model continues shorter ones (default: their own length)",
     )
     parser.add_argument("--tokens", type=positive, default=256, help="length of the continuations (default: 256)")
     parser.add_argument("--temp", type=float, default=1.0, help="sampling temperature of the continuations")
-    parser.add_argument("--seed", type=int, default=0, help="PRNG seed")
-    parser.add_argument("--free", action="store_true", help="also let each sparse model continue by itself")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random numbers")
+    parser.add_argument("--free", action="store_true", help="also let each sparse model write continuations of its own")
 
 
 def _add_task_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("tasks, instead")
+    group = parser.add_argument_group("tasks, instead of prompts")
     kind = group.add_mutually_exclusive_group()
     kind.add_argument(
         "--exact",
         type=list_of(one_of(TASKS)),
         metavar="TASK[,TASK...]",
-        help=f"bundled tasks whose answers rules can tell: {', '.join(TASKS)}",
+        help=f"bundled tasks, whose answers are checked by rules: {', '.join(TASKS)}",
     )
     kind.add_argument(
         "--tasks",
@@ -118,7 +120,7 @@ def _add_task_options(parser: argparse.ArgumentParser) -> None:
         metavar="TASK[,TASK...]",
         help="generation tasks of lm-evaluation-harness (pip install 'glass_mlx[eval]')",
     )
-    group.add_argument("--include-path", metavar="DIR", help="a folder with YAML files of further tasks")
+    group.add_argument("--include-path", metavar="DIR", help="directory with the YAML files of further tasks")
     group.add_argument("--limit", type=positive, help="use at most LIMIT questions of each task")
 
 

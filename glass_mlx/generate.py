@@ -57,25 +57,38 @@ def _yes(argument: str) -> bool:
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """mlx-lm's options for generate, and GLASS's."""
-    parser = Parser("glass_mlx.generate", description="Generate text on the FFN neurons that the prompt calls for.")
+    parser = Parser(
+        "glass_mlx.generate", description="Generate text with only the FFN neurons that the prompt calls for."
+    )
     add_generation_options(parser, max_tokens=100, seed=None)
     add = parser.add_argument
-    add("--prompt", "-p", type=text, default="hello", metavar="TEXT", help="what to answer; -: standard input")
-    add("--prefill-response", type=text, metavar="TEXT", help="how the answer begins; the model continues it")
-    add("--ignore-chat-template", action="store_true", help="continue the prompt as it is, rather than answer it")
-    add("--use-default-chat-template", action="store_true", help="no effect: tokenizers have none any more")
-    add("--chat-template-config", metavar="JSON", help="arguments of the chat template, an object")
-    add("--extra-eos-token", default=(), nargs="+", metavar="TOKEN", help="tokens that end an answer, too")
-    add("--min-p", type=float, default=0.0, metavar="P", help="drop tokens below this share of the best one; 0: off")
-    add("--min-tokens-to-keep", type=int, default=1, metavar="N", help="but keep at least so many")
+    add("--prompt", "-p", type=text, default="hello", metavar="TEXT", help="the prompt; -: read it from standard input")
+    add("--prefill-response", type=text, metavar="TEXT", help="beginning of the answer, for the model to continue")
+    add("--ignore-chat-template", action="store_true", help="continue the prompt as plain text, rather than answer it")
+    add("--use-default-chat-template", action="store_true", help="no effect: tokenizers no longer have one")
+    add("--chat-template-config", metavar="JSON", help="arguments of the chat template, as a JSON object")
+    add("--extra-eos-token", default=(), nargs="+", metavar="TOKEN", help="further tokens that end an answer")
+    add(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="drop tokens less likely than this share of the likeliest; 0: off",
+    )
+    add("--min-tokens-to-keep", type=int, default=1, metavar="N", help="with --min-p: keep at least N tokens")
     add("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens; 0: from all")
-    add("--prompt-cache-file", metavar="FILE", help="what has been read before, as mlx_lm.cache_prompt writes it")
-    add("--kv-bits", type=int, metavar="N", help="quantise the KV cache to this many bits (default: not)")
-    add("--kv-group-size", type=int, default=64, metavar="N", help="group size of the quantised KV cache")
-    add("--quantized-kv-start", type=int, default=5000, metavar="N", help="first token to quantise")
-    add("--quantize-activations", "-qa", action="store_true", help="quantise activations as the weights they meet are")
-    add("--draft-model", metavar="MODEL", help="another model, to draft for this one; its answer is then the dense one")
-    add("--num-draft-tokens", type=int, default=3, metavar="K", help="how many tokens that one drafts")
+    add("--prompt-cache-file", metavar="FILE", help="prompt cache to go on from, as written by mlx_lm.cache_prompt")
+    add("--kv-bits", type=int, metavar="N", help="quantise the KV cache to N bits (default: not quantised)")
+    add("--kv-group-size", type=int, default=64, metavar="N", help="with --kv-bits: group size")
+    add("--quantized-kv-start", type=int, default=5000, metavar="N", help="with --kv-bits: quantise from this token on")
+    add(
+        "--quantize-activations",
+        "-qa",
+        action="store_true",
+        help="quantise activations like the weights that they are multiplied with",
+    )
+    add("--draft-model", metavar="MODEL", help="another model that drafts for this one, which then answers densely")
+    add("--num-draft-tokens", type=int, default=3, metavar="K", help="with --draft-model: draft K tokens at a time")
     add("--image", default=(), nargs="+", metavar="FILE", help="not supported: text only")
     # None: an explicit True also shows tracebacks
     add("--verbose", type=_yes, metavar="BOOL", help="print figures after the answer; False: only the answer")

@@ -33,7 +33,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         return command
 
     listed = add("list", _list, "list the downloaded models: their size, whether they fit, whether they have ranks")
-    listed.add_argument("--all", action="store_true", help="also the aliases of models that are not downloaded")
+    listed.add_argument("--all", action="store_true", help="also list the aliases of models that are not downloaded")
     listed.add_argument("--json", action="store_true", help="print one JSON list and nothing else")
     pull = add("pull", _pull, "download a model, or the rest of it")
     pull.add_argument("model", help="an alias or a Hub repository")
@@ -41,7 +41,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     remove = add("rm", _remove, "remove downloaded models from the Hub cache")
     remove.add_argument("models", nargs="+", metavar="model", help="an alias or a Hub repository")
     remove.add_argument("--yes", "-y", action="store_true", help="do not ask")
-    show = add("show", _show, "what is known of a model without loading it")
+    show = add("show", _show, "show what is known about a model without loading it")
     show.add_argument("model", help=_MODEL)
     return parser
 

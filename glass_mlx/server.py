@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .cli import checks
-from .cli.options import add_glass_options, add_verbose, add_verify_options, glass_choice, verify_options
+from .cli.options import add_glass_options, add_trust, add_verbose, add_verify_options, glass_choice, verify_options
 from .cli.output import say
 from .cli.parser import Parser
 from .cli.running import run
@@ -44,7 +44,7 @@ IDLE = (
 NOT_SERVED = {
     "--draft-model": "there are no draft models; --verify drafts with the model itself",
     "--num-draft-tokens": "there are no draft models; see --verify and --draft-tokens",
-    "--use-default-chat-template": "transformers has no default templates any more; give one with --chat-template",
+    "--use-default-chat-template": "transformers no longer has default templates; give one with --chat-template",
     "--decode-concurrency": "answers are given one at a time; clients take turns",
     "--prompt-concurrency": "prompts are read one at a time; clients take turns",
     "--pipeline": "the server runs on one machine",
@@ -56,24 +56,28 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser = Parser("glass_mlx.server", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--model",
-        help="the model behind default_model, loaded at once: an alias, a Hub repository or a directory (default: "
-        "demo, loaded at the first request)",
+        help="the model that default_model stands for, loaded at the start: an alias, a Hub repository or a directory "
+        "(default: demo, loaded at the first request)",
     )
     parser.add_argument("--adapter-path", type=adapter_directory, help="adapter weights to fuse into the default model")
     parser.add_argument("--host", default=DEFAULT_HOST, help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="port; 0: any free one (default: %(default)s)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="let tokenizers run code of their repository")
+    add_trust(parser)
     parser.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"])
-    parser.add_argument("--chat-template", default="", help="a chat template to use instead of the model's")
-    parser.add_argument("--chat-template-args", type=template_args, default={}, help="its arguments, a JSON object")
+    parser.add_argument("--chat-template", default="", help="chat template to use instead of the model's own")
+    parser.add_argument(
+        "--chat-template-args", type=template_args, default={}, help="arguments of the chat template, as a JSON object"
+    )
     for name, kind, default, what in (
         ("--temp", float, 0.0, "sampling temperature"),
-        ("--top-p", float, 1.0, "nucleus sampling"),
-        ("--top-k", int, 0, "top-k sampling; 0: off"),
-        ("--min-p", float, 0.0, "min-p sampling; 0: off"),
-        ("--max-tokens", int, 512, "length of answers, in tokens"),
+        ("--top-p", float, 1.0, "sample from the likeliest tokens that add up to this probability"),
+        ("--top-k", int, 0, "sample from this many of the likeliest tokens; 0: all"),
+        ("--min-p", float, 0.0, "drop tokens less likely than this share of the likeliest; 0: off"),
+        ("--max-tokens", int, 512, "maximum length of an answer in tokens"),
     ):
-        parser.add_argument(name, type=kind, default=default, help=f"{what}, unless requests set it (%(default)s)")
+        parser.add_argument(
+            name, type=kind, default=default, help=f"{what}; requests can set their own (default: %(default)s)"
+        )
     _add_cache_options(parser)
     _add_serving_options(parser)
     add_glass_options(parser, build=False)
@@ -92,16 +96,20 @@ class _Refuse(argparse.Action):
 
 
 def _add_cache_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prefill-step-size", type=int, default=512, help="prompt tokens to read in one call")
+    parser.add_argument("--prefill-step-size", type=int, default=512, help="read prompts in calls of this many tokens")
     parser.add_argument(
-        "--prompt-cache-size", type=int, default=10, help="conversations to keep (default: %(default)s)"
+        "--prompt-cache-size", type=int, default=10, help="number of conversations to keep (default: %(default)s)"
     )
     parser.add_argument(
-        "--prompt-cache-bytes", type=memory_size, help="memory for them (default: a quarter of what the model leaves)"
+        "--prompt-cache-bytes",
+        type=memory_size,
+        help="memory for kept conversations (default: a quarter of what the model leaves free)",
     )
     parser.add_argument("--kv-bits", type=int, help="quantise the KV cache to this many bits")
-    parser.add_argument("--kv-group-size", type=int, default=64, help="group size of the quantised KV cache")
-    parser.add_argument("--quantized-kv-start", type=int, default=5000, help="first token to quantise")
+    parser.add_argument("--kv-group-size", type=int, default=64, help="with --kv-bits: group size")
+    parser.add_argument(
+        "--quantized-kv-start", type=int, default=5000, help="with --kv-bits: quantise from this token on"
+    )
 
 
 def _add_serving_options(parser: argparse.ArgumentParser) -> None:
@@ -109,10 +117,12 @@ def _add_serving_options(parser: argparse.ArgumentParser) -> None:
     serving.add_argument(
         "--idle-timeout", type=float, default=600, metavar="S", help="unload the model after S idle seconds; 0: never"
     )
-    serving.add_argument("--max-queue", type=int, default=64, help="requests that may wait; more get status 429")
-    serving.add_argument("--max-prompt-tokens", type=int, default=131072, help="longer prompts are refused")
     serving.add_argument(
-        "--max-body-bytes", type=memory_size, default=8 << 20, help="larger requests are refused (default: 8MiB)"
+        "--max-queue", type=int, default=64, help="number of requests that may wait; further ones get status 429"
+    )
+    serving.add_argument("--max-prompt-tokens", type=int, default=131072, help="maximum length of a prompt in tokens")
+    serving.add_argument(
+        "--max-body-bytes", type=memory_size, default=8 << 20, help="maximum size of a request (default: 8MiB)"
     )
     serving.add_argument(
         "--allow-download",
@@ -120,7 +130,12 @@ def _add_serving_options(parser: argparse.ArgumentParser) -> None:
         help="download requested models that are not in the Hub cache (default: only --model is downloaded)",
     )
     serving.add_argument(
-        "--allow-path", action="append", type=Path, default=[], metavar="DIR", help="also serve the models below DIR"
+        "--allow-path",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="DIR",
+        help="also serve the models in DIR; can be repeated",
     )
     serving.add_argument(
         "--api-key", help=f"bearer token that clients must send (default: the environment's {KEY_VARIABLE})"
@@ -135,9 +150,15 @@ def _add_serving_options(parser: argparse.ArgumentParser) -> None:
         help="web origins whose pages may use the API, separated by commas; *: all (default: only the server's own)",
     )
     serving.add_argument(
-        "--allowed-host", action="append", default=[], metavar="NAME", help="another name of this machine for clients"
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="another name of this machine that clients may use",
     )
-    serving.add_argument("--log-dir", type=Path, help="directory of the log file (default: the platform's)")
+    serving.add_argument(
+        "--log-dir", type=Path, help="directory of the log file (default: the platform's log directory)"
+    )
     serving.add_argument("--log-prompts", action="store_true", help="write prompts and answers to the log")
 
 

@@ -28,16 +28,15 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from .cli import checks
-from .cli.options import add_float32, add_model_or_shape, add_verbose
+from .cli.options import add_choice_options, add_float32, add_model_or_shape, add_trust, add_verbose
 from .cli.output import print_result
 from .cli.parser import Parser
 from .cli.running import run
-from .cli.values import density, global_weight, list_of, one_of
+from .cli.values import density, list_of, one_of
 from .evaluation.names import DECODERS, DEFAULT_PROMPTS, PROMPT_SETS
 from .evaluation.shape_configs import SHAPES
 from .evaluation.tables import text_table
 from .hub.names import DEFAULT_MODEL
-from .model.config import LAYER_BUDGETS, GlassConfig
 
 if TYPE_CHECKING:
     from .evaluation.decoders import Decoders
@@ -58,7 +57,7 @@ _SPEEDS = (("tps", ".1f"), ("speedup", ".2f"))
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
-    parser = Parser("glass_mlx.tradeoff", description="Speed against fidelity of all decoders.")
+    parser = Parser("glass_mlx.tradeoff", description="Compare the speed and fidelity of all ways to decode.")
     add_model_or_shape(parser)
     parser.add_argument(
         "--acceptance",
@@ -67,8 +66,16 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         metavar="A[,A...]",
         help="with --shape: simulated share of drafted tokens that are accepted (default: 0.7)",
     )
-    parser.add_argument("--density", type=list_of(density), default=[0.3, 0.5, 0.7], metavar="X[,X...]")
-    parser.add_argument("--draft-tokens", type=int, metavar="K", help="always draft K tokens (default: what pays best)")
+    parser.add_argument(
+        "--density",
+        type=list_of(density),
+        default=[0.3, 0.5, 0.7],
+        metavar="X[,X...]",
+        help="shares of the neurons to keep",
+    )
+    parser.add_argument(
+        "--draft-tokens", type=int, metavar="K", help="always draft K tokens (default: as many as pay off)"
+    )
     parser.add_argument(
         "--ways",
         type=list_of(one_of(DECODERS)),
@@ -76,12 +83,11 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         metavar="WAY[,WAY...]",
         help=f"decoders to compare: {', '.join(DECODERS)} (default: all)",
     )
-    parser.add_argument("--global-weight", type=global_weight, default=GlassConfig.global_weight, metavar="WEIGHT")
-    parser.add_argument("--layer-budgets", choices=LAYER_BUDGETS, default=GlassConfig.layer_budgets)
-    parser.add_argument("--stats", metavar="FILE", help="global ranks (default: looked up)")
+    add_choice_options(parser, "global_weight", "layer_budgets")
+    parser.add_argument("--stats", metavar="FILE", help="file of global ranks (default: looked up)")
     _add_text_options(parser)
     add_float32(parser)
-    parser.add_argument("--trust-remote-code", action="store_true")
+    add_trust(parser)
     parser.add_argument("--json", metavar="FILE", help="write the figures to a file; - prints them and nothing else")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG (pip install 'glass_mlx[plot]')")
     add_verbose(parser)
@@ -95,18 +101,20 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
         metavar="SET[,SET...]|FILE",
         help=f"bundled sets ({', '.join(PROMPT_SETS)}), or a file with a prompt in each line (default: %(default)s)",
     )
-    parser.add_argument("--count", type=int, default=8, help="number of prompts, spread over the file (default: 8)")
+    parser.add_argument(
+        "--count", type=int, default=8, help="number of prompts, taken from all parts of the file (default: 8)"
+    )
     parser.add_argument(
         "--prompt-tokens", type=int, metavar="N", help="cut prompts to this length (default: their own)"
     )
     parser.add_argument("--tokens", type=int, default=256, help="length of the answers (default: 256)")
     parser.add_argument("--temp", type=float, default=1.0, help="sampling temperature (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="PRNG seed")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random numbers")
 
 
 def _share(text: str) -> float:
     if not 0 < float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and at most 1")
     return float(text)
 
 

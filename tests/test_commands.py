@@ -95,7 +95,7 @@ def test_help_says_the_defaults(monkeypatch):
         assert max(map(len, text.splitlines())) <= 80
         for action in parser._actions:
             default = action.default
-            if action.help and default not in (None, argparse.SUPPRESS, (), [], "") and default is not False:
+            if action.help and default not in (None, argparse.SUPPRESS, (), [], {}, "") and default is not False:
                 said = parser._get_formatter()._expand_help(action)
                 assert "default" in said or str(default) in said, (parser.prog, said)
 

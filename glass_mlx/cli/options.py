@@ -21,17 +21,42 @@ def add_generation_options(parser: argparse.ArgumentParser, max_tokens: int, see
     """Add those of mlx-lm's options that its chat and its generate share; arguments: what the defaults are."""
     add = parser.add_argument
     add("--model", default=DEFAULT_MODEL, help="an alias, a Hub repository or a directory")
-    add("--trust-remote-code", action="store_true", help="let tokenizers run code of their repository")
+    add_trust(parser)
     add("--adapter-path", metavar="DIR", help="adapter weights to fuse into the model")
-    add("--system-prompt", type=text, metavar="TEXT", help="what the model is told before the first message")
-    add("--max-tokens", "-m", type=int, default=max_tokens, metavar="N", help="longest answer in tokens; -1: no limit")
-    add("--temp", type=float, default=0.0, metavar="T", help="sampling temperature; 0: always the likeliest token")
-    add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens of this probability")
-    add("--xtc-probability", type=float, default=0.0, metavar="P", help="how often to exclude the likeliest tokens")
-    add("--xtc-threshold", type=float, default=0.1, metavar="P", help="of those, the ones above this probability")
-    add("--seed", type=int, default=seed, metavar="N", help="of the sampling's random numbers")
-    add("--max-kv-size", type=int, metavar="N", help="remember only so many tokens (default: all)")
-    add("--prefill-step-size", type=int, default=2048, metavar="N", help="prompt tokens to read in one call")
+    add("--system-prompt", type=text, metavar="TEXT", help="instructions to the model, before the first message")
+    add(
+        "--max-tokens",
+        "-m",
+        type=int,
+        default=max_tokens,
+        metavar="N",
+        help="maximum length of an answer in tokens; -1: no limit",
+    )
+    add("--temp", type=float, default=0.0, metavar="T", help="sampling temperature; 0: always take the likeliest token")
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="sample from the likeliest tokens that add up to this probability",
+    )
+    add(
+        "--xtc-probability",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="XTC sampling: how often to exclude the likeliest tokens",
+    )
+    add(
+        "--xtc-threshold",
+        type=float,
+        default=0.1,
+        metavar="P",
+        help="XTC sampling: exclude those above this probability, except for the last",
+    )
+    add("--seed", type=int, default=seed, metavar="N", help="seed of the random numbers")
+    add("--max-kv-size", type=int, metavar="N", help="remember only the last N tokens (default: all)")
+    add("--prefill-step-size", type=int, default=2048, metavar="N", help="read the prompt in calls of N tokens")
 
 
 def sampler_maker(args: argparse.Namespace) -> Callable[..., Callable]:
@@ -48,6 +73,33 @@ def sampler_maker(args: argparse.Namespace) -> Callable[..., Callable]:
     return maker
 
 
+# Options of the same names as fields of GlassConfig, which are their defaults.
+_CHOICES: dict[str, dict[str, Any]] = {
+    "global_weight": {
+        "type": global_weight,
+        "metavar": "WEIGHT",
+        "help": "weight of the global ranks in rank fusion, 0 to 1; auto: rank by expected energy (default: auto)",
+    },
+    "layer_budgets": {
+        "choices": LAYER_BUDGETS,
+        "help": "measured: more neurons for the layers that matter more; uniform: the same share of every layer",
+    },
+    "signal": {"choices": SIGNALS, "help": "what to rank neurons by"},
+}
+
+
+def add_choice_options(parser: argparse._ActionsContainer, *names: str) -> None:
+    """Add some of the options that say how neurons are chosen, each of one value."""
+    for name in names:
+        parser.add_argument(f"--{name.replace('_', '-')}", default=getattr(GlassConfig, name), **_CHOICES[name])
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="let tokenizers run code from their repository"
+    )
+
+
 def add_glass_options(parser: argparse.ArgumentParser, build: bool) -> None:
     """Add GLASS's options; ``build`` is whether ranks are measured at first use unless told otherwise."""
     group = parser.add_argument_group("GLASS")
@@ -60,48 +112,35 @@ def add_glass_options(parser: argparse.ArgumentParser, build: bool) -> None:
     group.add_argument(
         "--quality",
         choices=QUALITIES,
-        help="instead of --density: the one that costs about what quantising to 8, 4 or 3 bits does",
+        help="instead of --density: the density that costs about as much as quantising to 8, 4 or 3 bits",
     )
-    group.add_argument(
-        "--global-weight",
-        type=global_weight,
-        default=GlassConfig.global_weight,
-        metavar="WEIGHT",
-        help="fuse ranks with this weight of the global ranks, 0 to 1; auto: rank by expected energy (default: auto)",
-    )
-    group.add_argument(
-        "--layer-budgets",
-        choices=LAYER_BUDGETS,
-        default=GlassConfig.layer_budgets,
-        help="give layers their neurons by how sensitive the model is to each, or all the same share",
-    )
+    add_choice_options(group, "global_weight", "layer_budgets", "signal")
     group.add_argument(
         "--compensation",
         action=argparse.BooleanOptionalAction,
         default=GlassConfig.compensation,
-        help="predict what the dropped neurons would add; without it they add nothing (default: on)",
+        help="predict what the dropped neurons would add, instead of nothing (default: on)",
     )
-    group.add_argument("--signal", choices=SIGNALS, default=GlassConfig.signal, help="what neurons are ranked by")
     group.add_argument("--refresh", help=argparse.SUPPRESS)  # retired (model/config.py)
-    group.add_argument("--stats", metavar="FILE", help="global ranks (default: looked up)")
-    group.add_argument("--stats-repo", metavar="REPO", help="Hub repository of global ranks, owner/name[@revision]")
+    group.add_argument("--stats", metavar="FILE", help="file of global ranks (default: looked up)")
+    group.add_argument("--stats-repo", metavar="REPO", help="Hub repository with global ranks: owner/name[@revision]")
     group.add_argument(
         "--build",
         action=argparse.BooleanOptionalAction,
         default=build,
-        help="where a model has no global ranks yet, measure them first (default: %(default)s)",
+        help=f"measure the global ranks first if the model has none (default: {'on' if build else 'off'})",
     )
     group.add_argument(
         "--max-session-memory",
         type=memory_size,
         metavar="SIZE",
-        help="memory for the compact weights of all conversations, such as 2GB; idle ones give theirs up "
-        "(default: half of what the model leaves)",
+        help="memory for the compact weights of all conversations, such as 2GB; idle conversations give up theirs "
+        "(default: half of what the model leaves free)",
     )
     group.add_argument(
         "--low-memory",
         action=argparse.BooleanOptionalAction,
-        help="decode without the dense FFN weights; each prompt reads them again (default: where memory is short)",
+        help="keep no dense FFN weights while decoding: each prompt reads them from disk (default: if memory is short)",
     )
     group.add_argument("--dense", action="store_true", help="decode with all neurons, as mlx-lm does")
 
@@ -118,10 +157,10 @@ def add_verify_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--verify",
         action="store_true",
-        help="only draft sparsely, and check with the dense model: its answer, faster where drafts are mostly right",
+        help="draft with the sparse model, check with the dense one: the dense answer, faster if most drafts are right",
     )
     group.add_argument(
-        "--draft-tokens", type=int, metavar="K", help="draft always so many tokens (default: as many as pay)"
+        "--draft-tokens", type=int, metavar="K", help="always draft K tokens (default: as many as pay off)"
     )
 
 
@@ -136,23 +175,23 @@ def add_float32(parser: argparse.ArgumentParser) -> None:
         "--float32",
         action=argparse.BooleanOptionalAction,
         default=mx.default_device() == mx.Device(mx.cpu),
-        help="compute in float32, much faster than 16 bits on a CPU (default: on a CPU)",
+        help="compute in float32, which is much faster than 16 bits on a CPU (default: on a CPU)",
     )
 
 
 def add_model_or_shape(parser: argparse.ArgumentParser) -> None:
     """Add the options for what to measure: a model, or random weights of a model's shape."""
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--model", help=f"directory, Hub repository or alias (default: {DEFAULT_MODEL})")
+    what.add_argument("--model", help=f"an alias, a Hub repository or a directory (default: {DEFAULT_MODEL})")
     what.add_argument(
         "--shape",
         choices=SHAPES,
         metavar="MODEL",
-        help=f"random weights of this model's shape, for speed only, without a download: {', '.join(SHAPES)}",
+        help=f"random weights in this model's shape, to measure speed without a download: {', '.join(SHAPES)}",
     )
-    parser.add_argument("--layers", type=positive, help="with --shape: number of layers, for small machines")
-    parser.add_argument("--bits", type=int, choices=BITS, default=4, help="with --shape: of a weight (default: 4)")
+    parser.add_argument("--layers", type=positive, help="with --shape: use only this many layers, for small machines")
+    parser.add_argument("--bits", type=int, choices=BITS, default=4, help="with --shape: bits per weight (default: 4)")
 
 
 def add_verbose(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--verbose", action="store_true", help="show the tracebacks of errors")

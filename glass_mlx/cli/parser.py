@@ -16,7 +16,7 @@ class _Formatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
-        if default in (None, argparse.SUPPRESS, (), [], "") or default is False or "default" in text:
+        if default in (None, argparse.SUPPRESS, (), [], {}, "") or default is False or "default" in text:
             return text
         shown = ",".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
         return f"{text} (default: {'on' if default is True else shown.replace('%', '%%')})"

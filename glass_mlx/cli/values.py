@@ -18,7 +18,7 @@ def density(text: str) -> float:
     try:
         return GlassConfig(density=float(text)).density
     except (GlassError, ValueError) as e:
-        raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1") from e
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and at most 1") from e
 
 
 def global_weight(text: str) -> float | str:
@@ -26,7 +26,7 @@ def global_weight(text: str) -> float | str:
     try:
         return GlassConfig(global_weight=text if text == "auto" else float(text)).global_weight
     except (GlassError, ValueError) as e:
-        raise argparse.ArgumentTypeError(f'{text!r} is neither "auto" nor in 0 to 1') from e
+        raise argparse.ArgumentTypeError(f'{text!r} is neither "auto" nor a number from 0 to 1') from e
 
 
 def list_of(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
@@ -37,7 +37,7 @@ def list_of(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 def positive(text: str) -> int:
     """Parse a positive integer; argparse reports the error."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
 
 
@@ -46,14 +46,14 @@ def one_of(names: Collection[str]) -> Callable[[str], str]:
 
     def parse(text: str) -> str:
         if text not in names:
-            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(names)}")
         return text
 
     return parse
 
 
 def text(argument: str) -> str:
-    """A text from the command line, in which bytes that are no text of this machine's are replaced."""
+    """A text from the command line, in which bytes that this machine does not read as text are replaced."""
     return argument.encode(errors="surrogateescape").decode(errors="replace")
 
 
