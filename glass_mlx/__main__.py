@@ -15,13 +15,17 @@ COMMANDS = {
     "tradeoff": "compare the speed and fidelity of all ways to decode",
     "families": "list the model families that are covered",
 }
-USAGE = f"usage: glass_mlx {{{','.join(COMMANDS)}}} ..."
+USAGE = "usage: glass_mlx COMMAND [options]; glass_mlx --help lists the commands"
 
 
 def main() -> None:
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if command in ("-h", "--help"):
-        print(USAGE, *(f"  {name:10} {does}" for name, does in COMMANDS.items()), sep="\n")
+    if command in ("-h", "--help", "help"):
+        print(
+            "usage: glass_mlx COMMAND [options]\n",
+            *(f"  {name:10} {does}" for name, does in COMMANDS.items()),
+            sep="\n",
+        )
         print("\nglass_mlx COMMAND --help says more about each.")
     elif command == "--version":
         from ._version import __version__

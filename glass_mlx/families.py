@@ -18,6 +18,7 @@ from .cli.options import add_verbose
 from .cli.output import say
 from .cli.parser import Parser
 from .cli.running import run
+from .hub.names import near_miss
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -36,7 +37,8 @@ def main() -> None:
     known = model_types()
     for name in args.names:
         if name not in known:
-            parser.error(f"mlx-lm has no model family {name!r}")
+            close = near_miss(name, known)
+            parser.error(f"mlx-lm has no model family {name!r}{close and f'; {close}'}")
     run(lambda: _print(args.names or known, args.json), args.verbose)
 
 

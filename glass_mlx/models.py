@@ -16,15 +16,14 @@ from .cli.output import print_table, say
 from .cli.parser import Parser
 from .cli.running import run
 from .errors import GlassError, printable
-from .hub.names import ALIASES, DEFAULT_MODEL
+from .hub.names import ALIASES, DEFAULT_MODEL, repository_of
 
 _MODEL = "an alias, a Hub repository or a directory"
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     parser = Parser("glass_mlx.models", description="Models on this machine. Without a command: list.")
-    commands = parser.add_subparsers(dest="command")
-    parser.set_defaults(does=_list, all=False, json=False, verbose=False)
+    commands = parser.add_subparsers(dest="command", required=True)
 
     def add(name: str, does: Any, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
@@ -47,7 +46,10 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args = setup_arg_parser().parse_args()
+    given = sys.argv[1:]
+    if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help", "--version")):
+        given = ["list", *given]
+    args = setup_arg_parser().parse_args(given)
     run(lambda: args.does(args), args.verbose)
 
 
@@ -88,7 +90,7 @@ def _pull(args: argparse.Namespace) -> None:
 
     if args.model == DEFAULT_MODEL:
         raise GlassError(f"{DEFAULT_MODEL} comes with the package: there is nothing to download.")
-    size = check_room(ALIASES.get(args.model, args.model), args.revision)
+    size = check_room(repository_of(args.model), args.revision)
     if size is not None:
         say(f"{args.model}: {size} to download")
     say(resolve_model(args.model, args.revision))

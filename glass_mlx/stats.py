@@ -229,7 +229,9 @@ def _find(name: str) -> Path:
             continue
         if names & {metadata.get("model"), metadata.get("original"), path.stem}:
             return path
-    raise GlassError(f"There is no ranks file {name}, nor one on this machine for a model of that name.")
+    raise GlassError(
+        f"There is no ranks file {name}, nor one on this machine for a model of that name: stats list lists them."
+    )
 
 
 def _list(args: argparse.Namespace) -> None:

@@ -47,11 +47,11 @@ def test_commands(invoke, name):
 
 
 def test_dispatch(invoke):
-    assert invoke(__main__.main).out.startswith("usage: glass_mlx {chat,generate")
+    assert invoke(__main__.main).out.startswith("usage: glass_mlx COMMAND")
     done = invoke(__main__.main, "chant")
     assert done.code == 2 and done.out == ""
     assert "no command 'chant'" in done.err and "did you mean chat?" in done.err
-    for arguments in ((), ("--help",), ("-h",)):
+    for arguments in ((), ("--help",), ("-h",), ("help",)):
         lines = invoke(__main__.main, *arguments).out.splitlines()
         for name, does in __main__.COMMANDS.items():
             assert [line for line in lines if line.split()[:1] == [name] and does in line and len(line) <= 80]

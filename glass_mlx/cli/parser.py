@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
+from itertools import chain
 from typing import Any
 
 from .._version import __version__
@@ -31,7 +33,22 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("--version", action="version", version=f"glass_mlx {__version__}")
 
     def error(self, message: str) -> None:
-        wrong = re.match(r"unrecognized arguments: (--[^ =]+)", message)
-        close = near_miss(wrong[1], self._option_string_actions) if wrong else ""
+        meant = self._meant(message)
         usage = f"usage: {self.prog} [options]; {self.prog} --help lists them"
-        self.exit(2, f"{usage}\n{self.prog}: error: {printable(message)}{close and f'; {close}'}\n")
+        self.exit(2, f"{usage}\n{self.prog}: error: {printable(message + (meant and f'; {meant}'))}\n")
+
+    def _meant(self, message: str) -> str:
+        """What may have been meant by an argument that an error message of argparse is about; empty if nothing is."""
+        if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            return near_miss(choice[1], re.findall(r"[^', ]+", choice[2]))
+        if not (wrong := re.match(r"unrecognized arguments: (.+)", message)):
+            return ""
+        if wrong[1].startswith("-"):
+            return near_miss(re.split("[ =]", wrong[1])[0], self._options())
+        taking = [option for option in ("--prompt", "--model") if option in self._options()]
+        return f"did you mean {taking[0]} {shlex.quote(wrong[1].partition(' -')[0])}?" if taking else ""
+
+    def _options(self) -> set[str]:
+        """The names of all options, those of a command's commands too."""
+        below = (a.choices.values() for a in self._actions if isinstance(a, argparse._SubParsersAction))
+        return {*self._option_string_actions, *(name for p in chain(*below) for name in p._option_string_actions)}
