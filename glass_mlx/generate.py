@@ -22,6 +22,7 @@ from .cli.options import (
     sampler_maker,
     verify_options,
 )
+from .cli.output import say
 from .cli.parser import Parser
 from .cli.running import run
 from .cli.values import template_args, text
@@ -155,7 +156,7 @@ def _generate(args: argparse.Namespace, template: dict[str, Any]) -> None:
         print(json.dumps(_as_json(answer, tokens, response)))
     elif decorated:
         print("\n" + "=" * 10)
-        print(statistics(response))
+        say(statistics(response))
         if args.verify or args.draft_model:
             print(f"Drafted: {drafted / len(tokens):.0%} of the tokens")
     else:
