@@ -101,4 +101,4 @@ def test_without_global_ranks(invoke, tiny_dir):
 
 def test_an_unknown_task(invoke, tiny_dir):
     outcome = invoke(main, "--model", tiny_dir, "--exact", "recall,history")
-    assert outcome.code == 2 and "'history' is none of recall, facts" in outcome.err
+    assert outcome.code == 2 and "'history' is not one of recall, facts" in outcome.err
