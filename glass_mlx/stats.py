@@ -97,8 +97,9 @@ def _add_build_options(build: argparse.ArgumentParser) -> None:
         "--stable-at",
         type=density,
         default=DEFAULT_STABLE_AT,
-        metavar="X",
-        help="stop when two halves of the text agree on this share of the better neurons (default: %(default)s)",
+        metavar="E",
+        help="stop when choosing by half of the text is this efficient: the energy that must be dropped, as a share of "
+        "what is (default: %(default)s)",
     )
     build.add_argument("--all", action="store_true", help="read all --tokens, however stable the ranks are")
     build.add_argument(
@@ -212,7 +213,9 @@ def _read_text(path: Path) -> str:
 def _stability(statistics: GlobalStatistics) -> str:
     try:
         s = json.loads(statistics.metadata["stability"])
-        return f"halves agree on {s['overlap']:.1%} of the better neurons, rank correlation {s['correlation']:.3f}"
+        overlap, correlation = s["overlap"], s["correlation"]
+        stable = f"{s['efficiency']:.1%} stable, " if "efficiency" in s else ""  # not in older files
+        return f"{stable}halves agree on {overlap:.1%} of the better neurons, rank correlation {correlation:.3f}"
     except (KeyError, ValueError, TypeError):
         return "stability unknown"
 

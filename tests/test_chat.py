@@ -256,7 +256,7 @@ def test_interrupted_measuring(talk, chats, tiny_dir, small_builds, monkeypatch,
     done = talk("Hi", options=("--model", tiny_dir, "--build"))
     assert done.code == 0 and len(STATUS.findall(done.out)) == 1
     assert re.search(r"stopped: \d+ tokens are kept", caplog.text) and chats[0].model.global_ranks is None
-    assert [path.suffix for path in (tmp_path / "glass_cache_dir").iterdir()] == [".partial"]
+    assert [path.suffix for path in (tmp_path / "glass_cache_dir").iterdir()] == [".read"]
     assert talk("/measure", "Hi", options=("--model", tiny_dir)).code == 0
     assert chats[1].model.global_ranks is not None
     assert len(calls) == 4  # the first batch was kept
