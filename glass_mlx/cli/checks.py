@@ -59,8 +59,10 @@ CHOICE = "global_weight layer_budgets compensation signal stats stats_repo max_s
 GLASS = (Idle("density", beside="quality"), Idle("stats_repo build", beside="stats"))
 DENSE = Idle("density quality low_memory", beside="dense")
 VERIFY = Idle("draft_tokens", without="verify")
-SAMPLING = (Idle("top_p xtc_probability xtc_threshold seed", without="temp"),)
-SAMPLING += (Idle("xtc_threshold", without="xtc_probability"),)
+SAMPLING = (
+    Idle("top_p xtc_probability xtc_threshold seed", without="temp"),
+    Idle("xtc_threshold", without="xtc_probability"),
+)
 KV = Idle("kv_group_size quantized_kv_start", without="kv_bits")
 SHAPE = Idle("layers bits", without="shape", refused=True)
 
