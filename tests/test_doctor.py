@@ -18,9 +18,6 @@ from glass_mlx.model.session import Session
 FEW = ("bfloat16", "4-bit/64")
 
 
-pytestmark = pytest.mark.usefixtures("log_level")
-
-
 @pytest.fixture(scope="module")
 def run() -> tuple[diagnosis.Report, str]:
     """A whole run, and the screen."""

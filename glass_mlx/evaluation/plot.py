@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import GlassError
 from ..files import write_atomically
 from ..ranks.format import GlobalStatistics
-from .selectors import SELECTORS
+from .names import SELECTORS
 
 
 def plot_ranks(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..ranks import measure
-from ..ranks.amounts import DEFAULT_STABLE_AT, FIRST_STABLE_AT
+from ..ranks.amounts import DEFAULT_STABLE_AT, DEFAULT_TOKENS, FIRST_STABLE_AT
 from ..ranks.bars import READING
 from ..ranks.format import GlobalStatistics
 from .catalogue import Source
@@ -126,7 +126,8 @@ class Measurement:
         if self._first is None or self._first[0] != phase:
             self._first = phase, now, done
         _, started, before = self._first
-        left = (total - done) * (now - started) / (done - before) if done > before else None
+        known = phase != READING or total < DEFAULT_TOKENS  # how many tokens will do shows after the first batches
+        left = (total - done) * (now - started) / (done - before) if known and done > before else None
         tokens = done if phase == READING else self._progress.tokens
         share = min(1.0, done / max(1, total))
         self._progress = replace(self._progress, phase=phase, tokens=tokens, share=share, seconds_left=left)
