@@ -78,7 +78,7 @@ def test_build(build, tiny, tiny_dir):
     file = build("--all")
     ranks = GlobalStatistics.read(file).check(tiny[0])
     assert {p.name for p in file.parent.iterdir()} == {file.name, f"{file.name}.read"}
-    method = "null prompt and chat null prompt"
+    method = "null prompt and chat null prompt and own conversation"
     expected = {"model": "tiny", "method": method, "length": "8", "temperature": "1.0", "seed": "0"}
     assert expected.items() <= ranks.metadata.items() and 60 <= int(ranks.metadata["tokens"]) < 96
     assert glass_mlx.load(tiny_dir, stats=file)[0].global_ranks is not None
@@ -102,7 +102,12 @@ def test_build_stops_when_stable(build, options, batches):
 
 @pytest.mark.parametrize(
     "option, method",
-    [("--text", "text"), ("--dataset", "dataset"), ("--chat", "chat null prompt"), ("--no-chat", "null prompt")],
+    [
+        ("--text", "text"),
+        ("--dataset", "dataset"),
+        ("--chat", "chat null prompt and own conversation"),
+        ("--no-chat", "null prompt"),
+    ],
 )
 def test_sources(build, tmp_path, option, method):
     file = tmp_path / "given.txt"

@@ -109,7 +109,7 @@ def test_metadata(tiny):
     expected = {"format_version": "1", "model": "mine", "model_type": "llama", "fingerprint": fingerprint(tiny[0])}
     expected |= {
         "sizes": "[96, 96]",
-        "method": "null prompt and chat null prompt",
+        "method": "null prompt and chat null prompt and own conversation",
         "length": "8",
         "temperature": "1.0",
         "seed": "3",
