@@ -15,7 +15,7 @@ and less for any other. Constants and forms are this project's own and were meas
 A block of routed experts shares the energy of a token among the experts that it is routed to, a of them: a prompt that
 sent an expert n_e tokens left n_e / a there. What is chosen are neurons within each expert, so each has an expectation
 of its own: its domains are worth m tokens of that expert, whatever their share of the routing is. An expert that saw
-none of the prompt is decided by its domains alone. (This form was reasoned, not measured.)
+none of the prompt is decided by its domains alone.
 """
 
 from __future__ import annotations
