@@ -60,7 +60,8 @@ def metal_rules(request):
 
 @pytest.fixture(autouse=True)
 def isolation(tmp_path, monkeypatch):
-    """No Hub, and caches of the test's own."""
+    """No Hub, caches of the test's own, and Metal's rules held against its own graphs."""
+    metal.forget()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     for name in ("HF_HOME", "XDG_CACHE_HOME", "GLASS_CACHE_DIR"):
