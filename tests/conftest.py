@@ -32,6 +32,8 @@ from glass_mlx.ranks.sources import given_sequences
 
 ROOT = Path(glass_mlx.__file__).parents[1]
 
+gc.disable()  # until all tests are collected: what is imported stays
+
 # MLX's compiler: on a CPU a first run waits for C++'s, and the rules of Metal cannot be read off compiled graphs.
 mx.disable_compile()
 
@@ -39,6 +41,7 @@ mx.disable_compile()
 def pytest_collection_finish():
     """What was imported stays, and collecting garbage, which some tests do often, need not look at it."""
     gc.freeze()
+    gc.enable()
 
 
 def pytest_addoption(parser):
