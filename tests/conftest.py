@@ -15,6 +15,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"  # before anything reads them
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's: threads that wait for each other use up the time of other workers
+os.environ["SSL_CERT_DIR"] = os.path.dirname(__file__)  # or each call of httpx reads who may be trusted
 
 import metal
 import mlx.core as mx
@@ -174,6 +175,21 @@ def small_steps(monkeypatch):
 def model_copy(tiny_dir, tmp_path) -> Path:
     """A copy of the random model's directory, to be damaged."""
     return shutil.copytree(tiny_dir, tmp_path / "model")
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+    """The figures that were saved, which takes longer the more dots there are."""
+    from matplotlib.figure import Figure
+
+    figures, original = [], Figure.savefig
+
+    def savefig(figure, *args, **options):
+        figures.append(figure)
+        return original(figure, *args, **options | {"dpi": 20})
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return figures
 
 
 @dataclass

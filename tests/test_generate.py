@@ -345,9 +345,10 @@ def test_usage_errors(invoke, options):
     assert options[0] in done.err.splitlines()[-1]
 
 
-@pytest.fixture
-def failing(tiny_dir, tmp_path):
+@pytest.fixture(scope="module")
+def failing(tiny_dir, tmp_path_factory):
     """Options that fail, by name."""
+    tmp_path = tmp_path_factory.mktemp("failing")
     (tmp_path / "garbage.safetensors").write_bytes(b"\x07" * 99)
     mx.save_safetensors(str(tmp_path / "weights.safetensors"), {"a": mx.ones(3)})
     save_prompt_cache(str(tmp_path / "plain.safetensors"), [KVCache.from_state((*mx.ones((2, 1, 4, 2, 32)), 2))])
