@@ -295,8 +295,9 @@ def test_memory_options_change_no_token(invoke):
 def test_dense_is_mlx_lm(demo, invoke, options):
     expected = mlx_lm.generate(demo[0].dense, demo[1], PROMPT, max_tokens=N)
     assert json.loads(invoke(main, *RAW, "--json", *options).out)["text"] == expected
-    assert invoke(main, *RAW, "--verbose", "False", *options).out == f"{expected}\n"
-    assert expected in invoke(main, *RAW, *options).out
+    if options == ("--dense",):
+        assert invoke(main, *RAW, "--verbose", "False", *options).out == f"{expected}\n"
+        assert expected in invoke(main, *RAW, *options).out
 
 
 @pytest.mark.parametrize(

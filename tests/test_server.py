@@ -274,7 +274,7 @@ def test_next_turn_pays_only_for_new_tokens(client, density):
     """And for the answer before it."""
     messages = [{"role": "user", "content": "I am looking for a cheap hotel in Cambridge. " * 6}]
     known = 0
-    for _ in range(3):
+    for _ in range(2):
         answer = client.chat.completions.create(model="demo", messages=messages, extra_body={"density": density})
         usage = answer.usage
         assert usage.prompt_tokens_details.cached_tokens >= known
@@ -373,7 +373,7 @@ def test_tools_and_reasoning(client, monkeypatch, stream):
 
 
 def test_concurrent_clients_get_what_they_would_get_alone(served):
-    questions = [f"Tell me of the {thing}." for thing in "sea hill road mill".split()]
+    questions = [f"Tell me of the {thing}." for thing in "sea hill road".split()]
     said: dict[str, str] = {}
 
     def ask(question: str, stream: bool) -> str:
