@@ -464,7 +464,7 @@ def test_idle_unload_frees_memory(make):
     before = mx.get_active_memory()
     engine = make(idle_timeout=0.3)
     text(engine.submit(ask("Hello")))
-    loaded = mx.get_active_memory()
+    loaded = engine.call(lambda *_: mx.get_active_memory()).result()  # on its thread, where it is loaded for certain
     deadline = time.monotonic() + 60
     while engine.status().state != "unloaded" and time.monotonic() < deadline:
         time.sleep(0.05)
