@@ -15,7 +15,8 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"  # before anything reads them
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's: threads that wait for each other use up the time of other workers
-os.environ["SSL_CERT_DIR"] = os.path.dirname(__file__)  # or each call of httpx reads who may be trusted
+os.environ["SSL_CERT_DIR"] = os.path.dirname(__file__)  # no server has a certificate, and each client of httpx's would
+os.environ.pop("SSL_CERT_FILE", None)  # take long to read those of all authorities
 
 import metal
 import mlx.core as mx
