@@ -76,19 +76,19 @@ def test_empty_text(demo):
 
 
 @pytest.mark.parametrize("signal", ["impact", "activation"])
-def test_response(demo, signal):
+def test_response(exact, signal):
     options = {"density": 0.3, "global_weight": 0.25, "signal": signal}
-    responses = list(stream_generate(*demo, PROMPT, N, **options))
-    total = sum(block.size for block in demo[0].blocks)
+    responses = list(stream_generate(*exact, PROMPT, N, **options))
+    total = sum(block.size for block in exact[0].blocks)
     for n, r in enumerate(responses, 1):
         assert (r.density, r.global_weight, r.signal) == (0.3, 0.25, signal)
         assert (r.kept_neurons, r.total_neurons) == (round(0.3 * total), total)
-        assert (r.prompt_tokens, r.generation_tokens) == (len(demo[1].encode(PROMPT)), n)
+        assert (r.prompt_tokens, r.generation_tokens) == (len(exact[1].encode(PROMPT)), n)
         assert r.logprobs.shape == (4096,) and not r.from_draft
         assert min(r.prompt_tps, r.peak_memory) > 0
         assert (r.generation_tps > 0) == (n > 1)  # one token is no interval
     assert [r.finish_reason for r in responses] == [None] * (N - 1) + ["length"]
-    assert generate(*demo, PROMPT, max_tokens=N, **options) == "".join(r.text for r in responses)
+    assert generate(*exact, PROMPT, max_tokens=N, **options) == "".join(r.text for r in responses)
 
 
 @pytest.mark.parametrize(
@@ -138,9 +138,9 @@ def test_prompt_cache_over_turns(exact):
     assert cache[0].offset == cache[-1].offset == len(whole) + 5
 
 
-def test_evidence_of_both_turns(demo):
+def test_evidence_of_both_turns(exact):
     """And of the answer in between."""
-    model, tokenizer = demo
+    model, tokenizer = exact
     cache = model.make_cache()
     list(stream_generate(model, tokenizer, PROMPT, 3, prompt_cache=cache))
     before, said = model.session(cache).energy, model.session(cache).generated
@@ -247,8 +247,8 @@ def test_input_embeddings(exact):
     assert said == _tokens(stream_generate(*exact, tokens, N))
 
 
-def test_verbose(demo, capsys):
-    text = generate(*demo, PROMPT, max_tokens=N, verbose=True)
+def test_verbose(exact, capsys):
+    text = generate(*exact, PROMPT, max_tokens=N, verbose=True)
     out = capsys.readouterr().out
     assert text in out and "GLASS: density 0.5" in out and f"Generation: {N} tokens" in out
 
