@@ -20,8 +20,9 @@ from glass_mlx.generate import main
 
 PROMPT = [3, 14, 15, 9, 26, 5, 35]
 N = 16
-FAMILIES = """llama qwen2 qwen3 gemma gemma2 gemma3_text phi3 gpt2 gpt_neox phi olmo2 olmo3 cohere cohere2 internlm2
-    starcoder2 exaone exaone4 stablelm minicpm granite glm4 smollm3 helium nemotron gptj""".split()
+# Of every kind of projection table, attention and cache that can be trimmed.
+FAMILIES = """llama qwen3 gemma2 gemma3_text phi3 gpt2 gpt_neox phi olmo3 cohere2 internlm2 starcoder2 exaone4 minicpm
+    glm4 nemotron""".split()
 
 
 def dense(model: GlassModel, prompt: list[int], n: int = N, **options) -> list[int]:
