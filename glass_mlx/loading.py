@@ -19,7 +19,7 @@ from .decoding.memory_plan import plan_memory
 from .errors import GlassError
 from .hub.access import hub_access
 from .hub.model_files import check_model, problem
-from .hub.names import ALIASES, DEFAULT_MODEL, DEMO_PATH, near_miss
+from .hub.names import ALIASES, DEFAULT_MODEL, DEMO_PATH, near_miss, repository_of
 from .model.config import GlassConfig
 from .model.glass_model import GlassModel
 from .model.quality import costs_more_than, density_for
@@ -64,13 +64,7 @@ def resolve_model(name: str | Path, revision: str | None = None) -> Path:
         return path
     if path.exists():
         raise GlassError(f"{path} is a file: give the model's directory.")
-    repo = ALIASES.get(str(name), str(name))
-    if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
-        close = near_miss(str(name), (DEFAULT_MODEL, *ALIASES))
-        raise GlassError(
-            f"Unknown model {str(name)!r}: {close or 'give a directory, a Hub repository or an alias (mistral-7b).'} "
-            "All aliases: python -m glass_mlx.models list --all"
-        )
+    repo = repository_of(str(name))
     try:
         with hub_access(repo, revision):
             path = Path(snapshot_download(repo, revision=revision, allow_patterns=MODEL_FILES))

@@ -74,6 +74,15 @@ def isolation(tmp_path, monkeypatch):
     monkeypatch.delenv("GLASS_STATS_REPO", raising=False)
 
 
+@pytest.fixture(autouse=True)
+def log_level():
+    """A command may silence the package's warnings; the next test finds them on again."""
+    logger = logging.getLogger("glass_mlx")
+    level = logger.level
+    yield
+    logger.setLevel(level)
+
+
 @pytest.fixture(scope="session")
 def demo():
     """The demo model and its tokenizer. Tests leave them as they are: what changes is in prompt caches."""
@@ -245,12 +254,3 @@ def python(tmp_path):
 def python_m(python):
     """Run ``python -m`` in a process of its own."""
     return lambda *args, stdin="": python("-m", *args, stdin=stdin)
-
-
-@pytest.fixture
-def log_level():
-    """A command may silence the package's warnings; the next test finds them on again."""
-    logger = logging.getLogger("glass_mlx")
-    level = logger.level
-    yield
-    logger.setLevel(level)

@@ -9,7 +9,8 @@ import pytest
 
 from glass_mlx.errors import GlassError
 from glass_mlx.evaluate import main
-from glass_mlx.evaluation.selectors import SELECTORS, choose_selectors
+from glass_mlx.evaluation.names import SELECTORS
+from glass_mlx.evaluation.selectors import choose_selectors
 
 
 @pytest.fixture
@@ -105,13 +106,13 @@ def test_own_precision(evaluated):
 @pytest.mark.parametrize(
     ("options", "code", "says"),
     [
-        (["--density", "0"], 2, "not above 0"),
-        (["--density", "0.5,"], 2, "not above 0"),
+        (["--density", "0"], 2, "not a number above 0"),
+        (["--density", "0.5,"], 2, "not a number above 0"),
         (["--global-weight", "0,2"], 2, "auto"),
         (["--tokens", "1"], 2, "at least 2"),
         (["--temp", "-1"], 2, "negative"),
         (["--prompt-tokens", "4,0"], 2, "above 0"),
-        (["--arms", "glass,magic"], 2, "'magic' is none of"),
+        (["--arms", "glass,magic"], 2, "'magic' is not one of"),
         (["--exact", "recall", "--tasks", "x"], 2, "not allowed"),
         (["--prompts", "nowhere.txt"], 1, "nowhere.txt"),
         (["--arms", "static"], 1, "no global ranks"),

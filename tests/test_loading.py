@@ -17,7 +17,6 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from glass_mlx import GlassConfig, GlassError, GlassModel, StatsError, loading
 from glass_mlx.loading import ALIASES, DEMO_PATH, load, resolve_model, wrap
 from glass_mlx.model.quality import QUALITIES, density_for
-from glass_mlx.ranks import lookup
 from glass_mlx.ranks.format import write_index
 from glass_mlx.ranks.lookup import STATS_DIR
 
@@ -193,7 +192,7 @@ def test_stats_repo(tiny_dir, written, monkeypatch):
         asked.append((repo, file, revision))
         return written.parent / file
 
-    monkeypatch.setattr(lookup, "download", download)
+    monkeypatch.setattr("glass_mlx.hub.access.download", download)
     model, _ = load(tiny_dir, stats_repo="me/ranks@abc")
     assert model.global_ranks is not None
     assert asked == [("me/ranks", "index.json", "abc"), ("me/ranks", written.name, "abc")]

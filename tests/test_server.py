@@ -29,8 +29,6 @@ from glass_mlx.serving.output_parser import OutputParser
 from glass_mlx.serving.request import Chunk
 from glass_mlx.serving.server import Server
 
-pytestmark = pytest.mark.usefixtures("log_level")  # the command sets it for the log file
-
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory, tiny_dir):
@@ -594,21 +592,6 @@ def test_settings_that_do_not_fit_the_model(invoke, tmp_path):
     assert done.code == 1 and "--kv-group-size" in done.err.splitlines()[-1]
 
 
-@pytest.mark.parametrize(
-    ("line", "idle"),
-    [
-        ("--kv-group-size 32", "--kv-group-size has no effect without --kv-bits"),
-        ("--draft-tokens 2", "--draft-tokens has no effect without --verify"),
-        ("--dense --quality fast", "--quality has no effect with --dense"),
-        ("--kv-bits 8 --kv-group-size 32 --verify --draft-tokens 2", None),
-    ],
-)
-def test_options_that_have_no_effect(invoke, monkeypatch, caplog, line, idle):
-    monkeypatch.setattr(server, "serve", lambda args: None)
-    assert invoke(server.main, *line.split()).code == 0
-    assert [record.getMessage() for record in caplog.records] == ([idle] if idle else [])
-
-
 def test_options():
     glass = "--dense --low-memory --max-session-memory 1MB"
     serving = "--idle-timeout 0 --prompt-cache-bytes 1.5GiB --allowed-origins http://a,http://b"
@@ -635,6 +618,7 @@ def test_allowed_origins(invoke, monkeypatch, text, origins):
 
 
 def test_without_the_libraries(monkeypatch, invoke):
-    monkeypatch.setattr(server, "_missing", "uvicorn")
+    monkeypatch.delitem(sys.modules, "glass_mlx.serving.server", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
     done = invoke(server.main)
     assert (done.code, done.err) == (1, "error: the server needs uvicorn: pip install 'glass_mlx[server]'\n")

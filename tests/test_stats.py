@@ -77,7 +77,7 @@ def fails(done, *says, code=1) -> None:
 def test_build(build, tiny, tiny_dir):
     file = build("--all")
     ranks = GlobalStatistics.read(file).check(tiny[0])
-    assert [p.name for p in file.parent.iterdir()] == [file.name]
+    assert {p.name for p in file.parent.iterdir()} == {file.name, f"{file.name}.read"}
     method = "null prompt and chat null prompt"
     expected = {"model": "tiny", "method": method, "length": "8", "temperature": "1.0", "seed": "0"}
     assert expected.items() <= ranks.metadata.items() and 60 <= int(ranks.metadata["tokens"]) < 96
@@ -118,15 +118,14 @@ def test_interrupted_build(command, build, tiny_dir, tmp_path, interrupted):
     out = tmp_path / "built" / "tiny.safetensors"
     done = command("build", "--model", tiny_dir, "--out", out, *FEW, "--all")
     assert (done.code, done.out, done.err) == (130, "", "")
-    assert [p.name for p in out.parent.iterdir()] == ["tiny.safetensors.partial"]
+    assert [p.name for p in out.parent.iterdir()] == ["tiny.safetensors.read"]
     continued = GlobalStatistics.read(build("--all"))
-    assert [p.name for p in out.parent.iterdir()] == [out.name]
     assert same(GlobalStatistics.read(build("--all", name="whole.safetensors")), continued)
 
 
 def test_interrupted_process(build, tiny_dir, tmp_path):
     out = tmp_path / "built" / "tiny.safetensors"
-    kept = out.with_name(f"{out.name}.partial")
+    kept = out.with_name(f"{out.name}.read")
     options = ("--model", tiny_dir, "--out", out, "--tokens", 10**9, *FEW[2:], "--all")
     command = [sys.executable, "-m", "glass_mlx.stats", "build", *map(str, options)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -145,7 +144,20 @@ def test_interrupted_process(build, tiny_dir, tmp_path):
         assert printed == b"" and re.fullmatch(rb".*stopped: [\d,]+ tokens are kept, .* goes on from them\n", said)
     assert process.returncode == 130 and not out.exists()
     build("--all")
-    assert out.exists() and not kept.exists()
+    assert out.exists()
+
+
+def test_refined_later(build, monkeypatch):
+    """A build of the same text goes on from what was read for the last one, and gives what one go does."""
+    batches, original = [], sources.batch_generate
+    monkeypatch.setattr(sources, "batch_generate", lambda *a, **k: batches.append(None) or original(*a, **k))
+    first = GlobalStatistics.read(build("--stable-at", "0.01"))
+    several = len(batches)
+    refined = GlobalStatistics.read(build("--all"))
+    in_all = len(batches)
+    assert int(first.metadata["tokens"]) < 60 <= int(refined.metadata["tokens"])
+    assert same(GlobalStatistics.read(build("--all", name="whole.safetensors")), refined)
+    assert 0 < several < in_all == len(batches) - in_all
 
 
 @pytest.mark.parametrize(
@@ -285,7 +297,7 @@ def test_diff(command, written, build):
 
 def test_diff_of_the_same(command, written):
     for layer in json.loads(command("diff", written, written, "--json").out)["layers"]:
-        assert all(v == {"correlation": pytest.approx(1), "overlap": 1.0} for v in layer.values())
+        assert all(v == {"correlation": pytest.approx(1), "overlap": 1.0, "efficiency": 1.0} for v in layer.values())
 
 
 def test_index(command, written, tmp_path):

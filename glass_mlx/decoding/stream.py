@@ -255,6 +255,6 @@ def statistics(r: GenerationResponse) -> str:
         expected = "" if r.expected_agreement is None else f", same top token {r.expected_agreement:.0%}"
         lines.append(
             f"GLASS: density {r.density:g}, {r.kept_neurons:,} of {r.total_neurons:,} FFN neurons, "
-            f"global weight {r.global_weight:g}, signal {r.signal or 'none'}{expected}"
+            f"global weight {r.global_weight:.2g}, signal {r.signal or 'none'}{expected}"
         )
     return "\n".join(lines)

@@ -23,13 +23,7 @@ from ..core.ranking import kept_count, rank, select
 from ..errors import GlassError
 from ..model.blocks import INTERLEAVED, Block
 from ..model.glass_model import GlassModel
-
-# The names of all selectors, in the order of the reports, and of those that need global statistics.
-SELECTORS = (
-    *("dense", "random", "magnitude", "static", "griffin", "glass-a", "glass-i", "expected", "griffin+", "glass-i+"),
-    *("glass-uniform", "glass", "oracle"),
-)
-GLOBAL = ("static", "glass-a", "glass-i", "glass-i+")
+from .names import GLOBAL
 
 
 @dataclass
@@ -124,7 +118,7 @@ def choose_selectors(names: list[str] | None, weights: list[float | str], has_st
     """The selectors with these names.
 
     Args:
-        names (list[str], optional): of ``SELECTORS``. Default: all that the model has what they need for.
+        names (list[str], optional): of ``names.SELECTORS``. Default: all that the model has what they need for.
         weights (list): global weights of ``glass-a`` and ``glass-i``. ``auto`` is left out: ``glass`` has it.
         has_statistics (bool): whether the model has global statistics.
 

@@ -22,6 +22,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from ..model.randomness import random_state_kept
+
 _PACKAGE = "mlx_lm.models"
 
 
@@ -279,15 +281,11 @@ def tiny_model(model_type: str, seed: int = 0) -> nn.Module:
         raise Unbuildable("needs Metal: its kernels have no CPU version in mlx-lm")
     module = _load(model_type)
     args = module.ModelArgs.from_dict(tiny_config(model_type))
-    # The global random state is a key; seeding with that key's number puts it back.
-    high, low = mx.random.state[0].tolist()
-    mx.random.seed(seed)
-    try:
+    with random_state_kept():
+        mx.random.seed(seed)
         model = module.Model(args)
         _enliven(model)
         mx.eval(model.parameters())
-    finally:
-        mx.random.seed((high << 32) | low)
     if hasattr(model, "_dummy_tokenizer_ids"):
         # phi3small masks tokens above 100256, for this vocabulary a write out of bounds.
         model._dummy_tokenizer_ids = mx.array([], dtype=mx.int32)

@@ -45,7 +45,7 @@ def measure_responses(
         rows (list[list[int]]): token sequences, each of which begins as a text does. Their first tokens do not count.
         ranks (list[mx.array]): the global ranks [F] of every block.
         rank (int): of the regression.
-        progress: called with the passes over the text that are done, and how many there are.
+        progress: called with how many tokens were read, in all passes over the text, and how many there are to read.
 
     Returns:
         list[Response | None]: of all blocks, in float16 but for the means; None for routed experts. Empty if no row has
@@ -58,13 +58,18 @@ def measure_responses(
     blocks = [model.blocks[i] for i in answered]
     groups = _groups(blocks)
     found: list[tuple[np.ndarray, np.ndarray]] = []
-    for done, members in enumerate(groups):
-        found += _directions(model, rows, [answered[i] for i in members], ranks, rank)
-        progress(done + 1, len(groups) + 1)
+    read, total = 0, (len(groups) + 1) * sum(map(len, rows))
+
+    def on_tokens(tokens: int) -> None:
+        nonlocal read
+        read += tokens
+        progress(read, total)
+
+    for members in groups:
+        found += _directions(model, rows, [answered[i] for i in members], ranks, rank, on_tokens)
     responses: list[Response | None] = [None] * len(model.blocks)
-    for i, response in zip(answered, _regressions(model, blocks, rows, found)):
+    for i, response in zip(answered, _regressions(model, blocks, rows, found, on_tokens)):
         responses[i] = response
-    progress(len(groups) + 1, len(groups) + 1)
     return responses
 
 
@@ -99,7 +104,12 @@ class _Moments:
 
 
 def _directions(
-    model: GlassModel, rows: list[list[int]], members: list[int], ranks: list[mx.array], rank: int
+    model: GlassModel,
+    rows: list[list[int]],
+    members: list[int],
+    ranks: list[mx.array],
+    rank: int,
+    on_tokens: Callable[[int], None],
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """For some blocks the mean input [H], and the directions [H, r] that say most of what the dropped neurons add."""
     blocks = [model.blocks[i] for i in members]
@@ -113,7 +123,7 @@ def _directions(
     def observe(i: int, x: mx.array, h: mx.array, weights: mx.array) -> list[mx.array]:
         return moments[i].add(x, outputs[i](h * dropped[i]), weights)
 
-    _read(model, blocks, rows, observe)
+    _read(model, blocks, rows, observe, on_tokens)
     found = []
     for moment in moments:
         mean, _, squares, cross = moment.central()
@@ -122,7 +132,11 @@ def _directions(
 
 
 def _regressions(
-    model: GlassModel, blocks: list[Block], rows: list[list[int]], directions: list[tuple[np.ndarray, np.ndarray]]
+    model: GlassModel,
+    blocks: list[Block],
+    rows: list[list[int]],
+    directions: list[tuple[np.ndarray, np.ndarray]],
+    on_tokens: Callable[[int], None],
 ) -> list[Response]:
     means = [mx.array(mean.astype(np.float32)) for mean, _ in directions]
     spans = [mx.array(span.astype(np.float32)) for _, span in directions]
@@ -131,7 +145,7 @@ def _regressions(
     def observe(i: int, x: mx.array, h: mx.array, weights: mx.array) -> list[mx.array]:
         return moments[i].add((x - means[i]) @ spans[i], h, weights)
 
-    _read(model, blocks, rows, observe)
+    _read(model, blocks, rows, observe, on_tokens)
     responses = []
     for mean, span, moment in zip(means, spans, moments):
         _, hidden, squares, cross = moment.central()
@@ -147,9 +161,15 @@ def _regressions(
     return responses
 
 
-def _read(model: GlassModel, blocks: list[Block], rows: list[list[int]], observe: _Observer) -> None:
+def _read(
+    model: GlassModel,
+    blocks: list[Block],
+    rows: list[list[int]],
+    observe: _Observer,
+    on_tokens: Callable[[int], None],
+) -> None:
     """Read rows with the dense model and show some blocks' inputs and hidden vectors; what is made of them is
-    evaluated."""
+    evaluated. ``on_tokens`` is told how many tokens a batch had."""
     rows = sorted(rows, key=len)  # so that there is little padding
     at_once = max(1, _MAX_HIDDEN // (len(rows[-1]) * max(block.size for block in blocks)))
     for first in range(0, len(rows), at_once):
@@ -170,6 +190,7 @@ def _read(model: GlassModel, blocks: list[Block], rows: list[list[int]], observe
         run_with(watching_inputs(blocks, keep) | hooked(blocks, show), model.dense, tokens)
         mx.eval(made)
         mx.clear_cache()
+        on_tokens(sum(map(len, part)))
 
 
 def _vectors(array: mx.array) -> mx.array:

@@ -18,6 +18,7 @@ from mlx_lm.sample_utils import make_sampler
 
 from ..errors import GlassError
 from ..model.glass_model import GlassModel
+from ..model.randomness import random_state_kept
 
 # The first batch of each kind of text has so many sequences, one for each half of the evidence, and each further one
 # twice as many up to the usual: a run that is stopped early has something to keep.
@@ -33,13 +34,18 @@ class Source:
         batch: a function from a batch's number to its token sequences, each of which begins as a text does (with BOS,
             say). An empty list ends the source. The same number gives the same sequences.
         settings: further entries of the metadata.
-        watchers: told how many tokens were generated, at every step of a batch.
+        watchers: told at every step how many tokens it has generated.
     """
 
     domains: tuple[str, ...]
     batch: Callable[[int], list[list[int]]]
     settings: dict[str, Any] = field(default_factory=dict)
     watchers: list[Callable[[int], None]] = field(default_factory=list)
+
+    def tell(self, tokens: int) -> None:
+        """Tell the watchers of a step."""
+        for watcher in self.watchers:
+            watcher(tokens)
 
     @property
     def method(self) -> str:
@@ -83,34 +89,30 @@ def null_prompt(
         except GlassError:
             if chat:
                 raise
-    sample, watchers = make_sampler(temp=temperature), []
+    sample = make_sampler(temp=temperature)
 
     def sampler(logprobs: mx.array) -> mx.array:
-        for told in watchers:
-            told(len(logprobs))
+        source.tell(len(logprobs))
         return sample(logprobs)
 
     batchable = all(hasattr(c, "merge") for c in make_prompt_cache(model.dense))
 
     def batch(number: int) -> list[list[int]]:
-        # The caller's random state is a key; seeding with that key's number puts it back.
-        high, low = mx.random.state[0].tolist()
-        mx.random.seed(int(np.random.SeedSequence((seed, number)).generate_state(1)[0]))
         turn, kind = divmod(number, len(starts))
         start = list(starts.values())[kind]
         prompts = [start] * batch_size(turn, sequences)
-        try:
+        with random_state_kept():
+            mx.random.seed(int(np.random.SeedSequence((seed, number)).generate_state(1)[0]))
             if batchable:
                 out = batch_generate(
                     model.dense, tokenizer, prompts, max_tokens=length, sampler=sampler, return_token_ids=True
                 )
                 return [[*start, *ids] for ids in out.token_ids]
             return [[*start, *_sample(model, tokenizer, start, length, sampler)] for _ in prompts]
-        finally:
-            mx.random.seed((high << 32) | low)
 
     settings = {"sequences": sequences, "length": length, "temperature": temperature, "seed": seed}
-    return Source(tuple(starts), batch, settings, watchers)
+    source = Source(tuple(starts), batch, settings)
+    return source
 
 
 def empty_message(tokenizer: Any) -> list[int]:

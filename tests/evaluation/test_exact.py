@@ -10,15 +10,15 @@ import pytest
 
 from glass_mlx.evaluate import main
 from glass_mlx.evaluation import exact
-from glass_mlx.evaluation.exact import Task
+from glass_mlx.evaluation.questions import TASKS, Task, read_questions
 from glass_mlx.evaluation.selectors import by_oracle, standard_selectors
 
-RECALL = exact.TASKS["recall"]
+RECALL = TASKS["recall"]
 
 
 def test_the_demo_model_recalls(demo):
     """Densely it mostly does, and the better the neurons, the more it keeps of that."""
-    questions = exact.read_questions("recall", 5)
+    questions = read_questions("recall", 5)
     assert {q["kind"] for q in questions} == {"city", "date", "time", "name"}
     selectors = {"random": standard_selectors([])["random"], "oracle": by_oracle}
     done = []
@@ -37,7 +37,7 @@ def test_the_demo_model_recalls(demo):
 
 def test_a_right_answer(demo):
     model, tokenizer = demo
-    batch = exact.QuestionBatch(model, tokenizer, RECALL, exact.read_questions("recall", 1))
+    batch = exact.QuestionBatch(model, tokenizer, RECALL, read_questions("recall", 1))
     answer = batch.questions[0]["checks"]["begins"]
     for text, right in {f"{answer} it is.": True, "No.": False, f"Not {answer}": False}.items():
         said = [*batch.begin[0], *tokenizer.encode(text, add_special_tokens=False)]
@@ -60,7 +60,7 @@ def test_an_answer_that_should_have_ended(demo):
 def test_the_beginning_is_decoded_sparsely(demo):
     """The prompt ends where the answer begins: without any neurons its first words lead nowhere."""
     model, tokenizer = demo
-    batch = exact.QuestionBatch(model, tokenizer, RECALL, exact.read_questions("recall", 2))
+    batch = exact.QuestionBatch(model, tokenizer, RECALL, read_questions("recall", 2))
     for q, prompt, begin in zip(batch.questions, batch.prompts, batch.begin):
         assert tokenizer.decode(begin).strip() == q["begin"] and q["begin"] not in tokenizer.decode(prompt)
     nothing = [mx.zeros((2, block.size), mx.bool_) for block in model.blocks]
@@ -101,4 +101,4 @@ def test_without_global_ranks(invoke, tiny_dir):
 
 def test_an_unknown_task(invoke, tiny_dir):
     outcome = invoke(main, "--model", tiny_dir, "--exact", "recall,history")
-    assert outcome.code == 2 and "'history' is none of recall, facts" in outcome.err
+    assert outcome.code == 2 and "'history' is not one of recall, facts" in outcome.err

@@ -51,12 +51,13 @@ def test_concentration(ranks, tmp_path, drawn, signal):
     assert signal in axes.get_title() and "tiny" in drawn[0].get_suptitle()
 
 
-def test_stability(ranks, tmp_path, drawn):
-    history = [[10, 0.5, 0.1], [20, 0.7, 0.4], [40, 0.8, 0.6]]
+@pytest.mark.parametrize("columns", [2, 3])  # older files lack the efficiency
+def test_stability(ranks, tmp_path, drawn, columns):
+    history = [row[: 1 + columns] for row in ([10, 0.5, 0.1, 0.4], [20, 0.7, 0.4, 0.8], [40, 0.8, 0.6, 0.9])]
     metadata = ranks.metadata | {"stability_history": json.dumps(history)}
     plot_ranks(replace(ranks, metadata=metadata), tmp_path / "x.png")
-    overlap, correlation = (np.transpose(line.get_data()).tolist() for line in drawn[0].axes[1].lines)
-    assert overlap == [[t, o] for t, o, _ in history] and correlation == [[t, c] for t, _, c in history]
+    lines = [np.transpose(line.get_data()).tolist() for line in drawn[0].axes[1].lines]
+    assert lines == [[[row[0], row[i]] for row in history] for i in range(1, 1 + columns)]
 
 
 @pytest.mark.parametrize(

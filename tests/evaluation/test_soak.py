@@ -11,8 +11,6 @@ from glass_mlx.evaluation import soak
 from glass_mlx.evaluation.soak import Sample, Traffic, growth, save_tiny_model
 from glass_mlx.serving.engine import Engine, EngineOptions
 
-pytestmark = pytest.mark.usefixtures("log_level")
-
 
 def samples(count: int, **figures) -> list[Sample]:
     """Samples whose figures are given as functions of their number."""

@@ -20,8 +20,7 @@ import mlx.core as mx
 import pytest
 
 import glass_mlx
-from glass_mlx.serving import engine as engine_module
-from glass_mlx.serving import worker
+from glass_mlx.serving import model_loading, worker
 from glass_mlx.serving.engine import Engine, EngineOptions
 from glass_mlx.serving.errors import BadRequest, EngineFailed, QueueFull, UnknownModel
 from glass_mlx.serving.queue import RoundRobinQueue
@@ -638,7 +637,7 @@ def test_the_engines_models(make, tiny_dir):
 
 def test_names_of_one_model_do_not_load_it_again(make, model_copy, monkeypatch):
     loads = []
-    monkeypatch.setattr(engine_module, "load", lambda path, **k: loads.append(path) or glass_mlx.load(path, **k))
+    monkeypatch.setattr(model_loading, "load", lambda path, **k: loads.append(path) or glass_mlx.load(path, **k))
     served = make(model=str(model_copy), load={"stats": False}, allow_paths=(model_copy.parent,))
     for name in ("default_model", "model", str(model_copy)):
         text(served.submit(ask("x", model=name)))
@@ -656,7 +655,7 @@ def test_memory_is_given_back_after_each_answer_and_wired_while_a_model_is_loade
         yield
         held.remove(model)
 
-    monkeypatch.setattr(engine_module, "wired_limit", wired)
+    monkeypatch.setattr(model_loading, "wired_limit", wired)
     engine = Engine(EngineOptions(str(tiny_dir), load={"stats": False}))
     try:
         assert not held

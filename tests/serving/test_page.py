@@ -603,10 +603,10 @@ def test_waits_with_words(visit):
     expect(visit.last).to_contain_text("Loading big…")
     expect(head).to_contain_text("loading big…")
     page.locator("#model").evaluate("e => { e.append(new Option('big')); e.value = 'big' }")
-    measuring = {"model": "big", "tokens": 400, "most_tokens": 1000, "seconds_left": 130, "stopping": False}
+    measuring = {"model": "big", "phase": "reading", "share": 0.4, "seconds_left": 130, "stopping": False}
     state |= {"state": "generating", "queued": 3, "place": 2, "facts": facts, "measuring": measuring}
     expect(visit.last).to_contain_text("2 answers come first…")
-    expect(head).to_contain_text("big is answering, 3 waiting, measuring big goes on when nobody waits: 40 %")
+    expect(head).to_contain_text("big is answering, 3 waiting, measuring big goes on when nobody waits: reading 40 %")
     expect(page.get_by_role("button", name="Balanced")).to_be_disabled()  # not measured
     expect(page.locator("#density-words")).to_have_text("60 %")
     state |= {"state": "ready", "queued": 0, "place": 0, "has_ranks": False, "measuring": None}
@@ -614,7 +614,7 @@ def test_waits_with_words(visit):
     visit.expect_notice("big has no global ranks yet")
     page.get_by_role("button", name="Measure now").click()
     state |= {"state": "measuring", "measuring": measuring}
-    expect(head).to_contain_text("measuring big, 40 % (at most 2 min left)")
+    expect(head).to_contain_text("measuring big, reading 40 % (2 min left)")
     expect(visit.last).to_contain_text("big is being measured, and answers between two steps…")
     expect(page.get_by_role("alert")).to_be_empty()
     page.get_by_role("button", name="Stop measuring").click()
