@@ -208,7 +208,7 @@ def forget() -> None:
 
 def _often(arrays: list[mx.array]) -> bool:
     """Whether such arrays were asked for by these lines of code, and their callers, so often that this can pass."""
-    frame, lines = sys._getframe(4), []
+    frame, lines = sys._getframe(4), []  # of the one who called what ``enforce`` has put in place
     while frame is not None and not frame.f_code.co_name.startswith("pytest_"):
         lines.append((frame.f_code, frame.f_lasti))
         frame = frame.f_back
