@@ -16,7 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .decoding.control_tokens import ChatTokenizer
 from .decoding.costs import step_costs
-from .decoding.memory_plan import CONTEXT, plan_memory
+from .decoding.memory_plan import CONTEXT, MemoryPlan, plan_memory
 from .errors import GlassError
 from .hub.access import hub_access
 from .hub.model_files import check_model, problem
@@ -176,7 +176,7 @@ def load(
         build (bool): if there are no ranks, measure them now, with a progress bar, and keep them in the cache.
         max_session_memory: see :class:`glass_mlx.GlassModel`.
         low_memory (bool, optional): as there. Default: where the model and a conversation would not fit into memory
-            without it (``decoding/memory_plan.py``).
+            without it (``decoding/memory_plan.py``), nor with dense routed experts, which are tried first.
 
     Returns:
         tuple: (GlassModel, tokenizer), and the model's config as a third if ``return_config``.
@@ -203,7 +203,6 @@ def load(
             model.config.density,
             density_for("fast", model.quality),
         )
-    _say_of_experts(model)
     _fit_memory(model, low_memory)
     return (model, tokenizer, model_config) if return_config else (model, tokenizer)
 
@@ -248,32 +247,38 @@ def wrap(
     return wrapped
 
 
-def _say_of_experts(model: GlassModel) -> None:
-    """Where routed experts stay dense, say what it would bring if they did not."""
-    density = model.config.density
-    if density < 1 and model.config.experts == "dense" and any(block.experts for block in model.blocks):
-        dense, sparse = (step_costs(model, density, CONTEXT, experts).sparse_step() for experts in ("dense", "sparse"))
-        logger.warning(
-            "routed experts stay dense; with --experts sparse a token would read %.0f %% less in long answers, "
-            "which would stray further from the dense model's",
-            100 * (1 - sparse / dense),
-        )
-
-
 def _fit_memory(model: GlassModel, low_memory: bool | None) -> None:
     """Say how much memory the model takes, and save some where there is too little and nobody said how."""
     plan = plan_memory(model)
-    saved = replace(plan, low_memory=True)
-    if not plan.fits and low_memory is None and saved.needed < plan.needed:
-        logger.warning(
-            "too little memory to keep the dense FFN weights while decoding: each prompt reads them from disk"
-        )
-        model.let_go_of_dense_weights()
-        plan = saved
+    if not plan.fits and low_memory is None:
+        plan = _save_memory(model, plan)
     if plan.fits:
         logger.info("memory: %s", plan)
     else:
         logger.warning("memory: %s; choose a smaller model, or one of fewer bits", plan)
+
+
+def _save_memory(model: GlassModel, plan: MemoryPlan) -> MemoryPlan:
+    """Leave routed experts dense, if that saves any; and decode without the dense FFN weights, if it must still be."""
+    config = model.config
+    model.config = config.updated(experts="dense")
+    smaller = plan_memory(model)
+    if smaller.needed < plan.needed:
+        read = [step_costs(model, config.density, CONTEXT, experts).sparse_step() for experts in ("sparse", "dense")]
+        logger.warning(
+            "too little memory for compact weights of all routed experts: these stay dense. With --low-memory a token "
+            "would read %.0f %% less, and each prompt would read the dense weights from disk",
+            100 * (1 - read[0] / read[1]),
+        )
+        plan = smaller
+    else:
+        model.config = config
+    saved = replace(plan, low_memory=True)
+    if plan.fits or saved.needed >= plan.needed:
+        return plan
+    logger.warning("too little memory to keep the dense FFN weights while decoding: each prompt reads them from disk")
+    model.let_go_of_dense_weights()
+    return saved
 
 
 def _use(model: GlassModel, statistics: GlobalStatistics | None, expected: bool) -> None:

@@ -87,7 +87,7 @@ _CHOICES: dict[str, dict[str, Any]] = {
     "signal": {"choices": SIGNALS, "help": "what to rank neurons by"},
     "experts": {
         "choices": EXPERTS,
-        "help": "routed experts: dense (default); or sparse, which is faster in long answers and strays further",
+        "help": "sparse: the density holds for routed experts too; dense: they keep all neurons (default: sparse)",
     },
 }
 

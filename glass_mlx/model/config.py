@@ -12,7 +12,7 @@ from ..core.importance import SIGNALS
 from ..errors import GlassError
 
 LAYER_BUDGETS = ("measured", "uniform")
-EXPERTS = ("dense", "sparse")
+EXPERTS = ("sparse", "dense")
 # Settings of earlier versions that programs may still name; they change nothing. ``refresh`` read an answer in the
 # making again: for the same time, a higher density is nearer to the dense model (evaluation/README.md).
 RETIRED = ("refresh",)
@@ -31,7 +31,7 @@ class GlassConfig:
             statistics say so (``core/layer_budgets.py``); ``"uniform"``: the same share of every block.
         compensation: predict what the dropped neurons would add (``core/compensation.py``); without it they add
             nothing, as in GLASS's and GRIFFIN's own form.
-        experts: ``"dense"``: routed experts keep all neurons; ``"sparse"``: the density holds for them too.
+        experts: ``"sparse"``: the density holds for routed experts too; ``"dense"``: they keep all neurons.
     """
 
     density: float = 0.5
@@ -39,7 +39,7 @@ class GlassConfig:
     signal: str = "impact"
     layer_budgets: str = "measured"
     compensation: bool = True
-    experts: str = "dense"
+    experts: str = "sparse"
 
     def __post_init__(self):
         for name, value in vars(self).items():

@@ -277,7 +277,7 @@ def test_low_memory(tmp_path, caplog):
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])
 def test_experts_that_stay_dense(family):
     """They keep all their neurons and decode with their own weights; the density holds for the other blocks."""
-    model = GlassModel(tiny_model(family))
+    model = GlassModel(tiny_model(family), GlassConfig(experts="dense"))
     assert_masked_dense(model)
     cache = prefilled(model, layer_budgets="uniform")
     for block, kept in zip(model.blocks, model.kept_neurons(cache).values()):
