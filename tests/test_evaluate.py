@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 from glass_mlx.errors import GlassError
 from glass_mlx.evaluate import main
@@ -60,9 +59,7 @@ def test_the_same_seed_gives_the_same(evaluated):
     assert a == b != c
 
 
-def test_sweeps(evaluated, tmp_path, monkeypatch):
-    figures, original = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), original(self, *a, **k))[1])
+def test_sweeps(evaluated, tmp_path, drawn):
     out, picture = tmp_path / "new" / "a.json", tmp_path / "a.png"
     options = ["--density", "0.3,0.6", "--global-weight", "0,0.5,auto", "--prompt-tokens", "2,7", "--free"]
     text = evaluated(*options, "--json", out, "--plot", picture)
@@ -74,7 +71,7 @@ def test_sweeps(evaluated, tmp_path, monkeypatch):
     free = result["arms"]["griffin"]["0.6"]["free"]
     assert set(free) == set(free["ci"]) | {"ci"} == {"repetition", "distinct-1", "distinct-2", "self_ppl", "ci"}
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    axes = {a.get_title(): a for a in figures[0].axes}
+    axes = {a.get_title(): a for a in drawn[0].axes}
     assert set(axes) == {
         "By density",
         "By position, density 0.6",

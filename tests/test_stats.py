@@ -137,13 +137,13 @@ def test_interrupted_process(build, tiny_dir, tmp_path):
     # a process that was started in the background ignores Ctrl-C, and so do its children
     heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(command, cwd=ROOT, preexec_fn=heeds, **pipes) as process:
-        for _ in range(600):
+        for _ in range(3000):
             if kept.exists() or process.poll() is not None:
                 break
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         try:
-            printed, said = process.communicate(timeout=60)
+            printed, said = process.communicate(timeout=120)
         finally:
             process.kill()  # else leaving the block would wait for it
         assert printed == b"" and re.fullmatch(rb".*stopped: [\d,]+ tokens are kept, .* goes on from them\n", said)

@@ -44,12 +44,14 @@ class Response:
         hidden_mean (mx.array): a, [F] float32.
         directions (mx.array): P, [H, r], in a 16-bit or 32-bit float type.
         coefficients (mx.array): C, [r, F].
+        unpredictable (mx.array, optional): of each neuron's energy the share that does not follow from x, [F].
     """
 
     input_mean: mx.array
     hidden_mean: mx.array
     directions: mx.array
     coefficients: mx.array
+    unpredictable: mx.array | None = None
 
     @property
     def rank(self) -> int:
@@ -147,6 +149,24 @@ def find_coefficients(squares: np.ndarray, cross: np.ndarray, tokens: float = np
         np.ndarray: [r, F] float64.
     """
     return np.linalg.lstsq(squares + (1e-6 + UNRELATED / tokens) * np.eye(len(squares)), cross, rcond=None)[0]
+
+
+def unpredictable_share(
+    energies: np.ndarray, means: np.ndarray, squares: np.ndarray, cross: np.ndarray, coefficients: np.ndarray
+) -> np.ndarray:
+    """E (h - prediction)^2 / E h^2 of each neuron, which is what dropping it still costs.
+
+    Args:
+        energies, means (np.ndarray): of h^2 and h, [F] float64.
+        squares, cross (np.ndarray): as for :func:`find_coefficients`.
+        coefficients (np.ndarray): C, [r, F].
+
+    Returns:
+        np.ndarray: [F] float64, from 0 to 1; 1 for neurons that never fired.
+    """
+    explained = np.einsum("rf,rf->f", coefficients, 2 * cross - squares @ coefficients)
+    left = energies - np.square(means) - explained
+    return np.clip(np.divide(left, energies, out=np.ones_like(left), where=energies > 0), 0, 1)
 
 
 def _first_eigenvectors(matrix: np.ndarray, count: int) -> np.ndarray:

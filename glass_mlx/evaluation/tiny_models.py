@@ -250,10 +250,9 @@ def tiny_config(model_type: str) -> dict[str, Any]:
 def _enliven(model: nn.Module) -> None:
     """Replaces the parameters by float32 ones that are nowhere constant."""
     named, parameters = tree_flatten(model.parameters()), []
-    bounds = [(mx.min(p), mx.max(p)) for _, p in named]
-    mx.eval(bounds)
-    for (name, p), (low, high) in zip(named, bounds):
-        shape, dtype, low, high = p.shape, p.dtype, low.item(), high.item()
+    bounds = mx.stack([bound(p).astype(mx.float32) for _, p in named for bound in (mx.min, mx.max)]).tolist()
+    for (name, p), low, high in zip(named, bounds[::2], bounds[1::2]):
+        shape, dtype = p.shape, p.dtype
         if not mx.issubdtype(dtype, mx.floating):
             if low == high:  # packed weights
                 p = mx.random.randint(0, 2**8, (p.nbytes,)).astype(mx.uint8)

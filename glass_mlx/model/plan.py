@@ -79,7 +79,8 @@ class Plan:
     def set_statistics(self, responses: list[Response | None] | None, *statistics: Any) -> None:
         """Choose neurons by these: ``ranks``, ``domains`` and ``sensitivity`` of :class:`NeuronSelector`; and answer by
         these responses for those that are dropped."""
-        self.selector = NeuronSelector(_shapes(self.blocks), *statistics)
+        shares = [getattr(response, "unpredictable", None) for response in responses or []]
+        self.selector = NeuronSelector(_shapes(self.blocks), *statistics, unpredictable=shares or None)
         self.responses = responses
 
     @property

@@ -56,6 +56,7 @@ class NeuronSelector:
         ranks: dict[str, list[mx.array]] | None = None,
         domains: dict[str, list[mx.array]] | None = None,
         sensitivity: list[float] | None = None,
+        unpredictable: list[mx.array | None] | None = None,
     ):
         """
         Args:
@@ -64,10 +65,12 @@ class NeuronSelector:
             domains (dict, optional): for each signal the energies [K, F] of every block on each kind of text that the
                 ranks come from. Default: made from the ranks, with half the energy at twice the rank.
             sensitivity (list, optional): of every block (``ranks/sensitivity.py``). Default: all alike.
+            unpredictable (list, optional): of every block the share [F] of each neuron's energy that is lost with it
+                where dropped neurons are answered for (``core/compensation.py``). Default: all of it.
         """
         self.shapes = shapes
         self.ranks, self._sensitivity = ranks, sensitivity
-        self._domains = domains
+        self._domains, self._unpredictable = domains, unpredictable
         domains = domains or {signal: [_shares(r) for r in rs] for signal, rs in (ranks or {}).items()}
         experts = [(shape.experts, shape.active) for shape in shapes]
         self._priors = {signal: Prior(rows, experts) for signal, rows in domains.items()}
@@ -83,7 +86,7 @@ class NeuronSelector:
         neurons."""
         if [(s.size, s.experts) for s in shapes] != [(s.size, s.experts) for s in self.shapes]:
             return NeuronSelector(shapes)
-        return NeuronSelector(shapes, self.ranks, self._domains, self._sensitivity)
+        return NeuronSelector(shapes, self.ranks, self._domains, self._sensitivity, self._unpredictable)
 
     def counts(self, config: GlassConfig) -> list[int]:
         """How many neurons each block keeps: density * F, rounded to what the block can be cut into; or, with the
@@ -179,6 +182,9 @@ class NeuronSelector:
         weight = self._weight(config, energy, prompt_tokens)
         if weight == "auto":
             expected = self.by_block(prior.posterior_energy(energy))
+            if config.compensation and self._unpredictable is not None:
+                shares = (1.0 if share is None else share for share in self._unpredictable)
+                expected = [e * share for e, share in zip(expected, shares)]
             return lambda members: rank(self._stack(expected, members))
         ranks = self.ranks and self.ranks[config.signal]
         if weight == 1:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from ..core.compensation import Response, find_coefficients, find_directions
+from ..core.compensation import Response, find_coefficients, find_directions, unpredictable_share
 from ..core.ranking import kept_count, select
 from ..core.slicing import in_float32
 from ..model.blocks import Block, by_token, run_with
@@ -78,10 +78,11 @@ class _Moments:
     right: mx.array
     squares: mx.array
     cross: mx.array
+    energies: mx.array  # of the right vectors' values
 
     @classmethod
     def zeros(cls, groups: int, left: int, right: int) -> _Moments:
-        shapes = ((), (left,), (right,), (left, left), (left, right))
+        shapes = ((), (left,), (right,), (left, left), (left, right), (right,))
         return cls(*(mx.zeros((groups, *shape)) for shape in shapes))
 
     def add(self, left: mx.array, right: mx.array, weights: mx.array) -> list[mx.array]:
@@ -90,16 +91,17 @@ class _Moments:
         self.count = self.count + mx.sum(weights, axis=1)
         self.left, self.right = self.left + weights @ left, self.right + weights @ right
         self.squares, self.cross = self.squares + weighted @ left, self.cross + weighted @ right
+        self.energies = self.energies + weights @ mx.square(right)
         return list(vars(self).values())
 
-    def central(self) -> list[tuple[float, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        """For each group the number of tokens, both means, the left's covariance with itself, and that with the right;
-        float64, and zero without tokens."""
+    def central(self) -> list[tuple[float, *tuple[np.ndarray, ...]]]:
+        """For each group the number of tokens, both means, the left's covariance with itself, that with the right, and
+        the mean squares of the right; float64, and zero without tokens."""
         found = []
-        for count, left, right, squares, cross in zip(*(np.array(a, np.float64) for a in vars(self).values())):
+        for count, *sums in zip(*(np.array(a, np.float64) for a in vars(self).values())):
             n = max(count, 1.0)
-            left, right = left / n, right / n
-            found.append((n, left, right, squares / n - np.outer(left, left), cross / n - np.outer(left, right)))
+            left, right, squares, cross, energies = (each / n for each in sums)
+            found.append((n, left, right, squares - np.outer(left, left), cross - np.outer(left, right), energies))
         return found
 
 
@@ -128,7 +130,7 @@ def _directions(
     _read(model, blocks, rows, observe, on_tokens)
     found = []
     for block, moment in zip(blocks, moments):
-        [(_, mean, _, squares, cross)] = moment.central()
+        [(_, mean, _, squares, cross, _)] = moment.central()
         found.append((mean, find_directions(squares, cross, answer_rank(block.experts, rank))))
     return found
 
@@ -151,17 +153,19 @@ def _regressions(
     _read(model, blocks, rows, observe, on_tokens)
     responses = []
     for mean, span, moment in zip(means, spans, moments):
-        hidden, coefficients = [], []
-        for count, z, h, squares, cross in moment.central():
+        hidden, coefficients, shares = [], [], []
+        for count, z, h, squares, cross, energies in moment.central():
             own = find_coefficients(squares, cross, count)
             coefficients.append(np.clip(own, -_MAX_FLOAT16, _MAX_FLOAT16))
             hidden.append(h - z @ own)
+            shares.append(unpredictable_share(energies, h, squares, cross, own))
         responses.append(
             Response(
                 mean,
                 mx.array(np.concatenate(hidden).astype(np.float32)),
                 span.astype(mx.float16),
                 mx.array(np.concatenate(coefficients, axis=1).astype(np.float32)).astype(mx.float16),
+                mx.array(np.concatenate(shares).astype(np.float32)).astype(mx.float16),
             )
         )
     return responses

@@ -53,7 +53,10 @@ def test_run_leaves_other_errors_alone():
 
 def test_reader_gone():
     """As with ``| head``."""
-    code = "from glass_mlx.cli.running import run; run(lambda: [print('x' * 9999, flush=True) for _ in range(9999)])"
+    code = (
+        "import sys; sys.modules['glass_mlx.loading'] = sys  # which takes seconds to import\n"
+        "from glass_mlx.cli.running import run; run(lambda: [print('x' * 9999, flush=True) for _ in range(9999)])"
+    )
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes) as process:
         process.stdout.read(1)

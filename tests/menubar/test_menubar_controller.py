@@ -53,7 +53,7 @@ def hub(monkeypatch):
         yield server
 
 
-def until(condition, seconds: float = 20):
+def until(condition, seconds: float = 60):
     """Wait for something; fails if it does not come."""
     end = time.monotonic() + seconds
     while not condition():

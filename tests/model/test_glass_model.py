@@ -243,9 +243,9 @@ def assert_masked_dense(model: GlassModel, prompt: list[int] = PROMPT, **config)
     (read,), (expected,) = run(model, cache, prompt), run(model.dense, reference, prompt)
     assert mx.array_equal(read, expected)  # prefill is dense to the bit
     dense = copy.deepcopy(reference)
-    sparse = decoded(model, cache, *STEPS)
+    sparse = decoded(model, cache, *STEPS[:2])
     with watched(model, without_dropped(model, cache, prompt)):
-        expected = run(model.dense, reference, *steps(STEPS))
+        expected = run(model.dense, reference, *steps(STEPS[:2]))
     assert all(map(close, sparse, expected))
     assert not close(sparse[0], *run(model.dense, dense, STEPS[:1]), tolerance=1e-2)
 
@@ -262,7 +262,7 @@ def test_a_family_without_dense_blocks_is_refused(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_density_1_is_the_dense_model(name):
     model = family(name)
-    calls = [PROMPT, *steps(STEPS)]
+    calls = [PROMPT, *steps(STEPS[:1])]
     glass = run(model, model.make_cache(density=1.0), *calls)
     dense = run(model.dense, make_prompt_cache(model.dense), *calls)
     assert all(map(mx.array_equal, glass, dense))
@@ -281,7 +281,7 @@ def test_decoding_equals_the_dense_model_without_the_dropped_neurons(name):
 @pytest.mark.parametrize("name", CHUNKABLE)
 def test_prefill_in_chunks_chooses_the_same_neurons(name):
     model = family(name)
-    whole, chunked = prefilled(model), prefilled(model, chunk=3)  # the last chunk is one token
+    whole, chunked = prefilled(model, PROMPT[:5]), prefilled(model, PROMPT[:5], chunk=4)  # the last one has one token
     np.testing.assert_allclose(model.session(chunked).energy, model.session(whole).energy, rtol=1e-3, atol=1e-7)
     neurons = model.kept_neurons(chunked)
     for path, kept in model.kept_neurons(whole).items():
@@ -315,9 +315,11 @@ def choose(local: list[int], model_ranks: list[int], weight: Fraction, k: int) -
     return sorted(sorted(range(len(fused)), key=lambda j: (fused[j], j))[:k])
 
 
-@pytest.mark.parametrize("global_weight", [0, 0.5, 0.95, 1, "auto"])
 @pytest.mark.parametrize("signal", ["impact", "activation"])
-@pytest.mark.parametrize("which", ["llama", "trained"])
+@pytest.mark.parametrize(
+    ("which", "global_weight"),
+    [*(("llama", weight) for weight in (0, 0.5, 0.95, 1, "auto")), ("trained", 0.5), ("trained", "auto")],
+)
 def test_choice_by_hand(which, signal, global_weight, request):
     """From the hidden vectors of every prompt token, the last one included, which mlx-lm reads by itself."""
     model, prompt, density = request.getfixturevalue(which), PROMPT, 0.4

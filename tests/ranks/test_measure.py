@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from contextlib import contextmanager
 from dataclasses import replace
 
 import mlx.core as mx
@@ -150,7 +151,7 @@ def whole(tiny, rows):
     return whole
 
 
-@pytest.mark.parametrize("at", range(4))
+@pytest.mark.parametrize("at", [0, 1, 3])
 @pytest.mark.parametrize("own", [True, False])
 def test_resume(tiny, rows, tmp_path, own, at, whole):
     """Interrupted at any batch, the result is that of one go."""
@@ -211,8 +212,8 @@ def test_what_a_killed_run_keeps(tiny, tmp_path):
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"sequences": 3}, {"length": 7}, {"temperature": 0.5}, {"chat": True}])
 def test_partial_of_other_arguments(tiny, tmp_path, other, whole):
-    measure_statistics(tiny[0], small(*tiny, **other), 60, None, partial=tmp_path / "partial")
-    assert same(measure_statistics(tiny[0], small(*tiny), 60, None, None, tmp_path / "partial"), whole(True, 60))
+    measure_statistics(tiny[0], small(*tiny, **other), 20, None, partial=tmp_path / "partial")
+    assert same(measure_statistics(tiny[0], small(*tiny), 20, None, None, tmp_path / "partial"), whole(True, 20))
 
 
 def _state(path, change, sums=None):
@@ -250,25 +251,35 @@ DAMAGE = {
 }
 
 
+@contextmanager
+def insensitive():
+    """Blocks are all as sensitive: finding out takes longest, and no part of it is kept."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "sensitivity", lambda model, *_: np.ones(len(model.blocks)))
+        yield
+
+
 @pytest.fixture(scope="module")
 def measured(tiny, rows, tmp_path_factory) -> tuple[GlobalStatistics, bytes]:
     """Statistics, and the file that was kept meanwhile."""
     partial = tmp_path_factory.mktemp("partial") / "partial"
-    whole = measure_statistics(tiny[0], given_sequences("text", rows, 4), 20, None, partial=partial)
+    with insensitive():
+        whole = measure_statistics(tiny[0], given_sequences("text", rows[:3], 2), 20, None, partial=partial)
     return whole, partial.read_bytes()
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_partial(tiny, rows, tmp_path, damage, measured):
-    source, partial = given_sequences("text", rows, 4), tmp_path / "partial"
+    source, partial = given_sequences("text", rows[:3], 2), tmp_path / "partial"
     whole, data = measured
     partial.write_bytes(data)
     DAMAGE[damage](partial)
-    if damage == "directory":
-        with pytest.raises(GlassError, match="Cannot write"):
-            measure_statistics(tiny[0], source, 20, None, None, partial)
-    else:
-        assert same(measure_statistics(tiny[0], source, 20, None, None, partial), whole)
+    with insensitive():
+        if damage == "directory":
+            with pytest.raises(GlassError, match="Cannot write"):
+                measure_statistics(tiny[0], source, 20, None, None, partial)
+        else:
+            assert same(measure_statistics(tiny[0], source, 20, None, None, partial), whole)
 
 
 def test_model_stays_as_it_is(tiny, rows):

@@ -62,6 +62,8 @@ def test_it_is_a_regression_of_low_rank(family, monkeypatch):
         expected = z @ np.linalg.solve(z.T @ z + UNRELATED * np.eye(RANK), z.T @ h)
         got = x @ np.array(own.directions, np.float64) @ np.array(own.coefficients, np.float64)
         np.testing.assert_allclose(got, expected, atol=0.02 * np.abs(expected).max())
+        energy = np.square(h + np.array(own.hidden_mean)).mean(axis=0)
+        np.testing.assert_allclose(own.unpredictable, np.square(h - expected).mean(axis=0) / energy, atol=2e-3)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])  # without biases, and with
@@ -89,6 +91,8 @@ def test_experts_share_directions_and_have_regressions_of_their_own(family):
         np.testing.assert_allclose(np.array(own.coefficients)[:, neurons][:, : block.width], c, atol=atol)
         a = mine.mean(axis=0) - z[sent].mean(axis=0) @ c
         np.testing.assert_allclose(np.array(own.hidden_mean)[neurons][: block.width], a, atol=atol)
+        left = np.square(mine - a - z[sent] @ c).mean(axis=0) / np.square(mine).mean(axis=0)
+        np.testing.assert_allclose(np.array(own.unpredictable)[neurons][: block.width], left, atol=0.02)
 
 
 def test_an_expert_that_no_token_is_sent_to():
