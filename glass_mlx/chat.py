@@ -17,7 +17,9 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         description="Chat with a model that decodes with only the FFN neurons that your prompt calls for.",
     )
     add_generation_options(parser, max_tokens=256, seed=0)
-    parser.add_argument("--pipeline", action="store_true", help="not supported: one machine only")
+    parser.add_argument(
+        "--pipeline", action="store_true", help="under mlx.launch: share the model by layers, not each layer"
+    )
     add_glass_options(parser, build=False)
     add_verify_options(parser)
     add_verbose(parser)
@@ -27,10 +29,8 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 def main() -> None:
     parser = setup_arg_parser()
     args = parser.parse_args()
-    if args.pipeline:
-        parser.error("--pipeline: glass_mlx runs on one machine")
     check_numbers(parser, args)
-    run(lambda: _chat(args), args.verbose)
+    run(lambda: _chat(args), args.verbose, shared=True)
 
 
 def _chat(args: argparse.Namespace) -> None:

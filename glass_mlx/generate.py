@@ -19,7 +19,6 @@ from .cli import (
     add_glass_options,
     add_verify_options,
     check_numbers,
-    glass_choice,
     run,
     sampler_maker,
     template_args,
@@ -59,6 +58,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     add("--quantize-activations", "-qa", action="store_true", help="quantise activations as the weights they meet are")
     add("--draft-model", metavar="MODEL", help="another model, to draft for this one; its answer is then the dense one")
     add("--num-draft-tokens", type=int, default=3, metavar="K", help="how many tokens that one drafts")
+    add("--pipeline", action="store_true", help="under mlx.launch: share the model by layers, not each layer")
     add("--image", default=(), nargs="+", metavar="FILE", help="not supported: text only")
     # None: an explicit True also shows tracebacks
     add("--verbose", type=_yes, metavar="BOOL", help="print figures after the answer; False: only the answer")
@@ -80,28 +80,20 @@ def main() -> None:
         template = template_args(args.chat_template_config) if args.chat_template_config else {}
     except argparse.ArgumentTypeError as e:
         parser.error(f"argument --chat-template-config: {e}")
-    run(lambda: _generate(args, template), args.verbose is True)
+    run(lambda: _generate(args, template), args.verbose is True, shared=True)
 
 
 def _generate(args: argparse.Namespace, template: dict[str, Any]) -> None:
     from .decoding.stream import statistics, stream_generate
-    from .loading import load
+    from .terminal.loading import load_for
 
     if args.seed is not None:
         mx.random.seed(args.seed)
     cached = _read_cache(args.prompt_cache_file) if args.prompt_cache_file else None
-    model, tokenizer = load(
-        args.model,
-        adapter_path=args.adapter_path,
-        model_config={"quantize_activations": args.quantize_activations},
-        trust_remote_code=args.trust_remote_code,
-        **glass_choice(args),
-        quality=None if args.dense else args.quality,
+    model, tokenizer = load_for(
+        args,
         stats=False if args.dense and not args.stats else args.stats,
-        stats_repo=args.stats_repo,
-        max_session_memory=args.max_session_memory,
-        low_memory=False if args.dense else args.low_memory,
-        build=args.build and args.global_weight != 0,
+        model_config={"quantize_activations": args.quantize_activations},
     )
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)

@@ -36,6 +36,7 @@ class GenerationResponse(DenseResponse):
         signal (str): what the neurons were ranked by.
         expected_agreement (float | None): how often the sparse model's most likely token is the dense one's, as the
             model's ranks say; None if that was not measured.
+        group (str): the processes that share the model, if any; the other figures are of this one, but for the neurons.
     """
 
     density: float = 1.0
@@ -44,6 +45,7 @@ class GenerationResponse(DenseResponse):
     global_weight: float = 0.0
     signal: str = ""
     expected_agreement: float | None = None
+    group: str = ""
 
 
 class PhasedModel(nn.Module):
@@ -227,9 +229,9 @@ def _describe(model: GlassModel, session: Session) -> dict[str, Any]:
     """The fields of a response that say how GLASS decodes it."""
     config = session.config
     return {
+        **_describe_dense(model),
         "density": config.density,
-        "kept_neurons": sum(model.kept_counts(config.density, config.layer_budgets)),
-        "total_neurons": sum(block.size for block in model.blocks),
+        "kept_neurons": _of_all(model, model.kept_counts(config.density, config.layer_budgets)),
         "global_weight": model.global_weight(session),
         "signal": config.signal,
         "expected_agreement": agreement_at(config.density, model.quality),
@@ -240,8 +242,14 @@ def _describe_dense(model: nn.Module) -> dict[str, Any]:
     """The same for a model that decodes densely."""
     if not isinstance(model, GlassModel):
         return {}
-    neurons = sum(block.size for block in model.blocks)
-    return {"kept_neurons": neurons, "total_neurons": neurons}
+    neurons = _of_all(model, [block.size for block in model.blocks])
+    group = "" if model.part is None else str(model.part.whole)
+    return {"kept_neurons": neurons, "total_neurons": neurons, "group": group}
+
+
+def _of_all(model: GlassModel, counts: list[int]) -> int:
+    """How many neurons counts of the blocks add up to, with those of the other processes that share them."""
+    return sum(counts) if model.part is None else model.part.total(counts)
 
 
 def statistics(r: GenerationResponse) -> str:
@@ -257,4 +265,6 @@ def statistics(r: GenerationResponse) -> str:
             f"GLASS: density {r.density:g}, {r.kept_neurons:,} of {r.total_neurons:,} FFN neurons, "
             f"global weight {r.global_weight:g}, signal {r.signal or 'none'}{expected}"
         )
+    if r.group:
+        lines.append(f"Group: {r.group}; memory is of rank 0")
     return "\n".join(lines)

@@ -1,7 +1,9 @@
 """The low-rank answer that stands in for a block's dropped neurons while a conversation decodes.
 
 It rides along with the block's own projections: the first one to read the block's input also gives z = [x P - mu P, 1],
-and the output projection adds z M, with M = [C_S W_S^T; W_S (a_S + e_S)] (``core/compensation.py``).
+and the output projection adds z M, with M = [C_S W_S^T; W_S (a_S + e_S)] (``core/compensation.py``). M is linear in
+the dropped neurons: where machines share a block, each answers for those that it dropped itself, before their sums are
+added up.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..core.compensation import Response, Sums, mean_hidden
-from ..core.slicing import in_float32
+from ..core.slicing import adding, in_float32, is_quantised
 from .blocks import Block, Projection, carried
 
 
@@ -58,12 +60,13 @@ class Answer:
     def replacing(self, block: Block, compact: dict[str, nn.Module]) -> dict[str, Projection]:
         """The block's compact projections, with the answer in what they compute."""
         if self.directions is None:
-            return {**compact, block.output: lambda h: compact[block.output](h) + self.matrix[0].astype(h.dtype)}
+            constant = adding(compact[block.output], lambda y: y + self.matrix[0].astype(y.dtype))
+            return {**compact, block.output: constant}
         first = block.inputs[0]
         return {
             **compact,
             first: lambda x: self._read(x, compact[first]),
-            block.output: lambda h: self._add(compact[block.output](h)),
+            block.output: adding(compact[block.output], self._add),
         }
 
     def _read(self, x: mx.array, projection: Projection) -> mx.array:
@@ -77,6 +80,6 @@ class Answer:
 
 def _products(output: nn.Module, rows: mx.array) -> mx.array:
     """Hidden vectors [n, F] times the output weights, [n, H] float32, without a bias."""
-    dtype = mx.float32 if isinstance(output, nn.QuantizedLinear) else output.weight.dtype
+    dtype = mx.float32 if is_quantised(output) else output.weight.dtype
     made = in_float32(output)(rows.astype(dtype)).astype(mx.float32)
     return made - output.bias.astype(mx.float32) if "bias" in output else made

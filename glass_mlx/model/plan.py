@@ -18,6 +18,7 @@ from .context import context_of
 from .discovery import find_blocks, signature, summarise
 from .evidence import EvidenceLayout
 from .memory import SessionMemory, WeightFiles, default_limit
+from .part import ModelPart, WholeModel
 from .quality import QualityPoint
 from .selection import BlockShape, NeuronSelector
 from .session import Session
@@ -42,6 +43,7 @@ class Plan:
         context_length: the longest text in tokens that the model was made for; None where it does not say.
         made_for: the projections and weights that the plan is for (``discovery.signature``).
         draft_schedulers: what verified decoding has learnt, by density.
+        part: which part of a model it is that several processes share; None of a whole model.
     """
 
     blocks: list[Block]
@@ -55,22 +57,26 @@ class Plan:
     responses: list[Response | None] | None = None
     quality: list[QualityPoint] = field(default_factory=list)
     draft_schedulers: dict[float, Any] = field(default_factory=dict)
+    part: ModelPart | None = None
     _norms: list[mx.array] = field(default_factory=list)
 
     @classmethod
-    def make(cls, dense: nn.Module, path: Path | None, max_session_memory: int | None) -> Plan:
+    def make(
+        cls, dense: nn.Module, path: Path | None, max_session_memory: int | None, whole: WholeModel | None = None
+    ) -> Plan:
         """Find the model's blocks; arguments as for :class:`~glass_mlx.GlassModel`.
 
         Raises:
-            GlassError: there is none.
+            GlassError: there is none, or a block is no part of the whole model's.
         """
         blocks, left_dense = find_blocks(dense)
         for message in summarise(left_dense):
             logger.warning(message)
         limit = default_limit(dense) if max_session_memory is None else max_session_memory
-        selector = NeuronSelector(_shapes(blocks))
         context, made_for = context_of(dense, path), signature(dense, blocks)
-        return cls(blocks, left_dense, path, selector, SessionMemory(limit), context, made_for)
+        selector, memory = NeuronSelector(_shapes(blocks)), SessionMemory(limit)
+        part = None if whole is None else ModelPart(whole, blocks)
+        return cls(blocks, left_dense, path, selector, memory, context, made_for, part=part)
 
     def let_go(self) -> None:
         """Let go of the dense FFN weights while decoding."""
@@ -78,9 +84,10 @@ class Plan:
 
     def set_statistics(self, responses: list[Response | None] | None, *statistics: Any) -> None:
         """Choose neurons by these: ``ranks``, ``domains`` and ``sensitivity`` of :class:`NeuronSelector`; and answer by
-        these responses for those that are dropped."""
-        self.selector = NeuronSelector(_shapes(self.blocks), *statistics)
-        self.responses = responses
+        these responses for those that are dropped. All of them are the whole model's."""
+        make = NeuronSelector if self.part is None else self.part.selector
+        self.selector = make(_shapes(self.blocks), *statistics)
+        self.responses = responses if self.part is None else self.part.responses(responses)
 
     @property
     def layout(self) -> EvidenceLayout:
@@ -120,6 +127,7 @@ class Plan:
             return
         layout = self.layout
         self.blocks, self.left_dense = find_blocks(dense)
+        self.part = None if self.part is None else ModelPart(self.part.whole, self.blocks)
         if self.layout != layout:  # what is known is of other blocks
             self.responses, self.quality = None, []
         self.selector = self.selector.of(_shapes(self.blocks))

@@ -56,6 +56,7 @@ class NeuronSelector:
         ranks: dict[str, list[mx.array]] | None = None,
         domains: dict[str, list[mx.array]] | None = None,
         sensitivity: list[float] | None = None,
+        counts: Callable[[float, str], list[int]] | None = None,
     ):
         """
         Args:
@@ -64,8 +65,10 @@ class NeuronSelector:
             domains (dict, optional): for each signal the energies [K, F] of every block on each kind of text that the
                 ranks come from. Default: made from the ranks, with half the energy at twice the rank.
             sensitivity (list, optional): of every block (``ranks/sensitivity.py``). Default: all alike.
+            counts (callable, optional): says how many neurons each block keeps, as :meth:`counts`. Default: the blocks
+                and their sensitivity do.
         """
-        self.shapes = shapes
+        self.shapes, self._given_counts = shapes, counts
         self.ranks, self._sensitivity = ranks, sensitivity
         self._domains = domains
         domains = domains or {signal: [_shares(r) for r in rs] for signal, rs in (ranks or {}).items()}
@@ -83,13 +86,15 @@ class NeuronSelector:
         neurons."""
         if [(s.size, s.experts) for s in shapes] != [(s.size, s.experts) for s in self.shapes]:
             return NeuronSelector(shapes)
-        return NeuronSelector(shapes, self.ranks, self._domains, self._sensitivity)
+        return NeuronSelector(shapes, self.ranks, self._domains, self._sensitivity, self._given_counts)
 
     def counts(self, density: float, layer_budgets: str) -> list[int]:
         """How many neurons each block keeps: density * F, rounded to what the block can be cut into; or, with the
         budgets ``"measured"`` and where sensitivities are known, as many in all (``core/layer_budgets.py``)."""
         key = (density, layer_budgets)
-        if key not in self._counts:
+        if key not in self._counts and self._given_counts is not None:
+            self._counts[key] = self._given_counts(*key)
+        elif key not in self._counts:
             steps = [shape.step for shape in self.shapes]
             if self._sensitivity is None or layer_budgets == "uniform":
                 self._counts[key] = uniform_budgets(density, self.sizes, steps)

@@ -11,11 +11,12 @@ from typing import Any
 import mlx.core as mx
 from rich.console import Console
 
-from ..cli import density, glass_choice, sampler_maker, verify_options
+from ..cli import density, sampler_maker, verify_options
 from ..decoding.conversation import Conversation
 from ..decoding.stream import GenerationResponse, context_length
 from ..errors import GlassError, printable, printable_lines
-from ..loading import build_statistics, load
+from ..loading import build_statistics
+from .loading import load_for
 from .messages import FENCE, line_reader, messages
 from .wrap import WordWrap
 
@@ -43,18 +44,7 @@ class Chat:
         on_terminal = self.interactive and sys.stdout.isatty()
         self.console = Console(highlight=False, stderr=not on_terminal)
         mx.random.seed(args.seed)
-        self.model, self.tokenizer = load(
-            args.model,
-            adapter_path=args.adapter_path,
-            trust_remote_code=args.trust_remote_code,
-            **glass_choice(args),
-            quality=None if args.dense else args.quality,
-            stats=args.stats,
-            stats_repo=args.stats_repo,
-            max_session_memory=args.max_session_memory,
-            low_memory=False if args.dense else args.low_memory,
-            build=args.build and not args.dense and args.global_weight != 0,
-        )
+        self.model, self.tokenizer = load_for(args, stats=args.stats)
         self.conversation = Conversation(self.model, self.tokenizer, args.system_prompt, args.max_kv_size)
         self.commands = {
             **dict.fromkeys(("r", "/reset"), self._reset),
