@@ -7,7 +7,16 @@ from __future__ import annotations
 
 import argparse
 
-from .cli import Parser, add_generation_options, add_glass_options, add_verbose, add_verify_options, check_numbers, run
+from .cli import (
+    Parser,
+    add_generation_options,
+    add_glass_options,
+    add_verbose,
+    add_verify_options,
+    check_numbers,
+    run,
+)
+from .group import together
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -30,7 +39,7 @@ def main() -> None:
     parser = setup_arg_parser()
     args = parser.parse_args()
     check_numbers(parser, args)
-    run(lambda: _chat(args), args.verbose, shared=True)
+    run(together(lambda: _chat(args)), args.verbose)
 
 
 def _chat(args: argparse.Namespace) -> None:

@@ -35,7 +35,7 @@ from ._version import __version__
 from .core.importance import SIGNALS
 from .errors import GlassError, printable, printable_lines
 from .files import write_atomically
-from .group import follows, taking_part
+from .group import perform
 from .hub.names import DEFAULT_MODEL, near_miss
 from .model.config import LAYER_BUDGETS, GlassConfig
 from .model.quality import QUALITIES
@@ -63,10 +63,6 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, **{"formatter_class": _Formatter, **kwargs})
         if " " not in prog:  # not of a command's command
             self.add_argument("--version", action="version", version=f"glass_mlx {__version__}")
-
-    def _print_message(self, message: str, file: Any = None) -> None:
-        if not follows():  # of the processes that share a model one speaks
-            super()._print_message(message, file)
 
     def error(self, message: str) -> None:
         wrong = re.match(r"unrecognized arguments: (--[^ =]+)", message)
@@ -192,8 +188,7 @@ def adapter_directory(text: str) -> str:
 
 def memory_size(text: str) -> int:
     """Parse a size in bytes, such as 500MB or 2GB; argparse reports the error."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    if match is None:
+    if (match := re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)(i?)B?", text.strip(), re.IGNORECASE)) is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB or 2GB")
     thousand = 1024 if match[3] else 1000
     return int(float(match[1]) * thousand ** " kmgt".index(match[2].lower() or " "))
@@ -379,9 +374,8 @@ def _quiet_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def run(command: Callable[[], None], verbose: bool = False, shared: bool = False) -> None:
-    """Run a command line's work: a GlassError, or an error of MLX's backend, ends it with one line and exit code 1.
-    ``shared`` is whether the processes that ``mlx.launch`` starts can do it together."""
+def run(command: Callable[[], None], verbose: bool = False) -> None:
+    """Run a command line's work: a GlassError, or an error of MLX's backend, ends it with one line and exit code 1."""
     to_stderr = logging.StreamHandler()
     to_stderr.setFormatter(OneLineFormatter("[%(levelname)s] %(message)s"))
     logging.basicConfig(handlers=[to_stderr])
@@ -391,8 +385,7 @@ def run(command: Callable[[], None], verbose: bool = False, shared: bool = False
     with _quiet_interrupts():
         from . import loading  # noqa: F401  and with it mlx-lm, which takes seconds
     try:
-        with taking_part(shared):
-            command()
+        perform(command)
     except (GlassError, RuntimeError) as e:
         if verbose:
             raise

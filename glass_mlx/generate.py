@@ -26,6 +26,7 @@ from .cli import (
     verify_options,
 )
 from .errors import GlassError, printable_lines
+from .group import PIPELINE, together
 
 if TYPE_CHECKING:
     from .decoding.stream import GenerationResponse
@@ -58,7 +59,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     add("--quantize-activations", "-qa", action="store_true", help="quantise activations as the weights they meet are")
     add("--draft-model", metavar="MODEL", help="another model, to draft for this one; its answer is then the dense one")
     add("--num-draft-tokens", type=int, default=3, metavar="K", help="how many tokens that one drafts")
-    add("--pipeline", action="store_true", help="under mlx.launch: share the model by layers, not each layer")
+    add("--pipeline", action="store_true", help=PIPELINE)
     add("--image", default=(), nargs="+", metavar="FILE", help="not supported: text only")
     # None: an explicit True also shows tracebacks
     add("--verbose", type=_yes, metavar="BOOL", help="print figures after the answer; False: only the answer")
@@ -80,7 +81,7 @@ def main() -> None:
         template = template_args(args.chat_template_config) if args.chat_template_config else {}
     except argparse.ArgumentTypeError as e:
         parser.error(f"argument --chat-template-config: {e}")
-    run(lambda: _generate(args, template), args.verbose is True, shared=True)
+    run(together(lambda: _generate(args, template)), args.verbose is True)
 
 
 def _generate(args: argparse.Namespace, template: dict[str, Any]) -> None:

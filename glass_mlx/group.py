@@ -18,13 +18,17 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import mlx.core as mx
 
 from .errors import GlassError
+
+# Help of an option that mlx-lm has, too.
+PIPELINE = "under mlx.launch: each machine has some of the layers, not a part of every layer"
 
 # How often to look after the neighbours, and how long another process may say first why all of them end; seconds.
 _INTERVAL, _GRACE = 0.5, 2.0
@@ -39,12 +43,6 @@ def rank() -> int:
 def size() -> int:
     """How many processes the group has; 1 without ``mlx.launch``."""
     return mx.distributed.init().size()
-
-
-def follows() -> bool:
-    """Whether ``mlx.launch`` or MPI started this process as another one than the first. Nothing is connected yet."""
-    given = os.environ.get("MLX_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or "0"
-    return given != "0"
 
 
 def share(values: mx.array) -> mx.array:
@@ -78,29 +76,32 @@ def agree(facts: Mapping[str, object]) -> None:
             )
 
 
-@contextmanager
-def taking_part(possible: bool) -> Iterator[None]:
-    """What a process does as one of the group while it runs a command; nothing where it is alone.
+def together(work: Callable[[], None]) -> Callable[[], None]:
+    """Work that the processes of a group can do together, for :func:`perform`."""
+    work.together = True
+    return work
 
-    It draws the same random numbers as the others, is silent unless it is the first, and ends when another one has
-    ended; and an error here ends the others. The command is done when all have done it.
 
-    Args:
-        possible (bool): whether the command can be run together.
+def perform(work: Callable[[], None]) -> None:
+    """Do a command's work; as one of a group, if there is one, in a process that ends with the others.
+
+    There this process draws the same random numbers as they do, is silent unless it is the first, and ends when another
+    one has ended, and an error here ends them. The work is done when all have done it.
+
+    Raises:
+        GlassError, RuntimeError: as the work; in a group the process ends instead.
     """
     if size() == 1:
-        yield
+        work()
         return
-    if rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
-        logging.getLogger("glass_mlx").setLevel(logging.ERROR)
     watch = _Watch()
     watch.start()
     try:
-        if not possible:
+        if not hasattr(work, "together"):
             raise GlassError("this command runs on one machine: start it without mlx.launch.")
         mx.random.seed(share(mx.random.randint(0, 2**31 - 1)).item())
-        yield
+        with _voice():
+            work()
         watch.stop()
         mx.eval(mx.distributed.all_sum(mx.zeros((1,)), stream=mx.cpu))
     except (GlassError, RuntimeError) as e:
@@ -109,6 +110,20 @@ def taking_part(possible: bool) -> Iterator[None]:
         watch.fail(str(e) if isinstance(e, GlassError) else f"MLX: {(str(e).splitlines() or [type(e).__name__])[0]}")
     except KeyboardInterrupt:
         os._exit(130)  # at an orderly end MLX may wait for the others
+    except Exception:
+        traceback.print_exc()
+        os._exit(1)
+
+
+@contextmanager
+def _voice() -> Iterator[None]:
+    """Nothing is printed meanwhile, unless by the first process; errors that are logged are."""
+    if rank() == 0:
+        yield
+        return
+    logging.getLogger("glass_mlx").setLevel(logging.ERROR)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 class _Watch(threading.Thread):
