@@ -3,6 +3,8 @@
     python -m glass_mlx.benchmark --model demo --density 0.3,0.5,0.7
     python -m glass_mlx.benchmark --shape mistral-7b --bits 4
     python -m glass_mlx.benchmark --shape mistral-7b --plan  # predicted for Macs, without running anything
+    python -m glass_mlx.benchmark --shape llama-3.3-70b --plan --machines 2,4
+    mlx.launch -n 2 python -m glass_mlx.benchmark --shape mistral-7b --layers 2
 
 Dense and sparse runs alternate in one process, on the same random prompts. The figures are medians and ranges. The byte
 ceiling is the speed-up of a decoder that is limited by memory bandwidth alone: the bytes that a dense decode step reads
@@ -12,18 +14,24 @@ divided by those of a sparse one, weights and KV cache.
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 from typing import Any
 
-from .cli import Parser, add_model_or_shape, add_verbose, density, global_weight, list_of, print_result, run
+import mlx.core as mx
+
+from .cli import Parser, add_model_or_shape, add_verbose, density, global_weight, list_of, positive, print_result, run
 from .core.importance import SIGNALS
-from .decoding.costs import DEVICES, plan
+from .decoding.costs import DEVICES, LINKS, exchanges, plan, sent_bytes, sharing_plan, step_costs
 from .evaluation.machine import backend
 from .evaluation.plot import plot_benchmark
-from .evaluation.shapes import empty_model, random_model, shape_label
+from .evaluation.shapes import empty_dense, empty_model, random_model, shape_label
 from .evaluation.speed import compare_speed, measure_device
+from .group import gather, rank, size, together
 from .loading import DEFAULT_MODEL, load
 from .model.config import GlassConfig
+from .model.glass_model import GlassModel
+from .sharded_loading import sharded_load
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -38,6 +46,9 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-trials", "-n", type=int, default=5, help="runs after a warm-up")
     parser.add_argument("--prefill-step-size", type=int, default=2048, help="tokens in a prefill call")
     parser.add_argument("--plan", action="store_true", help="predict the time of every way to decode, by class of Mac")
+    parser.add_argument(
+        "--machines", type=list_of(positive), metavar="N[,N...]", help="with --plan and --shape: shared by N machines"
+    )
     parser.add_argument("--delay", type=float, default=0, help="seconds to wait before each run, to cool down")
     parser.add_argument("--seed", type=int, default=0, help="PRNG seed")
     parser.add_argument("--trust-remote-code", action="store_true")
@@ -56,7 +67,9 @@ def main() -> None:
         parser.error("--prefill-step-size must be at least 1, --delay not negative")
     if args.layers is not None and args.shape is None:
         parser.error("--layers goes with --shape")
-    run(lambda: _benchmark(args), args.verbose)
+    if args.machines is not None and (not args.plan or args.shape is None or min(args.machines) < 2):
+        parser.error("--machines goes with --plan and --shape, and is at least 2")
+    run(together(lambda: _benchmark(args)), args.verbose)
 
 
 def _benchmark(args: argparse.Namespace) -> None:
@@ -64,13 +77,15 @@ def _benchmark(args: argparse.Namespace) -> None:
         _plan(args)
         return
     choice = {"global_weight": args.global_weight, "signal": args.signal}
+    shared = mx.distributed.init() if size() > 1 else None
     if args.shape:
-        model = random_model(args.shape, args.layers, args.bits, args.seed)
+        model = random_model(args.shape, args.layers, args.bits, args.seed, shared)
         model.config = model.config.updated(**choice)
         name = shape_label(args.shape, model, args.bits)
     else:
         name = args.model or DEFAULT_MODEL
-        model, _ = load(name, trust_remote_code=args.trust_remote_code, **choice)
+        load_it = load if shared is None else sharded_load
+        model, _ = load_it(name, trust_remote_code=args.trust_remote_code, **choice)
     figures = compare_speed(
         model,
         args.density,
@@ -82,12 +97,39 @@ def _benchmark(args: argparse.Namespace) -> None:
         args.delay,
     )
     result = {"model": name, **figures}
+    if shared is not None:
+        result["group"] = _of_group(model, args.density, args.prompt_tokens + args.generation_tokens)
+    if size() > 1 and rank() > 0:  # the first process writes the files
+        return
     print_result(result, table, args.json)
     if args.plot:
         plot_benchmark(result, args.plot)
 
 
+def _of_group(model: GlassModel, densities: list[float], context: int) -> dict[str, Any]:
+    """What the processes that share a model read and exchange for a token."""
+    costs = {f"{d:g}": step_costs(model, d, context) for d in densities}
+    dense = next(iter(costs.values())).dense_step()
+    everywhere = gather([dense, *(own.sparse_step() for own in costs.values())])
+    return {
+        "of": str(model.part.whole),
+        "exchanges": exchanges(model),
+        "sent_bytes": sent_bytes(model),
+        "ranks": [
+            {
+                "dense_bytes": dense,
+                "bytes": dict(zip(costs, own)),
+                "ceiling": {d: dense / n for d, n in zip(costs, own)},
+            }
+            for dense, *own in everywhere
+        ],
+    }
+
+
 def _plan(args: argparse.Namespace) -> None:
+    if args.machines:
+        _plan_sharing(args)
+        return
     if args.shape:
         model = empty_model(args.shape, args.layers, args.bits)
         name = shape_label(args.shape, model, args.bits).removesuffix(", random weights")
@@ -104,6 +146,39 @@ def _plan(args: argparse.Namespace) -> None:
         "plan": plan(model, args.density, context, devices=devices),
     }
     print_result(result, plan_table, args.json)
+
+
+def _plan_sharing(args: argparse.Namespace) -> None:
+    model = empty_model(args.shape, args.layers, args.bits)
+    shared = {count: empty_dense(args.shape, args.layers, args.bits) for count in args.machines}
+    context = args.prompt_tokens + args.generation_tokens // 2
+    result = {
+        "model": shape_label(args.shape, model, args.bits).removesuffix(", random weights"),
+        "predicted": True,
+        "context": context,
+        "links": {link.name: link.source for link in LINKS},
+        "plan": sharing_plan(model, shared, [1.0, *args.density], context),
+    }
+    print_result(result, sharing_table, args.json)
+
+
+def sharing_table(result: dict[str, Any]) -> str:
+    """A plan for several machines as text."""
+    lines = [
+        f"{result['model']}, {result['context']:,} tokens in the cache, tensor parallel",
+        "PREDICTED from bytes at full memory bandwidth and published latencies, not measured",
+        "",
+        f"{'':43}{'GB on':>7} {'ms to':>7} {'ms to':>9} {'speed-up over':>18}",
+        f"{'machines':8} {'link':34}{'each':>7} {'read':>7} {'exchange':>9} {'one dense':>10} {'as many':>7}",
+    ]
+    for (device, share), rows in itertools.groupby(result["plan"], lambda row: (row["device"], row["density"])):
+        lines.append(f"{device}, density {share:g}")
+        lines += [
+            f"{row['machines']:>8} {row['link']:34}{row['bytes'] / 1e9:>7.2f} {row['read_ms']:>7.2f}"
+            f" {row['exchange_ms']:>9.2f} {row['speedup']:>10.2f} {row['speedup_here']:>7.2f}"
+            for row in rows
+        ]
+    return "\n".join([*lines, "", *(f"{name}: {source}" for name, source in result["links"].items())])
 
 
 def plan_table(result: dict[str, Any]) -> str:
@@ -162,7 +237,16 @@ def table(result: dict[str, Any]) -> str:
         else:
             cells += " " * 85
         lines.append(f"{cells} {row['peak_memory'] / 1e9:>8.3f}")
-    return "\n".join(lines)
+    return "\n".join(lines + (_group_lines(result["group"]) if "group" in result else []))
+
+
+def _group_lines(group: dict[str, Any]) -> list[str]:
+    exchanges = ", ".join(f"{times} {name}" for name, times in group["exchanges"].items())
+    lines = [f"shared: {group['of']}; each token {exchanges}; a rank sends {group['sent_bytes'] / 1e3:.4g} kB (ring)"]
+    for i, own in enumerate(group["ranks"]):
+        read = ", ".join(f"{own['bytes'][d] / 1e6:.4g} at {d} (ceiling {c:.2f})" for d, c in own["ceiling"].items())
+        lines.append(f"rank {i} reads {own['dense_bytes'] / 1e6:.4g} MB a token dense, {read}")
+    return lines
 
 
 def _cell(row: dict[str, Any], key: str, form: str = ".4g") -> str:

@@ -54,6 +54,13 @@ def share(values: mx.array) -> mx.array:
     return shared
 
 
+def gather(values: list[int]) -> list[list[int]]:
+    """Every process's values; each must call this at the same point with as many."""
+    if size() == 1:
+        return [values]
+    return mx.distributed.all_gather(mx.array([values], mx.int64), stream=mx.cpu).tolist()
+
+
 def agree(facts: Mapping[str, object]) -> None:
     """Make sure that all processes have the same facts; each must call this at the same point.
 
@@ -66,8 +73,7 @@ def agree(facts: Mapping[str, object]) -> None:
     if size() == 1:
         return
     digests = [int(hashlib.sha256(str(fact).encode()).hexdigest()[:7], 16) for fact in facts.values()]
-    everywhere = mx.distributed.all_gather(mx.array([digests], mx.int32), stream=mx.cpu).tolist()
-    for name, values in zip(facts, zip(*everywhere)):
+    for name, values in zip(facts, zip(*gather(digests))):
         others = [i for i, value in enumerate(values) if value != values[0]]
         if others:
             raise GlassError(
