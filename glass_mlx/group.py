@@ -31,7 +31,7 @@ from .errors import GlassError
 PIPELINE = "under mlx.launch: each machine has some of the layers, not a part of every layer"
 
 # How often to look after the neighbours, and how long another process may say first why all of them end; seconds.
-_INTERVAL, _GRACE = 0.5, 2.0
+_INTERVAL, _GRACE = 0.5, 4.0
 _ending = threading.Lock()
 
 

@@ -81,6 +81,7 @@ class _Decoder:
             logits = self.model.draft(read[-1][None], self.cache)
             y, _, seen = self._sample(logits[:, -1], self.place + i, seen, read[-1])
             read.append(y.astype(mx.int32))
+            mx.async_eval(read[-1])  # of a pipeline MLX may else receive for the next token first
         tokens = mx.concatenate(read)
         mx.eval(tokens)
         return tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -11,10 +11,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse as DenseResponse
+from mlx_lm.generate import generation_stream
 from mlx_lm.generate import stream_generate as stream_dense
 from mlx_lm.models.cache import RotatingKVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from .. import group
 from ..errors import GlassError
 from ..model.config import RETIRED
 from ..model.glass_model import GlassModel
@@ -195,13 +197,24 @@ def _described(
 
     Speeds count the intervals between tokens: mlx-lm's clock starts at the first token, and counts it.
     """
-    with closing(responses):
+    with _finished(), closing(responses):
         fields = None
         for response in responses:
             fields = fields or describe()
             between = (response.generation_tokens - 1) / max(1, response.generation_tokens)
             speed = {"generation_tps": response.generation_tps * between}
             yield GenerationResponse(**{**vars(response), **speed}, **fields)
+
+
+@contextmanager
+def _finished() -> Iterator[None]:
+    """Nothing is left under way at the end, where processes share a model: MLX's ring would mix up what the step that
+    mlx-lm began after the last token exchanges with what comes next, in another stream."""
+    try:
+        yield
+    finally:
+        if group.size() > 1:
+            mx.synchronize(generation_stream)
 
 
 def generate(
@@ -243,8 +256,8 @@ def _describe_dense(model: nn.Module) -> dict[str, Any]:
     if not isinstance(model, GlassModel):
         return {}
     neurons = _of_all(model, [block.size for block in model.blocks])
-    group = "" if model.part is None else str(model.part.whole)
-    return {"kept_neurons": neurons, "total_neurons": neurons, "group": group}
+    of = "" if model.part is None else str(model.part.whole)
+    return {"kept_neurons": neurons, "total_neurons": neurons, "group": of}
 
 
 def _of_all(model: GlassModel, counts: list[int]) -> int:

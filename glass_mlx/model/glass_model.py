@@ -366,7 +366,8 @@ class GlassModel(nn.Module):
             counted[:, 0] = 0  # BOS, whose activations are huge
         logits, evidence = recording(self.blocks, norms, counted, self.dense, inputs, cache=entries, **kwargs)
         session.record(evidence, length, prompt)
-        mx.async_eval(session.evidence)  # an array that is not evaluated belongs to this thread
+        # an array that is not evaluated belongs to this thread
+        mx.async_eval(session.evidence, self._plan.passed_on(entries))
         if choose:
             session.drop_choice()
         return logits

@@ -94,6 +94,12 @@ class Plan:
         """How evidence is laid out."""
         return EvidenceLayout.of(self.blocks)
 
+    def passed_on(self, entries: list[Any]) -> list[Any]:
+        """What a dense call over a prompt must have evaluated of a prompt cache: of a pipeline all of it, because mlx-lm
+        sends the hidden vectors to the next process with it, which waits for them."""
+        pipeline = self.part is not None and self.part.whole.way == "pipeline"
+        return [entry.state for entry in entries] if pipeline else []
+
     def known(self, session: Session) -> list[Known]:
         """For each block what a conversation's dropped neurons are answered for by."""
         nothing = [None] * len(self.blocks)
