@@ -95,8 +95,8 @@ class Plan:
         return EvidenceLayout.of(self.blocks)
 
     def passed_on(self, entries: list[Any]) -> list[Any]:
-        """What a dense call over a prompt must have evaluated of a prompt cache: of a pipeline all of it, because mlx-lm
-        sends the hidden vectors to the next process with it, which waits for them."""
+        """What must be evaluated of a prompt cache with a dense call: of a pipeline all of it, because mlx-lm sends the
+        hidden vectors to the next process with it, which waits for them."""
         pipeline = self.part is not None and self.part.whole.way == "pipeline"
         return [entry.state for entry in entries] if pipeline else []
 

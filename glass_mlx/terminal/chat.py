@@ -15,6 +15,7 @@ from ..cli import density, sampler_maker, verify_options
 from ..decoding.conversation import Conversation
 from ..decoding.stream import GenerationResponse, context_length
 from ..errors import GlassError, printable, printable_lines
+from ..group import size
 from ..loading import build_statistics
 from .loading import load_for
 from .messages import FENCE, line_reader, messages
@@ -40,7 +41,7 @@ class Chat:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        self.interactive = sys.stdin.isatty()
+        self.interactive = sys.stdin.isatty() and size() == 1  # of several processes all must do the same
         on_terminal = self.interactive and sys.stdout.isatty()
         self.console = Console(highlight=False, stderr=not on_terminal)
         mx.random.seed(args.seed)
@@ -179,4 +180,5 @@ def status_line(r: GenerationResponse) -> str:
     return (
         f"{r.generation_tokens} tokens · {speed}prompt {r.prompt_tps:.1f} tok/s · "
         f"density {r.density:g} ({r.kept_neurons:,} of {r.total_neurons:,} neurons) · peak {r.peak_memory:.2f} GB"
+        f"{r.group and f' · {r.group}'}"
     )
