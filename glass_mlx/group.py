@@ -45,19 +45,31 @@ def size() -> int:
     return mx.distributed.init().size()
 
 
+def settle() -> None:
+    """Wait for what is under way here. mlx-lm begins a step after the last token, in a stream of its own, and MLX's
+    ring mixes up what two streams exchange at once."""
+    if size() > 1:
+        generate = sys.modules.get("mlx_lm.generate")  # it takes long to import, and may not be needed
+        for stream in [generate.generation_stream] if generate else []:
+            mx.synchronize(stream)
+        mx.synchronize()
+
+
 def share(values: mx.array) -> mx.array:
-    """The first process's values. Every process must call this at the same point, with nothing else under way."""
+    """The first process's values. Every process must call this at the same point."""
     if size() == 1:
         return values
+    settle()
     shared = mx.distributed.all_sum(values if rank() == 0 else mx.zeros_like(values), stream=mx.cpu)
     mx.eval(shared)
     return shared
 
 
 def gather(values: list[int]) -> list[list[int]]:
-    """Every process's values; each must call this at the same point with as many."""
+    """Every process's values. Each must call this at the same point, with as many; none returns before all have."""
     if size() == 1:
         return [values]
+    settle()
     return mx.distributed.all_gather(mx.array([values], mx.int64), stream=mx.cpu).tolist()
 
 
@@ -109,7 +121,7 @@ def perform(work: Callable[[], None]) -> None:
         with _voice():
             work()
         watch.stop()
-        mx.eval(mx.distributed.all_sum(mx.zeros((1,)), stream=mx.cpu))
+        gather([0])
     except (GlassError, RuntimeError) as e:
         if isinstance(e, RuntimeError) or isinstance(e.__cause__, RuntimeError):
             watch.check()  # MLX may have raised it because a neighbour has ended
@@ -181,7 +193,7 @@ def _end(message: str) -> None:
     """End the process with an error, once whichever thread comes first; MLX may hang at an orderly end."""
     _ending.acquire()
     sys.stdout.flush()
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {message}", file=sys.__stderr__, flush=True)  # also where this process is silent
     os._exit(1)
 
 
@@ -195,7 +207,7 @@ def _neighbours() -> list[tuple[int, socket.socket]]:
     before, after = (rank() - 1) % size(), (rank() + 1) % size()
     found = []
     for name in os.listdir("/dev/fd"):
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, LookupError):  # other files
             connection = socket.fromfd(int(name), socket.AF_INET, socket.SOCK_STREAM)
             here, there = connection.getsockname()[1], connection.getpeername()[1]
             if here in ports[rank()] or there in ports[after]:

@@ -11,7 +11,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse as DenseResponse
-from mlx_lm.generate import generation_stream
 from mlx_lm.generate import stream_generate as stream_dense
 from mlx_lm.models.cache import RotatingKVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -208,13 +207,11 @@ def _described(
 
 @contextmanager
 def _finished() -> Iterator[None]:
-    """Nothing is left under way at the end, where processes share a model: MLX's ring would mix up what the step that
-    mlx-lm began after the last token exchanges with what comes next, in another stream."""
+    """Nothing is left under way at the end, where processes share a model."""
     try:
         yield
     finally:
-        if group.size() > 1:
-            mx.synchronize(generation_stream)
+        group.settle()
 
 
 def generate(

@@ -143,9 +143,10 @@ def random_model(
     """
     dense = _in_format(shape, layers, bits, activation_dtype())
     if group is not None:
-        if not hasattr(dense, "shard"):
-            raise GlassError(f"mlx-lm cannot share models of {shape}'s family.")
-        dense.shard(group)
+        try:
+            dense.shard(group)
+        except (AttributeError, ValueError) as e:
+            raise GlassError(f"mlx-lm cannot share {shape} between {group.size()} processes: {e}") from e
     keys = iter(mx.random.split(mx.random.key(seed), len(tree_flatten(dense.parameters()))))
     for _, layer in tree_flatten(dense.leaf_modules(), is_leaf=nn.Module.is_module):
         layer.update({name: _random(layer, name, a, next(keys)) for name, a in layer.parameters().items()})
