@@ -328,10 +328,15 @@ def test_one_process_speaks(seen, alone):
     assert seen[1]["out"] == ""
 
 
-def test_responses_say_that_the_model_is_shared(seen, alone):
-    model, _ = alone("plain")
-    total = sum(block.size for block in model.blocks)
-    assert seen[0]["plain"]["described"] == [sum(model.kept_counts(0.5)), total, "2 ranks, tensor parallel"]
+@pytest.mark.parametrize("way", WAYS)
+def test_responses_say_that_the_model_is_shared(seen, alone, way):
+    """And count the neurons of all processes."""
+    model, _ = alone("moe" if way == "pipeline" else way)
+    kept, total, group = seen[0][way]["described"]
+    assert seen[1][way]["described"] == [kept, total, group]
+    assert total == sum(block.size for block in model.blocks)
+    assert kept == sum(len(k) for own in seen for k in own[way]["steps"]["default"]["kept"].values())
+    assert group == f"2 ranks, {'pipeline' if way == 'pipeline' else 'tensor'} parallel"
 
 
 def test_what_only_whole_models_can(seen):

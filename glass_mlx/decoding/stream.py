@@ -238,10 +238,11 @@ def generate(
 def _describe(model: GlassModel, session: Session) -> dict[str, Any]:
     """The fields of a response that say how GLASS decodes it."""
     config = session.config
+    budget = config.density, config.layer_budgets
     return {
         **_describe_dense(model),
         "density": config.density,
-        "kept_neurons": _of_all(model, model.kept_counts(config.density, config.layer_budgets)),
+        "kept_neurons": sum(model.kept_counts(*budget)) if model.part is None else model.part.kept(*budget),
         "global_weight": model.global_weight(session),
         "signal": config.signal,
         "expected_agreement": agreement_at(config.density, model.quality),
@@ -252,14 +253,9 @@ def _describe_dense(model: nn.Module) -> dict[str, Any]:
     """The same for a model that decodes densely."""
     if not isinstance(model, GlassModel):
         return {}
-    neurons = _of_all(model, [block.size for block in model.blocks])
-    of = "" if model.part is None else str(model.part.whole)
-    return {"kept_neurons": neurons, "total_neurons": neurons, "group": of}
-
-
-def _of_all(model: GlassModel, counts: list[int]) -> int:
-    """How many neurons counts of the blocks add up to, with those of the other processes that share them."""
-    return sum(counts) if model.part is None else model.part.total(counts)
+    whole = None if model.part is None else model.part.whole
+    neurons = sum(block.size for block in model.blocks) if whole is None else whole.neurons
+    return {"kept_neurons": neurons, "total_neurons": neurons, "group": str(whole or "")}
 
 
 def statistics(r: GenerationResponse) -> str:

@@ -323,7 +323,7 @@ class GlassModel(nn.Module):
         """The same forward code on the kept neurons' weights, however many tokens there are; after ``select``."""
         session = self.session(cache)
         logits = self._sparse(session, inputs, cache, kwargs)
-        # Densely decoded tokens wait, too, where they follow sparse ones: what is read again is the cache's end.
+        # Densely decoded tokens wait too where they follow sparse ones: what is read again is the cache's end.
         exact = session.config.density == 1 and not session.pending_reread
         session.advance(call_length(inputs, kwargs), None if exact or "input_embeddings" in kwargs else inputs)
         return logits

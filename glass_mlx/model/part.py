@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -73,6 +74,11 @@ class WholeModel:
     def __str__(self) -> str:
         return f"{self.count} ranks, {self.way} parallel"
 
+    @property
+    def neurons(self) -> int:
+        """How many neurons all blocks have."""
+        return sum(block.size for block in self.blocks)
+
 
 @dataclass(frozen=True)
 class _Place:
@@ -99,6 +105,7 @@ class ModelPart:
         self.whole, self.blocks = whole, blocks
         numbers = {block.path: i for i, block in enumerate(whole.blocks)}
         self._places = [self._place(block, numbers.get(block.path)) for block in blocks]
+        self._whole_counts = NeuronSelector(self._whole_shapes()).counts
 
     def selector(
         self,
@@ -116,20 +123,26 @@ class ModelPart:
         own_ranks = ranks and {signal: self._each(values, self._cut_ranks) for signal, values in ranks.items()}
         own_domains = domains and {signal: self._each(values, self._cut_shares) for signal, values in domains.items()}
 
-        def counts(density: float, layer_budgets: str) -> list[int]:
-            known = {"impact": ranks["impact"]} if ranks else None, {"impact": domains["impact"]} if domains else None
-            whole = NeuronSelector(self._whole_shapes(), *known, sensitivity).counts(density, layer_budgets)
-            return [whole[place.block] // self._sharing(i) for i, place in enumerate(self._places)]
+        known = {"impact": ranks["impact"]} if ranks else None, {"impact": domains["impact"]} if domains else None
 
+        @cache
+        def whole(density: float, layer_budgets: str) -> list[int]:
+            return NeuronSelector(self._whole_shapes(), *known, sensitivity).counts(density, layer_budgets)
+
+        def counts(density: float, layer_budgets: str) -> list[int]:
+            all_of = whole(density, layer_budgets)
+            return [all_of[place.block] // self._sharing(i) for i, place in enumerate(self._places)]
+
+        self._whole_counts = whole
         return NeuronSelector(shapes, own_ranks, own_domains, counts=counts)
 
     def responses(self, responses: list[Response | None] | None) -> list[Response | None] | None:
         """The whole model's responses, cut to this part's neurons."""
         return responses and self._each(responses, self._cut_response)
 
-    def total(self, counts: list[int]) -> int:
-        """How many neurons all processes have together, from those of this part's blocks; of a pipeline those here."""
-        return sum(count * self._sharing(i) for i, count in enumerate(counts))
+    def kept(self, density: float, layer_budgets: str) -> int:
+        """How many neurons all processes keep together."""
+        return sum(self._whole_counts(density, layer_budgets))
 
     def _each(self, values: list[_Any], cut: Callable[[int, _Any], _Any]) -> list[_Any]:
         """Values of the whole model's blocks, cut to the part's."""
