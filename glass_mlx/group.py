@@ -109,7 +109,11 @@ def perform(work: Callable[[], None]) -> None:
     Raises:
         GlassError, RuntimeError: as the work; in a group the process ends instead.
     """
-    if size() == 1:
+    try:
+        alone = size() == 1
+    except RuntimeError as e:
+        raise GlassError(f"the other processes of the group cannot be reached; see their output ({e})") from e
+    if alone:
         work()
         return
     watch = _Watch()

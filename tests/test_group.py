@@ -6,6 +6,7 @@ import pytest
 from launching import launch
 
 from glass_mlx import group
+from glass_mlx.errors import GlassError
 
 # What every process runs: ``work`` is the case's.
 PROGRAM = """
@@ -94,6 +95,17 @@ def test_a_process_that_dies_ends_the_others(run, busy):
 def test_the_first_process_may_be_the_one_that_dies(run):
     ended = run("exchange()\nif rank() == 0: os._exit(7)\nwhile True: exchange()")
     ends_together(ended, "rank 0 has ended", told=(1,))
+
+
+def test_a_process_that_never_came(monkeypatch):
+    """MLX gives up after half a minute."""
+
+    def gives_up():
+        raise RuntimeError("[ring] Couldn't connect")
+
+    monkeypatch.setattr(group, "size", gives_up)
+    with pytest.raises(GlassError, match="cannot be reached.*Couldn't connect"):
+        group.perform(lambda: None)
 
 
 def test_an_error_in_one_process(run):
