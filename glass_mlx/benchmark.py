@@ -4,7 +4,7 @@
     python -m glass_mlx.benchmark --shape mistral-7b --bits 4
     python -m glass_mlx.benchmark --shape mistral-7b --plan  # predicted for Macs, without running anything
     python -m glass_mlx.benchmark --shape llama-3.3-70b --plan --machines 2,4
-    mlx.launch -n 2 python -m glass_mlx.benchmark --shape mistral-7b --layers 2
+    mlx.launch -n 2 -- python -m glass_mlx.benchmark --shape mistral-7b --layers 2
 
 Dense and sparse runs alternate in one process, on the same random prompts. The figures are medians and ranges. The byte
 ceiling is the speed-up of a decoder that is limited by memory bandwidth alone: the bytes that a dense decode step reads

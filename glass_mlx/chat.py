@@ -7,16 +7,8 @@ from __future__ import annotations
 
 import argparse
 
-from .cli import (
-    Parser,
-    add_generation_options,
-    add_glass_options,
-    add_verbose,
-    add_verify_options,
-    check_numbers,
-    run,
-)
-from .group import together
+from .cli import Parser, add_generation_options, add_glass_options, add_verbose, add_verify_options, check_numbers, run
+from .group import PIPELINE, together
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -26,9 +18,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         description="Chat with a model that decodes with only the FFN neurons that your prompt calls for.",
     )
     add_generation_options(parser, max_tokens=256, seed=0)
-    parser.add_argument(
-        "--pipeline", action="store_true", help="under mlx.launch: share the model by layers, not each layer"
-    )
+    parser.add_argument("--pipeline", action="store_true", help=PIPELINE)
     add_glass_options(parser, build=False)
     add_verify_options(parser)
     add_verbose(parser)

@@ -22,6 +22,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..core.slicing import ScatterLinear, input_size, is_quantised
+from ..errors import GlassError
 from ..model.blocks import Block
 from ..model.glass_model import GlassModel
 from ..model.memory import model_bytes
@@ -257,7 +258,15 @@ def sharing_plan(
         list[dict]: for each number of machines, density, device and link the ``bytes`` that each machine reads for a
         token, ``read_ms`` and ``exchange_ms`` that reading and exchanging take one after the other, and the
         ``speedup`` over one machine that decodes densely and ``speedup_here`` over as many that do.
+
+    Raises:
+        GlassError: mlx-lm cannot share the model between so many.
     """
+    for count, part in shared.items():
+        try:
+            part.shard(_OnPaper(count))
+        except (AttributeError, ValueError) as e:
+            raise GlassError(f"mlx-lm cannot share this model between {count} machines: {e}") from e
     costs = {density: step_costs(model, density, context) for density in dict.fromkeys((1.0, *densities))}
     times = 2 * len(model.dense.layers)  # after attention and after the FFN
     rows = []
@@ -282,13 +291,11 @@ def sharing_plan(
 
 
 def _read_of_part(model: GlassModel, part: nn.Module, count: int, costs: StepCosts) -> float:
-    """Bytes that a step reads on each of several machines, of which ``part`` is one's. It is sharded if it is not yet.
+    """Bytes that a step reads on each of several machines, of which ``part`` is one's.
 
     Each has all of some weights, embeddings, norms and routers, and answers over all of the outputs."""
-    whole = model_bytes(model.dense)
-    if model_bytes(part) == whole:
-        part.shard(_OnPaper(count))
-    all_of = (count * model_bytes(part) - whole) / (count - 1) - unread_embedding(model.dense) + costs.answers
+    all_of = (count * model_bytes(part) - model_bytes(model.dense)) / (count - 1)
+    all_of += costs.answers - unread_embedding(model.dense)
     return all_of + (costs.sparse_step() - all_of) / count
 
 

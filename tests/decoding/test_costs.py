@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
 
-from glass_mlx import GlassModel
+from glass_mlx import GlassError, GlassModel
 from glass_mlx.decoding.costs import (
     DEVICES,
     LINKS,
@@ -187,6 +187,13 @@ def test_sharing_plan(monkeypatch, shape):
         assert row["exchange_ms"] == 2e3 * next(link.seconds for link in links if link.name == row["link"])
         if row["link"] == "none" and row["density"] == 1:
             assert 1 < row["speedup"] <= count and row["speedup_here"] == 1
+
+
+@pytest.mark.parametrize("shape, count", [("gemma-3-4b", 2), ("small", 3)])
+def test_what_cannot_be_shared(monkeypatch, shape, count):
+    monkeypatch.setitem(SHAPES, "small", SHAPES["small"] | SHAPES[shape] | {"vocab_size": 64})
+    with pytest.raises(GlassError, match=f"between {count} machines"):
+        sharing_plan(empty_model("small", layers=1), {count: empty_dense("small", layers=1)}, [1.0], 64)
 
 
 def test_one_process_exchanges_nothing():
