@@ -7,21 +7,25 @@ COMMANDS = {
     "chat": "chat with a model in the terminal",
     "generate": "answer one prompt, or continue a text",
     "server": "serve an OpenAI-compatible API and a chat page",
-    "models": "list, download and remove models: which fit, which have ranks",
+    "models": "list, download and remove models",
     "stats": "measure, check, compare and share a model's global ranks",
-    "doctor": "check on small models that everything works on this machine",
-    "evaluate": "how far sparse decoding is from the dense model",
-    "benchmark": "speed and memory against plain mlx-lm",
-    "tradeoff": "speed against fidelity, for all ways to decode",
-    "families": "the model families that are covered",
+    "doctor": "check that everything works on this machine",
+    "evaluate": "measure how far sparse decoding is from the dense model",
+    "benchmark": "measure speed and memory against plain mlx-lm",
+    "tradeoff": "compare the speed and fidelity of all ways to decode",
+    "families": "list the model families that are covered",
 }
-USAGE = f"usage: glass_mlx {{{','.join(COMMANDS)}}} ..."
+USAGE = "usage: glass_mlx COMMAND [options]; glass_mlx --help lists the commands"
 
 
 def main() -> None:
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if command in ("-h", "--help"):
-        print(USAGE, *(f"  {name:10} {does}" for name, does in COMMANDS.items()), sep="\n")
+    if command in ("-h", "--help", "help"):
+        print(
+            "usage: glass_mlx COMMAND [options]\n",
+            *(f"  {name:10} {does}" for name, does in COMMANDS.items()),
+            sep="\n",
+        )
         print("\nglass_mlx COMMAND --help says more about each.")
     elif command == "--version":
         from ._version import __version__

@@ -3,8 +3,6 @@
     python -m glass_mlx.benchmark --model demo --density 0.3,0.5,0.7
     python -m glass_mlx.benchmark --shape mistral-7b --bits 4
     python -m glass_mlx.benchmark --shape mistral-7b --plan  # predicted for Macs, without running anything
-    python -m glass_mlx.benchmark --shape llama-3.3-70b --plan --machines 2,4
-    mlx.launch -n 2 -- python -m glass_mlx.benchmark --shape mistral-7b --layers 2
 
 Dense and sparse runs alternate in one process, on the same random prompts. The figures are medians and ranges. The byte
 ceiling is the speed-up of a decoder that is limited by memory bandwidth alone: the bytes that a dense decode step reads
@@ -16,42 +14,67 @@ from __future__ import annotations
 import argparse
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from .cli import Parser, add_model_or_shape, add_verbose, density, global_weight, list_of, positive, print_result, run
-from .core.importance import SIGNALS
-from .decoding.costs import DEVICES, LINKS, exchanges, plan, sent_bytes, sharing_plan, step_costs
-from .evaluation.machine import backend
-from .evaluation.plot import plot_benchmark
-from .evaluation.shapes import empty_dense, empty_model, random_model, shape_label
-from .evaluation.speed import compare_speed, measure_device
+from .cli import checks
+from .cli.options import add_choice_options, add_model_or_shape, add_trust, add_verbose
+from .cli.output import print_result
+from .cli.parser import Parser
+from .cli.running import run
+from .cli.values import density, list_of, positive
+from .evaluation.tables import text_table
 from .group import gather, rank, size, together
-from .loading import DEFAULT_MODEL, load
-from .model.config import GlassConfig
-from .model.glass_model import GlassModel
-from .sharded_loading import sharded_load
+from .hub.names import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from .model.glass_model import GlassModel
+
+IDLE = (
+    checks.SHAPE,
+    checks.Idle("trust_remote_code", beside="shape"),
+    checks.Idle("global_weight signal num_trials prefill_step_size delay seed plot", beside="plan"),
+)
+
+_HEADS = (
+    *("density", "prompt tok/s", "decode tok/s", "peak GB", "speed-up", "ceiling", "of it", "recording"),
+    *("select ms", "(steps)", "even at"),
+)
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """The options of mlx-lm's benchmark, and GLASS's."""
-    parser = Parser("glass_mlx.benchmark", description="Speed of GLASS against plain mlx-lm.")
+    parser = Parser("glass_mlx.benchmark", description="Measure the speed of GLASS against plain mlx-lm.")
     add_model_or_shape(parser)
-    parser.add_argument("--density", type=list_of(density), default=[0.3, 0.5, 0.7], metavar="X[,X...]")
-    parser.add_argument("--global-weight", type=global_weight, default=GlassConfig.global_weight, metavar="WEIGHT")
-    parser.add_argument("--signal", choices=SIGNALS, default=GlassConfig.signal)
+    parser.add_argument(
+        "--density",
+        type=list_of(density),
+        default=[0.3, 0.5, 0.7],
+        metavar="X[,X...]",
+        help="shares of the neurons to keep",
+    )
+    add_choice_options(parser, "global_weight", "signal", "experts")
     parser.add_argument("--prompt-tokens", "-p", type=int, default=512, help="length of the prompt")
     parser.add_argument("--generation-tokens", "-g", type=int, default=256, help="tokens to generate")
     parser.add_argument("--num-trials", "-n", type=int, default=5, help="runs after a warm-up")
-    parser.add_argument("--prefill-step-size", type=int, default=2048, help="tokens in a prefill call")
-    parser.add_argument("--plan", action="store_true", help="predict the time of every way to decode, by class of Mac")
     parser.add_argument(
-        "--machines", type=list_of(positive), metavar="N[,N...]", help="with --plan and --shape: shared by N machines"
+        "--prefill-step-size", type=int, default=2048, help="read the prompt in calls of this many tokens"
+    )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="measure nothing, but predict how fast each way to decode is on several Macs",
+    )
+    parser.add_argument(
+        "--machines",
+        type=list_of(positive),
+        metavar="N[,N...]",
+        help="with --plan and --shape: predict it for N machines that share the model",
     )
     parser.add_argument("--delay", type=float, default=0, help="seconds to wait before each run, to cool down")
-    parser.add_argument("--seed", type=int, default=0, help="PRNG seed")
-    parser.add_argument("--trust-remote-code", action="store_true")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random numbers")
+    add_trust(parser)
     parser.add_argument("--json", metavar="FILE", help="write the figures to a file; - prints them and nothing else")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw a PNG (pip install 'glass_mlx[plot]')")
     add_verbose(parser)
@@ -65,8 +88,7 @@ def main() -> None:
         parser.error("-p must be at least 2, -g at least 3, -n at least 1")
     if args.prefill_step_size < 1 or args.delay < 0:
         parser.error("--prefill-step-size must be at least 1, --delay not negative")
-    if args.layers is not None and args.shape is None:
-        parser.error("--layers goes with --shape")
+    checks.check_together(parser, args, IDLE)
     if args.machines is not None and (not args.plan or args.shape is None or min(args.machines) < 2):
         parser.error("--machines goes with --plan and --shape, and is at least 2")
     run(together(lambda: _benchmark(args)), args.verbose)
@@ -76,8 +98,13 @@ def _benchmark(args: argparse.Namespace) -> None:
     if args.plan:
         _plan(args)
         return
-    choice = {"global_weight": args.global_weight, "signal": args.signal}
+    from .evaluation.shapes import random_model, shape_label
+    from .evaluation.speed import compare_speed
+    from .loading import load
+    from .sharded_loading import sharded_load
+
     shared = mx.distributed.init() if size() > 1 else None
+    choice = {"global_weight": args.global_weight, "signal": args.signal, "experts": args.experts}
     if args.shape:
         model = random_model(args.shape, args.layers, args.bits, args.seed, shared)
         model.config = model.config.updated(**choice)
@@ -103,11 +130,15 @@ def _benchmark(args: argparse.Namespace) -> None:
         return
     print_result(result, table, args.json)
     if args.plot:
+        from .evaluation.plot import plot_benchmark
+
         plot_benchmark(result, args.plot)
 
 
 def _of_group(model: GlassModel, densities: list[float], context: int) -> dict[str, Any]:
     """What the processes that share a model read and exchange for a token."""
+    from .decoding.costs import exchanges, sent_bytes, step_costs
+
     costs = {f"{d:g}": step_costs(model, d, context) for d in densities}
     dense = next(iter(costs.values())).dense_step()
     everywhere = gather([dense, *(own.sparse_step() for own in costs.values())])
@@ -130,12 +161,19 @@ def _plan(args: argparse.Namespace) -> None:
     if args.machines:
         _plan_sharing(args)
         return
+    from .decoding.costs import DEVICES, plan
+    from .evaluation.machine import backend
+    from .evaluation.shapes import empty_model, shape_label
+    from .evaluation.speed import measure_device
+    from .loading import load
+
     if args.shape:
         model = empty_model(args.shape, args.layers, args.bits)
         name = shape_label(args.shape, model, args.bits).removesuffix(", random weights")
     else:
         name = args.model or DEFAULT_MODEL
         model, _ = load(name, trust_remote_code=args.trust_remote_code)
+    model.config = model.config.updated(experts=args.experts)
     context = args.prompt_tokens + args.generation_tokens // 2
     devices = [*DEVICES] if backend() == "cpu" else [*DEVICES, measure_device(model)]  # a CPU says nothing about Macs
     result = {
@@ -149,7 +187,11 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _plan_sharing(args: argparse.Namespace) -> None:
+    from .decoding.costs import LINKS, sharing_plan
+    from .evaluation.shapes import empty_dense, empty_model, shape_label
+
     model = empty_model(args.shape, args.layers, args.bits)
+    model.config = model.config.updated(experts=args.experts)
     shared = {count: empty_dense(args.shape, args.layers, args.bits) for count in args.machines}
     context = args.prompt_tokens + args.generation_tokens // 2
     result = {
@@ -185,35 +227,37 @@ def plan_table(result: dict[str, Any]) -> str:
     """A plan as text."""
     here = [name for name, d in result["devices"].items() if d["source"].startswith("measured")]
     label = {name: "this one" if name in here else name for name in result["devices"]}
-    accepted = "".join(f"{a:>7}" for a in result["plan"][0]["verified"])
+    heads = ("density", "device", "dense ms", "sparse ms", "speed-up", "choice", "even at", "reread")
     lines = [
         f"{result['model']}, {result['context']:,} tokens in the cache",
         "PREDICTED from bytes at full memory bandwidth, not measured",
         "",
-        f"{'':18} {'ms a token':>13} {'speed':>6} {'choice':>13} {'reread':>7}  verified if accepted",
-        f"density {'device':10} {'dense':>6} {'sparse':>6} {'-up':>6} "
-        f"{'steps':>6} {'even at':>7} {'steps':>6}  {accepted}",
-    ]
-    for row in result["plan"]:
-        even = row["break_even_tokens"]
-        verified = "".join(f"{v['draft']:>2} {v['speedup']:4.2f}" for v in row["verified"].values())
-        lines.append(
-            f"{row['density']:<7g} {label[row['device']]:10} {row['dense_ms']:6.2f} {row['sparse_ms']:6.2f} "
-            f"{row['speedup']:6.2f} {row['choice_steps']:6.2f} {'never' if even is None else f'{even:.0f}':>7} "
-            f"{row['reread_steps']:6.2f}  {verified}"
-        )
-    lines += [
+        *text_table(
+            (*heads, *(f"verified {accepted}" for accepted in result["plan"][0]["verified"])),
+            [_plan_row(label[row["device"]], row) for row in result["plan"]],
+            names=2,
+        ),
         "",
-        "choice: choosing neurons and compacting, in dense steps, and after how many tokens that is made good",
+        "dense ms, sparse ms: the time of a token",
+        "choice: choosing neurons and compacting, in dense steps; even at: the tokens that make it good",
         "reread: what a token of an answer costs when the next prompt reads it again, in dense steps",
-        "verified: for each probability that a draft is accepted, how many tokens to draft, and the speed-up",
+        "verified: by the probability that a draft is accepted, how many tokens to draft, and the speed-up",
         "",
         "the time of a call by its rows, relative to one row:",
     ]
     for name, d in result["devices"].items():
         rows = " ".join(f"{n}:{cost:.3g}" for n, cost in d["rows"].items())
         lines.append(f"{label[name]:10} {d['bandwidth'] / 1e9:.0f} GB/s  {rows}  ({d['source']})")
-    return "\n".join(lines + here)
+    return "\n".join(lines + [f"this one: {name}" for name in here])
+
+
+def _plan_row(device: str, row: dict[str, Any]) -> list[str]:
+    figures = (f"{row[key]:.2f}" for key in ("dense_ms", "sparse_ms", "speedup", "choice_steps"))
+    even, verified = row["break_even_tokens"], row["verified"].values()
+    return [
+        *(f"{row['density']:g}", device, *figures, "never" if even is None else f"{even:.0f}"),
+        *(f"{row['reread_steps']:.2f}", *(f"{v['draft']}: {v['speedup']:.2f}" for v in verified)),
+    ]
 
 
 def table(result: dict[str, Any]) -> str:
@@ -222,22 +266,9 @@ def table(result: dict[str, Any]) -> str:
         f"{result['model']} on {result['machine']}, {result['backend']}",
         f"prompt {result['prompt_tokens']} tokens, {result['generation_tokens']} generated; "
         f"median [lowest, highest] of {result['runs']} runs",
-        f"{'density':>8} {'prompt tok/s':>20} {'decode tok/s':>20} {'speed-up':>18} {'ceiling':>8} {'of it':>6} "
-        f"{'recording':>20} {'select ms':>10} {'(steps)':>8} {'even at':>8} {'peak GB':>8}",
     ]
-    for name, row in [("dense", result["dense"]), *result["glass"].items()]:
-        cells = f"{name:>8} {_cell(row, 'prompt_tps'):>20} {_cell(row, 'generation_tps'):>20}"
-        if name in result["speedup"]:
-            even = row["break_even_tokens"]
-            cells += (
-                f" {_cell(row, 'speedup', '.2f'):>18} {result['ceiling'][name]:>8.2f}"
-                f" {result['fraction_of_ceiling'][name]:>6.0%} {_cell(row, 'prefill_overhead', '.1%'):>20}"
-                f" {row['select_ms']:>10.1f} {row['select_steps']:>8.2f} {'never' if even is None else even:>8}"
-            )
-        else:
-            cells += " " * 85
-        lines.append(f"{cells} {row['peak_memory'] / 1e9:>8.3f}")
-    return "\n".join(lines + (_group_lines(result["group"]) if "group" in result else []))
+    rows = [_row(name, row, result) for name, row in [("dense", result["dense"]), *result["glass"].items()]]
+    return "\n".join([*lines, *text_table(_HEADS, rows), *(_group_lines(result["group"]) if "group" in result else [])])
 
 
 def _group_lines(group: dict[str, Any]) -> list[str]:
@@ -247,6 +278,18 @@ def _group_lines(group: dict[str, Any]) -> list[str]:
         read = ", ".join(f"{own['bytes'][d] / 1e6:.4g} at {d} (ceiling {c:.2f})" for d, c in own["ceiling"].items())
         lines.append(f"rank {i} reads {own['dense_bytes'] / 1e6:.4g} MB a token dense, {read}")
     return lines
+
+
+def _row(name: str, row: dict[str, Any], result: dict[str, Any]) -> list[str]:
+    cells = [name, _cell(row, "prompt_tps"), _cell(row, "generation_tps"), f"{row['peak_memory'] / 1e9:.3f}"]
+    if name not in result["speedup"]:
+        return cells + [""] * (len(_HEADS) - len(cells))
+    even = row["break_even_tokens"]
+    return [
+        *(*cells, _cell(row, "speedup", ".2f"), f"{result['ceiling'][name]:.2f}"),
+        *(f"{result['fraction_of_ceiling'][name]:.0%}", _cell(row, "prefill_overhead", ".1%")),
+        *(f"{row['select_ms']:.1f}", f"{row['select_steps']:.2f}", "never" if even is None else f"{even}"),
+    ]
 
 
 def _cell(row: dict[str, Any], key: str, form: str = ".4g") -> str:

@@ -7,8 +7,20 @@ from __future__ import annotations
 
 import argparse
 
-from .cli import Parser, add_generation_options, add_glass_options, add_verbose, add_verify_options, check_numbers, run
+from .cli import checks
+from .cli.options import add_generation_options, add_glass_options, add_verbose, add_verify_options
+from .cli.parser import Parser
+from .cli.running import run
 from .group import PIPELINE, together
+
+IDLE = (
+    *checks.GLASS,
+    checks.DENSE,
+    checks.Idle("build", beside="dense global_weight=0"),
+    checks.Idle(f"{checks.CHOICE} verify draft_tokens", beside="dense", until="/density chooses another"),
+    checks.VERIFY,
+    *checks.SAMPLING,
+)
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -28,7 +40,8 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 def main() -> None:
     parser = setup_arg_parser()
     args = parser.parse_args()
-    check_numbers(parser, args)
+    checks.check_numbers(parser, args)
+    checks.check_together(parser, args, IDLE)
     run(together(lambda: _chat(args)), args.verbose)
 
 

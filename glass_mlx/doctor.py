@@ -14,7 +14,9 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .cli import Parser, add_verbose, run
+from .cli.options import add_verbose
+from .cli.parser import Parser
+from .cli.running import run
 
 if TYPE_CHECKING:
     from .evaluation.diagnosis import Report, Result
@@ -95,7 +97,7 @@ def timings(report: Report) -> str:
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     parser = Parser(
-        "glass_mlx.doctor", description="Check on small models that GLASS works on this machine, and how fast."
+        "glass_mlx.doctor", description="Check with small models that GLASS works on this machine, and how fast it is."
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     add_verbose(parser)

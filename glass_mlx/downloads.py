@@ -141,9 +141,12 @@ def removal(names: Iterable[str]) -> tuple[Any, list[str]]:
     repos = {repo.repo_id: repo for repo in _scan() if repo.repo_type == "model"}
     wanted = [ALIASES.get(name, name) for name in names]
     for repo in wanted:
+        if repo == DEFAULT_MODEL:
+            raise GlassError(f"{DEFAULT_MODEL} comes with the package, and stays.")
         if repo not in repos:
-            where = "comes with the package" if repo == DEFAULT_MODEL else f"is not in {constants.HF_HUB_CACHE}"
-            raise GlassError(f"{repo} {where}: {_instead(repo, downloaded_models())}")
+            close = "" if repo in ALIASES.values() else near_miss(repo, {*repos, *ALIASES})
+            close = close or "glass_mlx.models lists the models that are."
+            raise GlassError(f"{repo} is not in {constants.HF_HUB_CACHE}: {close}")
     theirs = frozenset(repos[repo] for repo in wanted)  # a copy of a repository may have the same commits
     cache = replace(scan_cache_dir(constants.HF_HUB_CACHE), repos=theirs)
     return cache.delete_revisions(*(revision.commit_hash for repo in theirs for revision in repo.revisions)), wanted
@@ -194,6 +197,8 @@ def check_room(repo: str, revision: str | None = None) -> str | None:
 
 
 def _instead(name: str, models: list[LocalModel]) -> str:
+    if name in ALIASES or name in ALIASES.values():
+        return f"glass_mlx.models pull {name} downloads it."
     known = {name for model in models for name in (model.id, model.repo)} - {""} | set(ALIASES)
     return near_miss(name, known) or "glass_mlx.models lists those that are, glass_mlx.models pull downloads one."
 

@@ -21,35 +21,47 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-from tqdm import tqdm
 
-from .cli import Parser, add_float32, add_verbose, density, global_weight, list_of, one_of, positive, print_result, run
-from .evaluation import exact, fidelity, lm_eval_tasks
-from .evaluation.free_running import fit_length
-from .evaluation.intervals import windows
-from .evaluation.machine import mlx_backend
-from .evaluation.plot import plot_fidelity
-from .evaluation.prompts import PROMPTS, SETS, read_prompts
-from .evaluation.selectors import GLOBAL, SELECTORS, choose_selectors
-from .loading import DEFAULT_MODEL, load
-from .model.glass_model import GlassModel
+from .cli import checks
+from .cli.options import add_choice_options, add_float32, add_trust, add_verbose
+from .cli.output import print_result
+from .cli.parser import Parser
+from .cli.running import run
+from .cli.values import density, global_weight, list_of, one_of, positive
+from .evaluation.names import DEFAULT_PROMPTS, GLOBAL, PROMPT_SETS, SELECTORS
+from .evaluation.questions import TASKS, read_questions
+from .hub.names import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from .model.glass_model import GlassModel
+
+IDLE = (
+    checks.Idle("prompts count prompt_tokens tokens temp free plot", beside="exact tasks"),
+    checks.Idle("seed", beside="exact"),
+    checks.Idle("arms global_weight", beside="tasks"),
+    checks.Idle("global_weight", without="arms=glass-a arms=glass-i"),
+    checks.Idle("limit", without="exact tasks"),
+    checks.Idle("include_path", without="tasks"),
+)
 
 # What answers are compared for, if nothing else is asked for.
 _EXACT_SELECTORS = ("griffin", "glass-i", "glass")
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
-    parser = Parser("glass_mlx.evaluate", description="Fidelity of sparse decoding to the dense model.")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="directory, Hub repository or alias")
-    parser.add_argument("--density", type=list_of(density), default=[0.5], metavar="X[,X...]")
+    parser = Parser("glass_mlx.evaluate", description="Measure how far sparse decoding is from the dense model.")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="an alias, a Hub repository or a directory")
+    parser.add_argument(
+        "--density", type=list_of(density), default=[0.5], metavar="X[,X...]", help="share of the neurons to keep"
+    )
     parser.add_argument(
         "--arms",
         type=list_of(one_of(SELECTORS)),
         metavar="ARM[,ARM...]",
-        help=f"what selects the neurons: {', '.join(SELECTORS)} (default: all)",
+        help=f"selectors to compare: {', '.join(SELECTORS)} (default: all)",
     )
     parser.add_argument(
         "--global-weight",
@@ -58,12 +70,13 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         metavar="W[,W...]",
         help="of glass-a and glass-i (default: 0.5); glass uses auto",
     )
-    parser.add_argument("--stats", metavar="FILE", help="global ranks (default: looked up)")
+    add_choice_options(parser, "experts")
+    parser.add_argument("--stats", metavar="FILE", help="file of global ranks (default: looked up)")
     _add_text_options(parser)
     add_float32(parser)
-    parser.add_argument("--trust-remote-code", action="store_true")
+    add_trust(parser)
     parser.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE", help="write JSON, to standard output by default"
+        "--json", nargs="?", const="-", metavar="FILE", help="write JSON to FILE, or else to standard output"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG (pip install 'glass_mlx[plot]')")
     _add_task_options(parser)
@@ -74,9 +87,9 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 def _add_text_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts",
-        default=PROMPTS,
+        default=DEFAULT_PROMPTS,
         metavar="SET[,SET...]|FILE",
-        help=f"bundled sets ({', '.join(SETS)}); or a file with a prompt in each line; or .jsonl with text or "
+        help=f"bundled sets ({', '.join(PROMPT_SETS)}); or a file with a prompt in each line; or .jsonl with text or "
         "messages; or null: BOS alone (default: %(default)s)",
     )
     parser.add_argument("--count", type=positive, help="use the first COUNT prompts (default: all; of null: 32)")
@@ -85,22 +98,22 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
         type=list_of(positive),
         default=[None],
         metavar="N[,N...]",
-        help="cut prompts to this length; the dense model continues shorter ones",
+        help="cut prompts to this length; the dense model continues shorter ones (default: their own length)",
     )
     parser.add_argument("--tokens", type=positive, default=256, help="length of the continuations (default: 256)")
     parser.add_argument("--temp", type=float, default=1.0, help="sampling temperature of the continuations")
-    parser.add_argument("--seed", type=int, default=0, help="PRNG seed")
-    parser.add_argument("--free", action="store_true", help="also let each sparse model continue by itself")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random numbers")
+    parser.add_argument("--free", action="store_true", help="also let each sparse model write continuations of its own")
 
 
 def _add_task_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("tasks, instead")
+    group = parser.add_argument_group("tasks, instead of prompts")
     kind = group.add_mutually_exclusive_group()
     kind.add_argument(
         "--exact",
-        type=list_of(one_of(exact.TASKS)),
+        type=list_of(one_of(TASKS)),
         metavar="TASK[,TASK...]",
-        help=f"bundled tasks whose answers rules can tell: {', '.join(exact.TASKS)}",
+        help=f"bundled tasks, whose answers are checked by rules: {', '.join(TASKS)}",
     )
     kind.add_argument(
         "--tasks",
@@ -108,7 +121,7 @@ def _add_task_options(parser: argparse.ArgumentParser) -> None:
         metavar="TASK[,TASK...]",
         help="generation tasks of lm-evaluation-harness (pip install 'glass_mlx[eval]')",
     )
-    group.add_argument("--include-path", metavar="DIR", help="a folder with YAML files of further tasks")
+    group.add_argument("--include-path", metavar="DIR", help="directory with the YAML files of further tasks")
     group.add_argument("--limit", type=positive, help="use at most LIMIT questions of each task")
 
 
@@ -119,12 +132,18 @@ def main() -> None:
         parser.error("--tokens must be at least 2")
     if args.temp < 0:
         parser.error("--temp must not be negative")
+    checks.check_together(parser, args, IDLE)
     run(lambda: _evaluate(args), args.verbose)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    from .evaluation.machine import mlx_backend
+    from .loading import load
+
     tic = time.perf_counter()
-    model, tokenizer = load(args.model, stats=args.stats, trust_remote_code=args.trust_remote_code)
+    model, tokenizer = load(
+        args.model, stats=args.stats, experts=args.experts, trust_remote_code=args.trust_remote_code
+    )
     if args.float32:
         model.dense.set_dtype(mx.float32)
     measure = _exact if args.exact else _tasks if args.tasks else _fidelity
@@ -132,6 +151,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     about = {"model": args.model, "backend": mlx_backend(), "float32": args.float32, "seed": args.seed}
     result = {**about, "seconds": round(time.perf_counter() - tic, 1), **figures}
     if args.plot is not None and "arms" in result:
+        from .evaluation.plot import plot_fidelity
+
         plot_fidelity(result, args.plot)
     print_result(result, table, args.json)
 
@@ -140,6 +161,14 @@ Figures = tuple[dict[str, Any], Callable[[dict[str, Any]], str]]
 
 
 def _fidelity(args: argparse.Namespace, model: GlassModel, tokenizer: Any) -> Figures:
+    from tqdm import tqdm
+
+    from .evaluation import fidelity
+    from .evaluation.free_running import fit_length
+    from .evaluation.intervals import windows
+    from .evaluation.prompts import read_prompts
+    from .evaluation.selectors import choose_selectors
+
     selectors = choose_selectors(args.arms, args.global_weight, model.global_ranks is not None)
     if args.arms is None and model.global_ranks is None:
         print(f"There are no global ranks for this model: without {', '.join(GLOBAL)}.", file=sys.stderr)
@@ -171,20 +200,27 @@ def _fidelity(args: argparse.Namespace, model: GlassModel, tokenizer: Any) -> Fi
 
 
 def _exact(args: argparse.Namespace, model: GlassModel, tokenizer: Any) -> Figures:
+    from tqdm import tqdm
+
+    from .evaluation import exact
+    from .evaluation.selectors import choose_selectors
+
     has_statistics = model.global_ranks is not None
     names = args.arms or [name for name in _EXACT_SELECTORS if has_statistics or name not in GLOBAL]
     selectors = choose_selectors(names, args.global_weight, has_statistics)
-    questions = {task: exact.read_questions(task, args.limit) for task in args.exact}
+    questions = {task: read_questions(task, args.limit) for task in args.exact}
     rows = {}
     with tqdm(total=sum(map(len, questions.values())), unit="question", file=sys.stderr, disable=None) as bar:
         for task, some in questions.items():
-            how = exact.TASKS[task]
+            how = TASKS[task]
             rows[task] = exact.measure_task(model, tokenizer, how, some, selectors, args.density, bar.update)
     return {"questions": {task: len(some) for task, some in questions.items()}, "exact": rows}, exact.table
 
 
 def _tasks(args: argparse.Namespace, model: GlassModel, tokenizer: Any) -> Figures:
-    configs = lm_eval_tasks.standard_configs(args.density)
+    from .evaluation import lm_eval_tasks
+
+    configs = lm_eval_tasks.standard_configs(args.density, args.experts)
     rows = lm_eval_tasks.run_tasks(model, tokenizer, args.tasks, configs, args.include_path, args.limit, args.seed)
     return {"tasks": rows}, lm_eval_tasks.table
 

@@ -14,7 +14,11 @@ from dataclasses import asdict
 
 import mlx.core as mx
 
-from .cli import Parser, add_verbose, run
+from .cli.options import add_verbose
+from .cli.output import say
+from .cli.parser import Parser
+from .cli.running import run
+from .hub.names import near_miss
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -33,7 +37,8 @@ def main() -> None:
     known = model_types()
     for name in args.names:
         if name not in known:
-            parser.error(f"mlx-lm has no model family {name!r}")
+            close = near_miss(name, known)
+            parser.error(f"mlx-lm has no model family {name!r}{close and f'; {close}'}")
     run(lambda: _print(args.names or known, args.json), args.verbose)
 
 
@@ -44,17 +49,22 @@ def _print(names: list[str], as_json: bool) -> None:
     logging.getLogger("glass_mlx").setLevel(logging.ERROR)  # the table includes what would be warned of
     families = []
     if not as_json:
-        print(f"{'family':22} covered  {'projections':30} {'FFNs':21} note")
+        say(_line("family", "works", "projections", "FFNs"))
     for name in names:
         family = survey(name)
         families.append(family)
         if not as_json:
-            mark = "yes" if family.covered else "-"
-            print(f"{name:22} {mark:7}  {family.projections:30} {family.ffns:21} {family.note}".rstrip(), flush=True)
+            say(_line(name, "yes" if family.covered else "-", family.projections, family.ffns))
+            if family.note:
+                say(f"    {family.note}")
     if as_json:
         print(json.dumps([asdict(f) for f in families], indent=2))
     else:
         print(f"\n{sum(f.covered for f in families)} of {len(families)} families covered")
+
+
+def _line(family: str, works: str, projections: str, ffns: str) -> str:
+    return f"{family:21} {works:5} {projections:29} {ffns}".rstrip()
 
 
 if __name__ == "__main__":

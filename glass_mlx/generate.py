@@ -13,24 +13,42 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .cli import (
-    Parser,
+from .cli import checks
+from .cli.options import (
     add_generation_options,
     add_glass_options,
     add_verify_options,
-    check_numbers,
-    run,
     sampler_maker,
-    template_args,
-    text,
     verify_options,
 )
+from .cli.output import say
+from .cli.parser import Parser
+from .cli.running import run
+from .cli.values import template_args, text
 from .errors import GlassError, printable_lines
 from .group import PIPELINE, together
 
 if TYPE_CHECKING:
     from .decoding.stream import GenerationResponse
     from .model.glass_model import GlassModel
+
+IDLE = (
+    checks.Idle("verify prompt_cache_file", beside="draft_model", refused=True),
+    *checks.GLASS,
+    checks.DENSE,
+    checks.Idle("density quality build", beside="dense draft_model"),
+    checks.Idle(f"{checks.CHOICE} verify draft_tokens", beside="dense draft_model density=1"),
+    checks.Idle("build", beside="global_weight=0 density=1"),
+    checks.VERIFY,
+    checks.Idle("num_draft_tokens", without="draft_model"),
+    *checks.SAMPLING,
+    checks.Idle("top_k min_p min_tokens_to_keep", without="temp"),
+    checks.Idle("min_tokens_to_keep", without="min_p"),
+    checks.KV,
+    checks.Idle("max_kv_size", beside="draft_model prompt_cache_file"),
+    checks.Idle("system_prompt prefill_response chat_template_config", beside="ignore_chat_template"),
+    checks.Idle("system_prompt", beside="prompt_cache_file"),
+)
 
 
 def _yes(argument: str) -> bool:
@@ -40,25 +58,38 @@ def _yes(argument: str) -> bool:
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """mlx-lm's options for generate, and GLASS's."""
-    parser = Parser("glass_mlx.generate", description="Generate text on the FFN neurons that the prompt calls for.")
+    parser = Parser(
+        "glass_mlx.generate", description="Generate text with only the FFN neurons that the prompt calls for."
+    )
     add_generation_options(parser, max_tokens=100, seed=None)
     add = parser.add_argument
-    add("--prompt", "-p", type=text, default="hello", metavar="TEXT", help="what to answer; -: standard input")
-    add("--prefill-response", type=text, metavar="TEXT", help="how the answer begins; the model continues it")
-    add("--ignore-chat-template", action="store_true", help="continue the prompt as it is, rather than answer it")
-    add("--use-default-chat-template", action="store_true", help="no effect: tokenizers have none any more")
-    add("--chat-template-config", metavar="JSON", help="arguments of the chat template, an object")
-    add("--extra-eos-token", default=(), nargs="+", metavar="TOKEN", help="tokens that end an answer, too")
-    add("--min-p", type=float, default=0.0, metavar="P", help="drop tokens below this share of the best one; 0: off")
-    add("--min-tokens-to-keep", type=int, default=1, metavar="N", help="but keep at least so many")
+    add("--prompt", "-p", type=text, default="hello", metavar="TEXT", help="the prompt; -: read it from standard input")
+    add("--prefill-response", type=text, metavar="TEXT", help="beginning of the answer, for the model to continue")
+    add("--ignore-chat-template", action="store_true", help="continue the prompt as plain text, rather than answer it")
+    add("--use-default-chat-template", action="store_true", help="no effect: tokenizers no longer have one")
+    add("--chat-template-config", metavar="JSON", help="arguments of the chat template, as a JSON object")
+    add("--extra-eos-token", default=(), nargs="+", metavar="TOKEN", help="further tokens that end an answer")
+    add(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="drop tokens less likely than this share of the likeliest; 0: off",
+    )
+    add("--min-tokens-to-keep", type=int, default=1, metavar="N", help="with --min-p: keep at least N tokens")
     add("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens; 0: from all")
-    add("--prompt-cache-file", metavar="FILE", help="what has been read before, as mlx_lm.cache_prompt writes it")
-    add("--kv-bits", type=int, metavar="N", help="quantise the KV cache to this many bits (default: not)")
-    add("--kv-group-size", type=int, default=64, metavar="N", help="group size of the quantised KV cache")
-    add("--quantized-kv-start", type=int, default=5000, metavar="N", help="first token to quantise")
-    add("--quantize-activations", "-qa", action="store_true", help="quantise activations as the weights they meet are")
-    add("--draft-model", metavar="MODEL", help="another model, to draft for this one; its answer is then the dense one")
-    add("--num-draft-tokens", type=int, default=3, metavar="K", help="how many tokens that one drafts")
+    add("--prompt-cache-file", metavar="FILE", help="prompt cache to go on from, as written by mlx_lm.cache_prompt")
+    add("--kv-bits", type=int, metavar="N", help="quantise the KV cache to N bits (default: not quantised)")
+    add("--kv-group-size", type=int, default=64, metavar="N", help="with --kv-bits: group size")
+    add("--quantized-kv-start", type=int, default=5000, metavar="N", help="with --kv-bits: quantise from this token on")
+    add(
+        "--quantize-activations",
+        "-qa",
+        action="store_true",
+        help="quantise activations like the weights that they are multiplied with",
+    )
+    add("--draft-model", metavar="MODEL", help="another model that drafts for this one, which then answers densely")
+    add("--num-draft-tokens", type=int, default=3, metavar="K", help="with --draft-model: draft K tokens at a time")
     add("--pipeline", action="store_true", help=PIPELINE)
     add("--image", default=(), nargs="+", metavar="FILE", help="not supported: text only")
     # None: an explicit True also shows tracebacks
@@ -74,9 +105,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.image:
         parser.error("--image: glass_mlx generates from text only")
-    check_numbers(parser, args)
-    if args.draft_model and args.prompt_cache_file:
-        parser.error("--draft-model cannot be used with --prompt-cache-file")
+    checks.check_numbers(parser, args)
+    checks.check_together(parser, args, IDLE)
     try:
         template = template_args(args.chat_template_config) if args.chat_template_config else {}
     except argparse.ArgumentTypeError as e:
@@ -119,7 +149,7 @@ def _generate(args: argparse.Namespace, template: dict[str, Any]) -> None:
         print(json.dumps(_as_json(answer, tokens, response)))
     elif decorated:
         print("\n" + "=" * 10)
-        print(statistics(response))
+        say(statistics(response))
         if args.verify or args.draft_model:
             print(f"Drafted: {drafted / len(tokens):.0%} of the tokens")
     else:

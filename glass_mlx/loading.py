@@ -15,11 +15,12 @@ from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .decoding.control_tokens import ChatTokenizer
-from .decoding.memory_plan import plan_memory
+from .decoding.costs import step_costs
+from .decoding.memory_plan import CONTEXT, MemoryPlan, plan_memory
 from .errors import GlassError
 from .hub.access import hub_access
 from .hub.model_files import check_model, problem
-from .hub.names import ALIASES, DEFAULT_MODEL, DEMO_PATH, near_miss
+from .hub.names import ALIASES, DEFAULT_MODEL, DEMO_PATH, near_miss, repository_of
 from .model.config import GlassConfig
 from .model.glass_model import GlassModel
 from .model.quality import costs_more_than, density_for
@@ -64,13 +65,7 @@ def resolve_model(name: str | Path, revision: str | None = None) -> Path:
         return path
     if path.exists():
         raise GlassError(f"{path} is a file: give the model's directory.")
-    repo = ALIASES.get(str(name), str(name))
-    if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
-        close = near_miss(str(name), (DEFAULT_MODEL, *ALIASES))
-        raise GlassError(
-            f"Unknown model {str(name)!r}: {close or 'give a directory, a Hub repository or an alias (mistral-7b).'} "
-            "All aliases: python -m glass_mlx.models list --all"
-        )
+    repo = repository_of(str(name))
     try:
         with hub_access(repo, revision):
             path = Path(snapshot_download(repo, revision=revision, allow_patterns=MODEL_FILES))
@@ -109,6 +104,7 @@ class LoadOptions(TypedDict, total=False):
     signal: str
     layer_budgets: str
     compensation: bool
+    experts: str
     quality: str | None
     stats: str | Path | bool | None
     stats_repo: str | None
@@ -157,6 +153,7 @@ def load(
     signal: str = GlassConfig.signal,
     layer_budgets: str = GlassConfig.layer_budgets,
     compensation: bool = GlassConfig.compensation,
+    experts: str = GlassConfig.experts,
     quality: str | None = None,
     stats: str | Path | bool | None = None,
     stats_repo: str | None = None,
@@ -169,7 +166,7 @@ def load(
     Args:
         path_or_hf_repo (str): a directory, a Hub repository, an alias (``ALIASES``) or ``demo``.
         tokenizer_config, ..., trust_remote_code: as in ``mlx_lm.load``.
-        density, ..., compensation: how neurons are chosen; see :class:`glass_mlx.GlassConfig`.
+        density, ..., experts: how neurons are chosen; see :class:`glass_mlx.GlassConfig`.
         quality (str, optional): ``"high"``, ``"balanced"`` or ``"fast"``: instead of ``density`` the one that costs at
             most what this says (``model/quality.py``), by what the ranks file knows of the model.
         stats (str or bool, optional): a global-ranks file, or False to use none. Default: the model's own, looked up
@@ -179,7 +176,7 @@ def load(
         build (bool): if there are no ranks, measure them now, with a progress bar, and keep them in the cache.
         max_session_memory: see :class:`glass_mlx.GlassModel`.
         low_memory (bool, optional): as there. Default: where the model and a conversation would not fit into memory
-            without it (``decoding/memory_plan.py``).
+            without it (``decoding/memory_plan.py``), nor with dense routed experts, which are tried first.
 
     Returns:
         tuple: (GlassModel, tokenizer), and the model's config as a third if ``return_config``.
@@ -188,7 +185,7 @@ def load(
         GlassError: the model cannot be found, loaded or sparsified, or an argument is out of range.
         StatsError: the ranks file is damaged or belongs to another model.
     """
-    config = GlassConfig(density, global_weight, signal, layer_budgets, compensation)
+    config = GlassConfig(density, global_weight, signal, layer_budgets, compensation, experts)
     path = resolve_model(path_or_hf_repo, revision)
     options = {"model_config": model_config, "lazy": lazy, "trust_remote_code": trust_remote_code}
     options["tokenizer_config"] = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
@@ -258,17 +255,35 @@ def choose_density(model: GlassModel, quality: str | None) -> None:
 def fit_memory(model: GlassModel, low_memory: bool | None) -> None:
     """Say how much memory the model takes, and save some where there is too little and nobody said how."""
     plan = plan_memory(model)
-    saved = replace(plan, low_memory=True)
-    if not plan.fits and low_memory is None and saved.needed < plan.needed:
-        logger.warning(
-            "too little memory to keep the dense FFN weights while decoding: each prompt reads them from disk"
-        )
-        model.let_go_of_dense_weights()
-        plan = saved
+    if not plan.fits and low_memory is None:
+        plan = _save_memory(model, plan)
     if plan.fits:
         logger.info("memory: %s", plan)
     else:
         logger.warning("memory: %s; choose a smaller model, or one of fewer bits", plan)
+
+
+def _save_memory(model: GlassModel, plan: MemoryPlan) -> MemoryPlan:
+    """Leave routed experts dense, if that saves any; and decode without the dense FFN weights, if it must still be."""
+    config = model.config
+    model.config = config.updated(experts="dense")
+    smaller = plan_memory(model)
+    if smaller.needed < plan.needed:
+        read = [step_costs(model, config.density, CONTEXT, experts).sparse_step() for experts in ("sparse", "dense")]
+        logger.warning(
+            "too little memory for compact weights of all routed experts: these stay dense. With --low-memory a token "
+            "would read %.0f %% less, and each prompt would read the dense weights from disk",
+            100 * (1 - read[0] / read[1]),
+        )
+        plan = smaller
+    else:
+        model.config = config
+    saved = replace(plan, low_memory=True)
+    if plan.fits or saved.needed >= plan.needed:
+        return plan
+    logger.warning("too little memory to keep the dense FFN weights while decoding: each prompt reads them from disk")
+    model.let_go_of_dense_weights()
+    return saved
 
 
 def use_statistics(model: GlassModel, statistics: GlobalStatistics | None, expected: bool) -> None:

@@ -11,17 +11,19 @@ import json
 import sys
 from typing import Any
 
-from .cli import Parser, add_verbose, print_table, run, say
+from .cli.options import add_verbose
+from .cli.output import print_table, say
+from .cli.parser import Parser
+from .cli.running import run
 from .errors import GlassError, printable
-from .hub.names import ALIASES, DEFAULT_MODEL
+from .hub.names import ALIASES, DEFAULT_MODEL, repository_of
 
 _MODEL = "an alias, a Hub repository or a directory"
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     parser = Parser("glass_mlx.models", description="Models on this machine. Without a command: list.")
-    commands = parser.add_subparsers(dest="command")
-    parser.set_defaults(does=_list, all=False, json=False, verbose=False)
+    commands = parser.add_subparsers(dest="command", required=True)
 
     def add(name: str, does: Any, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
@@ -30,7 +32,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         return command
 
     listed = add("list", _list, "list the downloaded models: their size, whether they fit, whether they have ranks")
-    listed.add_argument("--all", action="store_true", help="also the aliases of models that are not downloaded")
+    listed.add_argument("--all", action="store_true", help="also list the aliases of models that are not downloaded")
     listed.add_argument("--json", action="store_true", help="print one JSON list and nothing else")
     pull = add("pull", _pull, "download a model, or the rest of it")
     pull.add_argument("model", help="an alias or a Hub repository")
@@ -38,13 +40,16 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     remove = add("rm", _remove, "remove downloaded models from the Hub cache")
     remove.add_argument("models", nargs="+", metavar="model", help="an alias or a Hub repository")
     remove.add_argument("--yes", "-y", action="store_true", help="do not ask")
-    show = add("show", _show, "what is known of a model without loading it")
+    show = add("show", _show, "show what is known about a model without loading it")
     show.add_argument("model", help=_MODEL)
     return parser
 
 
 def main() -> None:
-    args = setup_arg_parser().parse_args()
+    given = sys.argv[1:]
+    if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help", "--version")):
+        given = ["list", *given]
+    args = setup_arg_parser().parse_args(given)
     run(lambda: args.does(args), args.verbose)
 
 
@@ -85,7 +90,7 @@ def _pull(args: argparse.Namespace) -> None:
 
     if args.model == DEFAULT_MODEL:
         raise GlassError(f"{DEFAULT_MODEL} comes with the package: there is nothing to download.")
-    size = check_room(ALIASES.get(args.model, args.model), args.revision)
+    size = check_room(repository_of(args.model), args.revision)
     if size is not None:
         say(f"{args.model}: {size} to download")
     say(resolve_model(args.model, args.revision))

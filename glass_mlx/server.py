@@ -10,47 +10,41 @@ import os
 import signal
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .cli import (
-    Parser,
-    adapter_directory,
-    add_glass_options,
-    add_verbose,
-    add_verify_options,
-    check_numbers,
-    glass_choice,
-    list_of,
-    memory_size,
-    run,
-    say,
-    template_args,
-    verify_options,
-    warn_of_idle_options,
-)
+from .cli import checks
+from .cli.options import add_glass_options, add_trust, add_verbose, add_verify_options, glass_choice, verify_options
+from .cli.output import say
+from .cli.parser import Parser
+from .cli.running import run
+from .cli.values import adapter_directory, list_of, memory_size, template_args
 from .errors import GlassError
-from .loading import DEFAULT_MODEL
+from .hub.names import DEFAULT_MODEL
 from .model.config import GlassConfig
-from .serving.engine import Engine, EngineOptions
-from .serving.errors import RequestError
 from .serving.logs import log_to_file
 from .serving.sockets import DEFAULT_HOST, DEFAULT_PORT, is_loopback, parse_origin
 
-_missing = None
-try:
+if TYPE_CHECKING:
     from .serving.app import ApiOptions
-    from .serving.server import Server
-except ModuleNotFoundError as e:
-    if e.name not in ("uvicorn", "starlette", "pydantic", "h11"):
-        raise
-    _missing = e.name
+    from .serving.engine import Engine, EngineOptions
 
 KEY_VARIABLE = "GLASS_API_KEY"
+
+IDLE = (
+    *checks.GLASS,
+    checks.DENSE,
+    checks.Idle("verify draft_tokens", beside="dense"),
+    checks.Idle(checks.CHOICE, beside="dense", until="a request sets its density"),
+    checks.Idle("draft_tokens", without="verify", until="a request asks to verify"),
+    checks.KV,
+    checks.Idle("log_prompts", beside="log_level=WARNING log_level=ERROR log_level=CRITICAL"),
+)
 
 # Options of mlx-lm's server, and why this one has them not.
 NOT_SERVED = {
     "--draft-model": "there are no draft models; --verify drafts with the model itself",
     "--num-draft-tokens": "there are no draft models; see --verify and --draft-tokens",
-    "--use-default-chat-template": "transformers has no default templates any more; give one with --chat-template",
+    "--use-default-chat-template": "transformers no longer has default templates; give one with --chat-template",
     "--decode-concurrency": "answers are given one at a time; clients take turns",
     "--prompt-concurrency": "prompts are read one at a time; clients take turns",
     "--pipeline": "the server runs on one machine",
@@ -62,24 +56,28 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser = Parser("glass_mlx.server", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--model",
-        help="the model behind default_model, loaded at once: an alias, a Hub repository or a directory (default: "
-        "demo, loaded at the first request)",
+        help="the model that default_model stands for, loaded at the start: an alias, a Hub repository or a directory "
+        "(default: demo, loaded at the first request)",
     )
     parser.add_argument("--adapter-path", type=adapter_directory, help="adapter weights to fuse into the default model")
     parser.add_argument("--host", default=DEFAULT_HOST, help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="port; 0: any free one (default: %(default)s)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="let tokenizers run code of their repository")
+    add_trust(parser)
     parser.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"])
-    parser.add_argument("--chat-template", default="", help="a chat template to use instead of the model's")
-    parser.add_argument("--chat-template-args", type=template_args, default={}, help="its arguments, a JSON object")
+    parser.add_argument("--chat-template", default="", help="chat template to use instead of the model's own")
+    parser.add_argument(
+        "--chat-template-args", type=template_args, default={}, help="arguments of the chat template, as a JSON object"
+    )
     for name, kind, default, what in (
         ("--temp", float, 0.0, "sampling temperature"),
-        ("--top-p", float, 1.0, "nucleus sampling"),
-        ("--top-k", int, 0, "top-k sampling; 0: off"),
-        ("--min-p", float, 0.0, "min-p sampling; 0: off"),
-        ("--max-tokens", int, 512, "length of answers, in tokens"),
+        ("--top-p", float, 1.0, "sample from the likeliest tokens that add up to this probability"),
+        ("--top-k", int, 0, "sample from this many of the likeliest tokens; 0: all"),
+        ("--min-p", float, 0.0, "drop tokens less likely than this share of the likeliest; 0: off"),
+        ("--max-tokens", int, 512, "maximum length of an answer in tokens"),
     ):
-        parser.add_argument(name, type=kind, default=default, help=f"{what}, unless requests set it (%(default)s)")
+        parser.add_argument(
+            name, type=kind, default=default, help=f"{what}; requests can set their own (default: %(default)s)"
+        )
     _add_cache_options(parser)
     _add_serving_options(parser)
     add_glass_options(parser, build=False)
@@ -98,16 +96,20 @@ class _Refuse(argparse.Action):
 
 
 def _add_cache_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prefill-step-size", type=int, default=512, help="prompt tokens to read in one call")
+    parser.add_argument("--prefill-step-size", type=int, default=512, help="read prompts in calls of this many tokens")
     parser.add_argument(
-        "--prompt-cache-size", type=int, default=10, help="conversations to keep (default: %(default)s)"
+        "--prompt-cache-size", type=int, default=10, help="number of conversations to keep (default: %(default)s)"
     )
     parser.add_argument(
-        "--prompt-cache-bytes", type=memory_size, help="memory for them (default: a quarter of what the model leaves)"
+        "--prompt-cache-bytes",
+        type=memory_size,
+        help="memory for kept conversations (default: a quarter of what the model leaves free)",
     )
     parser.add_argument("--kv-bits", type=int, help="quantise the KV cache to this many bits")
-    parser.add_argument("--kv-group-size", type=int, default=64, help="group size of the quantised KV cache")
-    parser.add_argument("--quantized-kv-start", type=int, default=5000, help="first token to quantise")
+    parser.add_argument("--kv-group-size", type=int, default=64, help="with --kv-bits: group size")
+    parser.add_argument(
+        "--quantized-kv-start", type=int, default=5000, help="with --kv-bits: quantise from this token on"
+    )
 
 
 def _add_serving_options(parser: argparse.ArgumentParser) -> None:
@@ -115,10 +117,12 @@ def _add_serving_options(parser: argparse.ArgumentParser) -> None:
     serving.add_argument(
         "--idle-timeout", type=float, default=600, metavar="S", help="unload the model after S idle seconds; 0: never"
     )
-    serving.add_argument("--max-queue", type=int, default=64, help="requests that may wait; more get status 429")
-    serving.add_argument("--max-prompt-tokens", type=int, default=131072, help="longer prompts are refused")
     serving.add_argument(
-        "--max-body-bytes", type=memory_size, default=8 << 20, help="larger requests are refused (default: 8MiB)"
+        "--max-queue", type=int, default=64, help="number of requests that may wait; further ones get status 429"
+    )
+    serving.add_argument("--max-prompt-tokens", type=int, default=131072, help="maximum length of a prompt in tokens")
+    serving.add_argument(
+        "--max-body-bytes", type=memory_size, default=8 << 20, help="maximum size of a request (default: 8MiB)"
     )
     serving.add_argument(
         "--allow-download",
@@ -126,7 +130,12 @@ def _add_serving_options(parser: argparse.ArgumentParser) -> None:
         help="download requested models that are not in the Hub cache (default: only --model is downloaded)",
     )
     serving.add_argument(
-        "--allow-path", action="append", type=Path, default=[], metavar="DIR", help="also serve the models below DIR"
+        "--allow-path",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="DIR",
+        help="also serve the models in DIR; can be repeated",
     )
     serving.add_argument(
         "--api-key", help=f"bearer token that clients must send (default: the environment's {KEY_VARIABLE})"
@@ -141,9 +150,15 @@ def _add_serving_options(parser: argparse.ArgumentParser) -> None:
         help="web origins whose pages may use the API, separated by commas; *: all (default: only the server's own)",
     )
     serving.add_argument(
-        "--allowed-host", action="append", default=[], metavar="NAME", help="another name of this machine for clients"
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="another name of this machine that clients may use",
     )
-    serving.add_argument("--log-dir", type=Path, help="directory of the log file (default: the platform's)")
+    serving.add_argument(
+        "--log-dir", type=Path, help="directory of the log file (default: the platform's log directory)"
+    )
     serving.add_argument("--log-prompts", action="store_true", help="write prompts and answers to the log")
 
 
@@ -164,15 +179,20 @@ def main() -> None:
         )
     if args.max_tokens < 1:
         parser.error("--max-tokens must be at least 1")
-    check_numbers(parser, args)
-    warn_of_idle_options(parser, args)
+    checks.check_numbers(parser, args)
+    checks.check_together(parser, args, IDLE)
     run(lambda: serve(args), args.verbose)
 
 
 def serve(args: argparse.Namespace) -> None:
     """Serve until Ctrl-C or SIGTERM."""
-    if _missing is not None:
-        raise GlassError(f"the server needs {_missing}: pip install 'glass_mlx[server]'")
+    try:
+        from .serving.engine import Engine
+        from .serving.server import Server
+    except ModuleNotFoundError as e:
+        if e.name not in ("uvicorn", "starlette", "pydantic", "h11"):
+            raise
+        raise GlassError(f"the server needs {e.name}: pip install 'glass_mlx[server]'") from e
     log = log_to_file(directory=args.log_dir, level=args.log_level)
     engine = Engine(engine_options(args))
     server = Server(engine, args.host, args.port, api_options(args))
@@ -194,6 +214,8 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def _preload(engine: Engine) -> None:
+    from .serving.errors import RequestError
+
     try:
         engine.load().result()
     except RequestError as e:
@@ -202,6 +224,8 @@ def _preload(engine: Engine) -> None:
 
 def engine_options(args: argparse.Namespace) -> EngineOptions:
     """The engine's options of a command line."""
+    from .serving.engine_options import EngineOptions
+
     tokenizer = {"chat_template": args.chat_template} if args.chat_template else {}
     return EngineOptions(
         model=args.model or DEFAULT_MODEL,
@@ -233,6 +257,8 @@ def engine_options(args: argparse.Namespace) -> EngineOptions:
 
 def api_options(args: argparse.Namespace) -> ApiOptions:
     """The server's options of a command line."""
+    from .serving.app import ApiOptions
+
     defaults = {"temperature": args.temp, "top_p": args.top_p, "top_k": args.top_k, "min_p": args.min_p}
     return ApiOptions(
         defaults={**defaults, "max_tokens": args.max_tokens},

@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .cli import Parser, add_verbose, density, positive, print_table, run, say
+from .cli import checks
+from .cli.options import add_trust, add_verbose
+from .cli.output import print_table, say
+from .cli.parser import Parser
+from .cli.running import run
+from .cli.values import density, positive
 from .core.importance import SIGNALS
 from .errors import GlassError, StatsError, printable
 from .hub.names import ALIASES, DEFAULT_MODEL
@@ -28,16 +33,22 @@ if TYPE_CHECKING:
     from .model.glass_model import GlassModel
     from .ranks.sources import Source
 
-_FILE = "a file, or the name of a listed model"
+IDLE = {
+    "build": (checks.Idle("stable_at", beside="all"), checks.Idle("temp seed", beside="text dataset")),
+    "verify": (checks.Idle("trust_remote_code", without="model"),),
+    "plot": (checks.Idle("prompt density", without="model"),),
+}
+
+_FILE = "a file, or a model that stats list names"
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
-    parser = Parser("glass_mlx.stats", description="Global neuron ranks.")
+    parser = Parser("glass_mlx.stats", description="Measure, check, compare and share a model's global ranks.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     def add(name: str, does: Any, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
-        command.set_defaults(does=does)
+        command.set_defaults(does=does, parser=command)
         add_verbose(command)
         return command
 
@@ -45,15 +56,15 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     add("list", _list, "list the ranks on this machine")
     show = add("show", _show, "show a file's metadata")
     show.add_argument("file", help=_FILE)
-    verify = add("verify", _verify, "check a file, and whether it is a model's")
+    verify = add("verify", _verify, "check a file, and whether it belongs to a model")
     verify.add_argument("file", help=_FILE)
-    verify.add_argument("--model", help="directory, Hub repository or alias")
-    verify.add_argument("--trust-remote-code", action="store_true")
+    verify.add_argument("--model", help="the model that it should belong to")
+    add_trust(verify)
     diff = add("diff", _diff, "compare two files, per layer")
     diff.add_argument("files", nargs=2, metavar="file", help=_FILE)
     diff.add_argument("--density", type=density, default=0.5, help="share of the neurons to compare")
     diff.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    merge = add("merge", _merge, "join files of one model: prompts may be like the texts of any of them")
+    merge = add("merge", _merge, "merge files of one model that were measured on different kinds of text")
     merge.add_argument("files", nargs="+", metavar="file", help=_FILE)
     merge.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
     plot = add("plot", _plot, "draw how concentrated importance is, per layer")
@@ -66,51 +77,54 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     share.add_argument("files", nargs="+", metavar="file", help=f"{_FILE}, or a directory of files")
     share.add_argument("--repo", required=True, help="owner/name")
     share.add_argument("--private", action="store_true", help="make a new repository private")
-    share.add_argument("--license", default="other", help="licence that the card names (default: %(default)s)")
+    share.add_argument("--license", default="other", help="licence named on the card (default: %(default)s)")
     index = add("index", _index, "write the index.json of a directory of ranks files")
-    index.add_argument("directory", type=Path, nargs="?", default=STATS_DIR)
+    index.add_argument("directory", type=Path, nargs="?", default=STATS_DIR, help="(default: the package's own)")
     return parser
 
 
 def _add_build_options(build: argparse.ArgumentParser) -> None:
     build.add_argument(
-        "--model", required=True, help="directory, Hub repository or alias; with --into several, or all for every alias"
+        "--model",
+        required=True,
+        help="an alias, a Hub repository or a directory; with --into several, separated by commas, or all (aliases)",
     )
     where = build.add_mutually_exclusive_group()
     where.add_argument("--out", type=Path, help="the .safetensors file to write (default: in the user's cache)")
-    where.add_argument(
-        "--into", type=Path, metavar="DIR", help="measure several models, a file each, to be uploaded together"
-    )
+    where.add_argument("--into", type=Path, metavar="DIR", help="measure several models, each into a file in DIR")
     build.add_argument("--tokens", type=positive, default=DEFAULT_TOKENS, help="read at most this many tokens")
     build.add_argument(
         "--stable-at",
         type=density,
         default=DEFAULT_STABLE_AT,
-        metavar="X",
-        help="stop when two halves agree on this share of the better neurons (default: %(default)s)",
+        metavar="E",
+        help="stop when choosing by half of the text is this efficient: the energy that must be dropped, as a share of "
+        "what is (default: %(default)s)",
     )
     build.add_argument("--all", action="store_true", help="read all --tokens, however stable the ranks are")
-    build.add_argument("--sequences", type=positive, default=32, help="sequences in a batch; the first ones have fewer")
+    build.add_argument(
+        "--sequences", type=positive, default=32, help="sequences in a batch; the first batches have fewer"
+    )
     build.add_argument("--length", type=positive, default=256, help="longest sequence in tokens")
     build.add_argument(
         "--response-rank",
         type=int,
         default=DEFAULT_RANK,
         metavar="R",
-        help="rank of the answers for dropped neurons; 0 for none (default: %(default)s)",
+        help="rank of what predicts the dropped neurons; 0: predict nothing (default: %(default)s)",
     )
     build.add_argument("--temp", type=float, default=1.0, help="sampling temperature")
-    build.add_argument("--seed", type=int, default=0, help="PRNG seed")
+    build.add_argument("--seed", type=int, default=0, help="seed of the random numbers")
     given = build.add_mutually_exclusive_group()
     given.add_argument(
         "--chat",
         action=argparse.BooleanOptionalAction,
-        help="let the model answer an empty message only, or never (default: both that and BOS alone, in turn, if it "
+        help="let the model only answer an empty message, or only continue its BOS token (default: both in turn, if it "
         "has a chat template)",
     )
-    given.add_argument("--text", type=Path, metavar="FILE", help="read this text instead of the model's own")
+    given.add_argument("--text", type=Path, metavar="FILE", help="read this text, rather than what the model writes")
     given.add_argument("--dataset", type=Path, metavar="FILE", help='read JSON lines with "text" or "messages"')
-    build.add_argument("--trust-remote-code", action="store_true")
+    add_trust(build)
 
 
 def main() -> None:
@@ -119,6 +133,7 @@ def main() -> None:
     for option in ("temp", "seed", "response_rank"):
         if not getattr(args, option, 0) >= 0:
             parser.error(f"--{option.replace('_', '-')} must not be negative")
+    checks.check_together(args.parser, args, IDLE.get(args.command, ()))
     run(lambda: args.does(args), args.verbose)
 
 
@@ -198,7 +213,9 @@ def _read_text(path: Path) -> str:
 def _stability(statistics: GlobalStatistics) -> str:
     try:
         s = json.loads(statistics.metadata["stability"])
-        return f"halves agree on {s['overlap']:.1%} of the better neurons, rank correlation {s['correlation']:.3f}"
+        overlap, correlation = s["overlap"], s["correlation"]
+        stable = f"{s['efficiency']:.1%} stable, " if "efficiency" in s else ""  # not in older files
+        return f"{stable}halves agree on {overlap:.1%} of the better neurons, rank correlation {correlation:.3f}"
     except (KeyError, ValueError, TypeError):
         return "stability unknown"
 
@@ -215,7 +232,9 @@ def _find(name: str) -> Path:
             continue
         if names & {metadata.get("model"), metadata.get("original"), path.stem}:
             return path
-    raise GlassError(f"There is no ranks file {name}, nor one on this machine for a model of that name.")
+    raise GlassError(
+        f"There is no ranks file {name}, nor one on this machine for a model of that name: stats list lists them."
+    )
 
 
 def _list(args: argparse.Namespace) -> None:
@@ -272,7 +291,7 @@ def _diff(args: argparse.Namespace) -> None:
         for i in range(len(a.sizes))
     ]
     if args.json:
-        say(json.dumps({"density": args.density, "layers": layers}))
+        print(json.dumps({"density": args.density, "layers": layers}))
         return
     from rich.table import Table
 
@@ -290,16 +309,17 @@ def _shape(statistics: GlobalStatistics) -> str:
 
 
 def _plot(args: argparse.Namespace) -> None:
+    from .evaluation.names import DEFAULT_PROMPTS
     from .evaluation.overlap import prompt_overlaps  # only here: the other commands need no evaluation
     from .evaluation.plot import plot_ranks
-    from .evaluation.prompts import PROMPTS, read_prompts
+    from .evaluation.prompts import read_prompts
 
     statistics = GlobalStatistics.read(_find(args.file))
     overlaps = None
     if args.model is not None:
         model, tokenizer = _load(args)
         statistics.check(model)
-        prompts = [tokenizer.encode(args.prompt)] if args.prompt else read_prompts(PROMPTS, tokenizer)
+        prompts = [tokenizer.encode(args.prompt)] if args.prompt else read_prompts(DEFAULT_PROMPTS, tokenizer)
         overlaps = prompt_overlaps(model, prompts, statistics, args.density)
     plot_ranks(statistics, args.out, overlaps, args.density)
     say(args.out)

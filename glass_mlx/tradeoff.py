@@ -23,39 +23,41 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-import numpy as np
 
-from .cli import (
-    Parser,
-    add_float32,
-    add_model_or_shape,
-    add_verbose,
-    density,
-    global_weight,
-    list_of,
-    one_of,
-    print_result,
-    run,
-)
-from .evaluation.decoders import KINDS, measure_decoders, simulated_decoders, standard_decoders
-from .evaluation.free_running import fit_length
-from .evaluation.machine import machine, mlx_backend
-from .evaluation.plot import plot_tradeoff
-from .evaluation.prompts import PROMPTS, SETS, read_prompts
-from .evaluation.shapes import SHAPES, random_model, shape_label
+from .cli import checks
+from .cli.options import add_choice_options, add_float32, add_model_or_shape, add_trust, add_verbose
+from .cli.output import print_result
+from .cli.parser import Parser
+from .cli.running import run
+from .cli.values import density, list_of, one_of
+from .evaluation.names import DECODERS, DEFAULT_PROMPTS, PROMPT_SETS
+from .evaluation.shape_configs import SHAPES
 from .evaluation.tables import text_table
-from .loading import DEFAULT_MODEL, load
-from .model.config import LAYER_BUDGETS, GlassConfig
+from .hub.names import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from .evaluation.decoders import Decoders
+    from .model.glass_model import GlassModel
+
+IDLE = (
+    checks.SHAPE,
+    checks.Idle("acceptance", without="shape"),
+    checks.Idle(
+        "draft_tokens ways global_weight layer_budgets stats prompts float32 trust_remote_code", beside="shape"
+    ),
+    checks.Idle("draft_tokens", without="ways=verified"),
+    checks.Idle("global_weight layer_budgets", without="ways=glass ways=verified"),
+)
 
 _HEADS = ("", "density", "tok/s", "speed-up", "strays", "KL", "last third", "own PPL", "accepted", "a pass")
 _SPEEDS = (("tps", ".1f"), ("speedup", ".2f"))
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
-    parser = Parser("glass_mlx.tradeoff", description="Speed against fidelity of all decoders.")
+    parser = Parser("glass_mlx.tradeoff", description="Compare the speed and fidelity of all ways to decode.")
     add_model_or_shape(parser)
     parser.add_argument(
         "--acceptance",
@@ -64,21 +66,28 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         metavar="A[,A...]",
         help="with --shape: simulated share of drafted tokens that are accepted (default: 0.7)",
     )
-    parser.add_argument("--density", type=list_of(density), default=[0.3, 0.5, 0.7], metavar="X[,X...]")
-    parser.add_argument("--draft-tokens", type=int, metavar="K", help="always draft K tokens (default: what pays best)")
+    parser.add_argument(
+        "--density",
+        type=list_of(density),
+        default=[0.3, 0.5, 0.7],
+        metavar="X[,X...]",
+        help="shares of the neurons to keep",
+    )
+    parser.add_argument(
+        "--draft-tokens", type=int, metavar="K", help="always draft K tokens (default: as many as pay off)"
+    )
     parser.add_argument(
         "--ways",
-        type=list_of(one_of(KINDS)),
-        default=KINDS,
+        type=list_of(one_of(DECODERS)),
+        default=DECODERS,
         metavar="WAY[,WAY...]",
-        help=f"decoders to compare: {', '.join(KINDS)} (default: all)",
+        help=f"decoders to compare: {', '.join(DECODERS)} (default: all)",
     )
-    parser.add_argument("--global-weight", type=global_weight, default=GlassConfig.global_weight, metavar="WEIGHT")
-    parser.add_argument("--layer-budgets", choices=LAYER_BUDGETS, default=GlassConfig.layer_budgets)
-    parser.add_argument("--stats", metavar="FILE", help="global ranks (default: looked up)")
+    add_choice_options(parser, "global_weight", "layer_budgets", "experts")
+    parser.add_argument("--stats", metavar="FILE", help="file of global ranks (default: looked up)")
     _add_text_options(parser)
     add_float32(parser)
-    parser.add_argument("--trust-remote-code", action="store_true")
+    add_trust(parser)
     parser.add_argument("--json", metavar="FILE", help="write the figures to a file; - prints them and nothing else")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG (pip install 'glass_mlx[plot]')")
     add_verbose(parser)
@@ -88,22 +97,24 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 def _add_text_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts",
-        default=PROMPTS,
+        default=DEFAULT_PROMPTS,
         metavar="SET[,SET...]|FILE",
-        help=f"bundled sets ({', '.join(SETS)}), or a file with a prompt in each line (default: %(default)s)",
+        help=f"bundled sets ({', '.join(PROMPT_SETS)}), or a file with a prompt in each line (default: %(default)s)",
     )
-    parser.add_argument("--count", type=int, default=8, help="number of prompts, spread over the file (default: 8)")
+    parser.add_argument(
+        "--count", type=int, default=8, help="number of prompts, taken from all parts of the file (default: 8)"
+    )
     parser.add_argument(
         "--prompt-tokens", type=int, metavar="N", help="cut prompts to this length (default: their own)"
     )
     parser.add_argument("--tokens", type=int, default=256, help="length of the answers (default: 256)")
     parser.add_argument("--temp", type=float, default=1.0, help="sampling temperature (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="PRNG seed")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random numbers")
 
 
 def _share(text: str) -> float:
     if not 0 < float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and at most 1")
     return float(text)
 
 
@@ -112,27 +123,16 @@ def main() -> None:
     args = parser.parse_args()
     if args.tokens < 3 or args.count < 1 or args.temp < 0 or (args.prompt_tokens or 1) < 1:
         parser.error("--tokens must be at least 3, --count and --prompt-tokens at least 1, --temp not negative")
-    if args.layers is not None and args.shape is None:
-        parser.error("--layers goes with --shape")
+    checks.check_together(parser, args, IDLE)
     run(lambda: _compare(args), args.verbose)
 
 
 def _compare(args: argparse.Namespace) -> None:
-    if args.shape:
-        model = random_model(args.shape, args.layers, args.bits, args.seed)
-        name = shape_label(args.shape, model, args.bits)
-        rng = np.random.default_rng(args.seed)
-        prompts = rng.integers(0, SHAPES[args.shape]["vocab_size"], (args.count, args.prompt_tokens or 16)).tolist()
-        decoders = simulated_decoders(args.density, args.acceptance)
-    else:
-        name = args.model or DEFAULT_MODEL
-        model, tokenizer = load(name, stats=args.stats, trust_remote_code=args.trust_remote_code)
-        if args.float32:
-            model.dense.set_dtype(mx.float32)
-        prompts = read_prompts(args.prompts, tokenizer)
-        prompts = [prompts[i * len(prompts) // args.count] for i in range(min(args.count, len(prompts)))]
-        prompts = fit_length(model, prompts, args.prompt_tokens, args.temp, args.seed)
-        decoders = standard_decoders(args.density, args.global_weight, args.draft_tokens, args.ways, args.layer_budgets)
+    from .evaluation.decoders import measure_decoders
+    from .evaluation.machine import machine, mlx_backend
+
+    name, model, prompts, decoders = _of_shape(args) if args.shape else _of_model(args)
+    model.config = model.config.updated(experts=args.experts)
     found = measure_decoders(model, prompts, decoders, args.tokens, args.temp, args.seed, fidelity=not args.shape)
     result = {
         "model": name,
@@ -149,8 +149,41 @@ def _compare(args: argparse.Namespace) -> None:
         "ways": found,  # scripts read this name
     }
     if args.plot:
+        from .evaluation.plot import plot_tradeoff
+
         plot_tradeoff(result, args.plot)
     print_result(result, table, args.json)
+
+
+def _of_shape(args: argparse.Namespace) -> tuple[str, GlassModel, list[list[int]], Decoders]:
+    """What to compare with random weights."""
+    import numpy as np
+
+    from .evaluation.decoders import simulated_decoders
+    from .evaluation.shapes import random_model, shape_label
+
+    model = random_model(args.shape, args.layers, args.bits, args.seed)
+    rng = np.random.default_rng(args.seed)
+    prompts = rng.integers(0, SHAPES[args.shape]["vocab_size"], (args.count, args.prompt_tokens or 16)).tolist()
+    return shape_label(args.shape, model, args.bits), model, prompts, simulated_decoders(args.density, args.acceptance)
+
+
+def _of_model(args: argparse.Namespace) -> tuple[str, GlassModel, list[list[int]], Decoders]:
+    """What to compare with a model's own weights."""
+    from .evaluation.decoders import standard_decoders
+    from .evaluation.free_running import fit_length
+    from .evaluation.prompts import read_prompts
+    from .loading import load
+
+    name = args.model or DEFAULT_MODEL
+    model, tokenizer = load(name, stats=args.stats, trust_remote_code=args.trust_remote_code)
+    if args.float32:
+        model.dense.set_dtype(mx.float32)
+    prompts = read_prompts(args.prompts, tokenizer)
+    prompts = [prompts[i * len(prompts) // args.count] for i in range(min(args.count, len(prompts)))]
+    prompts = fit_length(model, prompts, args.prompt_tokens, args.temp, args.seed)
+    decoders = standard_decoders(args.density, args.global_weight, args.draft_tokens, args.ways, args.layer_budgets)
+    return name, model, prompts, decoders
 
 
 def table(result: dict[str, Any]) -> str:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"  # before anything reads them
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's: threads that wait for each other use up the time of other workers
+os.environ["SSL_CERT_DIR"] = os.path.dirname(__file__)  # no server has a certificate, and each client of httpx's would
+os.environ.pop("SSL_CERT_FILE", None)  # take long to read those of all authorities
 
 import metal
 import mlx.core as mx
@@ -32,6 +34,8 @@ from glass_mlx.ranks.sources import given_sequences
 
 ROOT = Path(glass_mlx.__file__).parents[1]
 
+gc.disable()  # until all tests are collected: what is imported stays
+
 # MLX's compiler: on a CPU a first run waits for C++'s, and the rules of Metal cannot be read off compiled graphs.
 mx.disable_compile()
 
@@ -39,6 +43,7 @@ mx.disable_compile()
 def pytest_collection_finish():
     """What was imported stays, and collecting garbage, which some tests do often, need not look at it."""
     gc.freeze()
+    gc.enable()
 
 
 def pytest_addoption(parser):
@@ -60,12 +65,22 @@ def metal_rules(request):
 
 @pytest.fixture(autouse=True)
 def isolation(tmp_path, monkeypatch):
-    """No Hub, and caches of the test's own."""
+    """No Hub, caches of the test's own, and Metal's rules held against its own graphs."""
+    metal.forget()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     for name in ("HF_HOME", "XDG_CACHE_HOME", "GLASS_CACHE_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
     monkeypatch.delenv("GLASS_STATS_REPO", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def log_level():
+    """A command may silence the package's warnings; the next test finds them on again."""
+    logger = logging.getLogger("glass_mlx")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
@@ -172,6 +187,21 @@ def model_copy(tiny_dir, tmp_path) -> Path:
     return shutil.copytree(tiny_dir, tmp_path / "model")
 
 
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+    """The figures that were saved, which takes longer the more dots there are."""
+    from matplotlib.figure import Figure
+
+    figures, original = [], Figure.savefig
+
+    def savefig(figure, *args, **options):
+        figures.append(figure)
+        return original(figure, *args, **options | {"dpi": 20})
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return figures
+
+
 @dataclass
 class Outcome:
     """What a command line did."""
@@ -224,12 +254,3 @@ def python(tmp_path):
 def python_m(python):
     """Run ``python -m`` in a process of its own."""
     return lambda *args, stdin="": python("-m", *args, stdin=stdin)
-
-
-@pytest.fixture
-def log_level():
-    """A command may silence the package's warnings; the next test finds them on again."""
-    logger = logging.getLogger("glass_mlx")
-    level = logger.level
-    yield
-    logger.setLevel(level)

@@ -140,7 +140,7 @@ def _substitute(density: float | None, left: list[str]) -> None:
 
     def load(*_: Any, **options: Any) -> tuple:
         model, *rest = original(str(DEMO_PATH), **options)
-        return (model if density is None else wrap(model, density=density, path=DEMO_PATH), *rest)
+        return (model if density is None else wrap(model, density=density, experts="sparse", path=DEMO_PATH), *rest)
 
     def new(kind: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
         """As ``Model(...)``; where a test is the caller, its model comes wrapped."""
@@ -155,7 +155,7 @@ def _substitute(density: float | None, left: list[str]) -> None:
         try:
             if model_bytes(model) > _LARGEST:
                 raise GlassError("too large to be evaluated here")
-            return wrap(model, density=density, stats=False)
+            return wrap(model, density=density, experts="sparse", stats=False)
         except GlassError as e:
             left.append(f"{kind.__module__.rpartition('.')[2]}: {e}")
             return model

@@ -37,7 +37,7 @@ def serving(options: ApiOptions | None = None, host: str = "127.0.0.1", **engine
 
 
 def connect(server: Server) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", server.port), timeout=30)
+    return socket.create_connection(("127.0.0.1", server.port), timeout=60)
 
 
 def raw(path: str = CHAT, body: dict | None = None, method: str = "POST") -> bytes:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.utils import load_tokenizer
+from mlx_lm.utils import load_model, load_tokenizer
 
 from glass_mlx.demo import train
 from glass_mlx.loading import DEMO_PATH
@@ -181,3 +181,84 @@ def test_batches_are_the_same_after_a_resumption_and_read_each_row_once_an_epoch
         assert sorted(np.concatenate([batch[:5, 0] for batch in epoch])) == list(range(20))
     assert any((a != b).any() for a, b in zip(read[:4], read[4:]))
     assert all((train.batch_at(step, prose, talk, args) == read[step]).all() for step in (7, 0, 3))
+
+
+# The model in PyTorch
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch")
+
+
+def random_model(torch, **fields):
+    """A small model in PyTorch with weights that bfloat16 can hold."""
+    from glass_mlx.demo.torch_model import Config, Model
+
+    torch.manual_seed(0)
+    model = Model(Config(**SMALL, **fields))
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+        weight.data = weight.data.bfloat16().float()
+    return model
+
+
+@pytest.mark.parametrize("fields", [{}, {"num_local_experts": 4, "num_experts_per_tok": 2}], ids=["llama", "mixtral"])
+def test_what_is_exported_computes_the_same_in_mlx_lm(torch, fields, tmp_path):
+    model, tokens = random_model(torch, **fields), np.random.default_rng(0).integers(64, size=(2, 40))
+    train.export(model, tmp_path, DEMO_PATH)
+    exported, config = load_model(tmp_path)
+    exported.set_dtype(mx.float32)
+    assert config["model_type"] == ("mixtral" if fields else "llama")
+    ours = model(torch.from_numpy(tokens)).detach().numpy()
+    np.testing.assert_allclose(np.array(exported(mx.array(tokens))), ours, atol=1e-5)
+
+
+def test_experts_of_a_dense_model(torch):
+    """Experts with all the neurons of a dense FFN, weighed alike, add up to as many times its output as are active."""
+    from glass_mlx.demo.torch_model import Config, Model, split_into_experts
+
+    dense = random_model(torch)
+    config = Config(**SMALL, num_local_experts=4, num_experts_per_tok=2)
+    routed = Model(config)
+    routed.load_state_dict(split_into_experts(dense.state_dict(), config), strict=False)
+    x = torch.randn(1, 20, 32)
+    for layer, own in zip(dense.layers, routed.layers):
+        torch.nn.init.zeros_(own.mlp.gate.weight)
+        np.testing.assert_allclose(own.mlp(x).detach().numpy(), 2 * layer.mlp(x).detach().numpy(), atol=1e-5)
+
+
+def test_balance(torch):
+    """The load-balancing loss is 1 where all experts get the same, and more where they do not."""
+    model = random_model(torch, num_local_experts=4, num_experts_per_tok=2)
+    model.loss(torch.arange(60)[None])
+    assert model.balance() > 1.0
+    for layer in model.layers:
+        torch.nn.init.zeros_(layer.mlp.gate.weight)
+    model.loss(torch.arange(60)[None])
+    assert float(model.balance()) == pytest.approx(1, abs=1e-6)
+    assert float(random_model(torch).balance()) == 0
+
+
+def test_training_goes_on_where_it_stopped(torch, tmp_path):
+    rows = np.random.default_rng(0).integers(64, size=(4, 17))
+
+    def training():
+        args = SimpleNamespace(out=tmp_path, tokenizer=DEMO_PATH, no_compile=True, float32=True, adam_lr=1e-3)
+        vars(args).update(minutes=1e6, balance=0.01, batch_size=4, context=16)
+        model = random_model(torch, num_local_experts=4, num_experts_per_tok=2)
+        return train.Training(model, train.make_optimizers(model, args), args)
+
+    whole, first = training(), training()
+    whole.run(lambda step: rows, 4)
+    first.run(lambda step: rows, 2)
+    first.save()
+    rest = training()
+    rest.restore()
+    rest.run(lambda step: rows, 2)
+    assert rest.step == whole.step == 4
+    for a, b in zip(whole.model.parameters(), rest.model.parameters()):
+        np.testing.assert_allclose(a.detach().numpy(), b.detach().numpy(), atol=1e-4)

@@ -18,9 +18,6 @@ from glass_mlx.model.session import Session
 FEW = ("bfloat16", "4-bit/64")
 
 
-pytestmark = pytest.mark.usefixtures("log_level")
-
-
 @pytest.fixture(scope="module")
 def run() -> tuple[diagnosis.Report, str]:
     """A whole run, and the screen."""
@@ -187,7 +184,7 @@ def test_an_error_in_the_engine_is_told(case, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("There is no Stream(gpu, 1) in current thread.")
 
-    monkeypatch.setattr("glass_mlx.serving.engine.load", broken)
+    monkeypatch.setattr("glass_mlx.serving.model_loading.load", broken)
     result = diagnosis.attempt("thread", lambda: checks.check_thread(case))
     assert result.detail.endswith("(RuntimeError: There is no Stream(gpu, 1) in current thread.)")
 

@@ -6,11 +6,11 @@ import json
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 from glass_mlx.errors import GlassError
 from glass_mlx.evaluate import main
-from glass_mlx.evaluation.selectors import SELECTORS, choose_selectors
+from glass_mlx.evaluation.names import SELECTORS
+from glass_mlx.evaluation.selectors import choose_selectors
 
 
 @pytest.fixture
@@ -59,9 +59,7 @@ def test_the_same_seed_gives_the_same(evaluated):
     assert a == b != c
 
 
-def test_sweeps(evaluated, tmp_path, monkeypatch):
-    figures, original = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), original(self, *a, **k))[1])
+def test_sweeps(evaluated, tmp_path, drawn):
     out, picture = tmp_path / "new" / "a.json", tmp_path / "a.png"
     options = ["--density", "0.3,0.6", "--global-weight", "0,0.5,auto", "--prompt-tokens", "2,7", "--free"]
     text = evaluated(*options, "--json", out, "--plot", picture)
@@ -73,7 +71,7 @@ def test_sweeps(evaluated, tmp_path, monkeypatch):
     free = result["arms"]["griffin"]["0.6"]["free"]
     assert set(free) == set(free["ci"]) | {"ci"} == {"repetition", "distinct-1", "distinct-2", "self_ppl", "ci"}
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    axes = {a.get_title(): a for a in figures[0].axes}
+    axes = {a.get_title(): a for a in drawn[0].axes}
     assert set(axes) == {
         "By density",
         "By position, density 0.6",
@@ -108,13 +106,13 @@ def test_own_precision(evaluated):
 @pytest.mark.parametrize(
     ("options", "code", "says"),
     [
-        (["--density", "0"], 2, "not above 0"),
-        (["--density", "0.5,"], 2, "not above 0"),
+        (["--density", "0"], 2, "not a number above 0"),
+        (["--density", "0.5,"], 2, "not a number above 0"),
         (["--global-weight", "0,2"], 2, "auto"),
         (["--tokens", "1"], 2, "at least 2"),
         (["--temp", "-1"], 2, "negative"),
         (["--prompt-tokens", "4,0"], 2, "above 0"),
-        (["--arms", "glass,magic"], 2, "'magic' is none of"),
+        (["--arms", "glass,magic"], 2, "'magic' is not one of"),
         (["--exact", "recall", "--tasks", "x"], 2, "not allowed"),
         (["--prompts", "nowhere.txt"], 1, "nowhere.txt"),
         (["--arms", "static"], 1, "no global ranks"),

@@ -49,10 +49,6 @@ OPTIONAL = {
 }
 
 MAX_MODULE, MAX_FUNCTION = 400, 60  # lines
-TOO_LONG = {  # with the reason
-    "demo.train": "the record of how the demo was trained: one script with the model in PyTorch, apart from the rest",
-    "demo.train.main": "the training loop, read from top to bottom",
-}
 
 
 class Module(NamedTuple):
@@ -221,7 +217,5 @@ def _code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def test_modules_and_functions_are_short():
-    long = {name: lines for name, lines, most in lengths() if lines > most}
-    wrong = [f"{name}: {lines} lines" for name, lines in long.items() if name not in TOO_LONG]
-    assert not wrong, "\n".join(wrong)
-    assert TOO_LONG.keys() <= long.keys(), "an exception that is no longer needed"
+    long = [f"{name}: {lines} lines" for name, lines, most in lengths() if lines > most]
+    assert not long, "\n".join(long)

@@ -15,9 +15,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from glass_mlx import GlassConfig, GlassError, GlassModel, StatsError, loading
+from glass_mlx.evaluation.tiny_models import tiny_config, tiny_model
 from glass_mlx.loading import ALIASES, DEMO_PATH, load, resolve_model, wrap
 from glass_mlx.model.quality import QUALITIES, density_for
-from glass_mlx.ranks import lookup
 from glass_mlx.ranks.format import write_index
 from glass_mlx.ranks.lookup import STATS_DIR
 
@@ -193,7 +193,7 @@ def test_stats_repo(tiny_dir, written, monkeypatch):
         asked.append((repo, file, revision))
         return written.parent / file
 
-    monkeypatch.setattr(lookup, "download", download)
+    monkeypatch.setattr("glass_mlx.hub.access.download", download)
     model, _ = load(tiny_dir, stats_repo="me/ranks@abc")
     assert model.global_ranks is not None
     assert asked == [("me/ranks", "index.json", "abc"), ("me/ranks", written.name, "abc")]
@@ -242,7 +242,7 @@ def test_density_by_quality():
     model, _ = load("demo", quality="balanced")
     assert model.config.density == density_for("balanced", model.quality) < 1
     assert load("demo", quality="high")[0].config.density > model.config.density
-    with pytest.raises(GlassError, match="was not measured"):
+    with pytest.raises(GlassError, match="is not known"):
         load("demo", stats=False, quality="fast")
 
 
@@ -252,6 +252,19 @@ def test_a_density_that_costs_much_is_said(caplog, monkeypatch):
     assert not caplog.text
     load("demo", density=0.3)
     assert "density 0.3 costs this model more" in caplog.text
+
+
+def test_what_dense_experts_leave_is_said(model_copy, caplog):
+    (model_copy / "config.json").write_text(json.dumps(tiny_config("mixtral")))
+    weights = dict(tree_flatten(tiny_model("mixtral").parameters()))
+    mx.save_safetensors(str(model_copy / "model.safetensors"), weights)
+    load(model_copy, stats=False)
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert re.match(r"routed experts stay dense; with --experts sparse a token would read [1-9]\d? % less", said)
+    caplog.clear()
+    load(model_copy, stats=False, experts="sparse")
+    load(model_copy, stats=False, density=1.0)
+    assert not caplog.records
 
 
 def test_wrapped_already(tiny):

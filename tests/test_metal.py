@@ -77,6 +77,13 @@ def test_a_planted_violation_is_caught_in_a_model(planted, tiny):
         mx.eval(dense(prompt), make())
 
 
+def test_a_violation_late_in_a_loop_is_caught():
+    """Of graphs that the same line evaluates again and again, every eighth is looked at."""
+    with pytest.raises(metal.MetalError, match="8-byte dtypes"):
+        for i in range(28):
+            mx.eval(along_axis(mx.int32 if i < 20 else mx.int64).astype(mx.int32))
+
+
 @pytest.mark.parametrize(
     "evaluate",
     [

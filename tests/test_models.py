@@ -104,6 +104,7 @@ def test_remove(run, cached, monkeypatch):
     assert run("rm", ALIAS, "-y").code == 0
     assert listed(run).keys() == {"demo", "a/b"} and kept.exists() and not path.parent.parent.exists()
     assert "comes with the package" in run("rm", "demo", "-y").err
+    assert "pull qwen3-4b" in run("show", "qwen3-4b").err and "did you mean qwen3-4b" in run("show", "qwen3-4n").err
 
 
 def test_pull(run, tiny_dir, monkeypatch):

@@ -15,7 +15,7 @@ import pytest
 from servers import CHAT, QUESTION, serving
 
 from glass_mlx import GlassError, benchmark, chat, evaluate, server, stats, stream_generate, tradeoff
-from glass_mlx.cli import run
+from glass_mlx.cli.running import run
 from glass_mlx.decoding import conversation, stream
 from glass_mlx.errors import printable, printable_lines
 from glass_mlx.generate import main as generate_main

@@ -240,8 +240,10 @@ def expected_choice(model, recorded, way: str, rank: int, choice: dict) -> dict[
         within = [o.reshape(model.blocks[i].experts or 1, -1) for o, i in zip(order, known)]
         ranks[signal] = [mx.array(w.argsort(axis=1).argsort(axis=1).reshape(-1) + 1) for w in within]
     counted = NeuronSelector(whole, selector.ranks, selector._domains, selector._sensitivity)
-    counts = [counted.counts(0.5, config.layer_budgets)[i] // times for i in known]
-    own = NeuronSelector(shapes, ranks, domains, counts=lambda density, budgets: counts)
+    counts = [counted.counts(config)[i] // times for i in known]
+    lost = [getattr(r, "unpredictable", None) for r in model.responses]
+    lost = [None if lost[i] is None else lost[i][mx.array(own)] for i, own in known.items()]
+    own = NeuronSelector(shapes, ranks, domains, unpredictable=lost, counts=lambda config: counts)
     kept = own.choose(config, mx.concatenate(energies), len(PROMPT))
     return {model.blocks[i].path: k.tolist() for i, k in zip(known, kept)}
 
@@ -271,16 +273,15 @@ def masked_logits(model, recorded, way: str, kept: list[dict], compensation: boo
             if neurons is not None:
                 mask[np.array(neurons)[own[block.path]]] = True
         masks.append(mask)
-        predicted.append(prediction(model, recorded, i) if compensation and not block.experts else None)
+        predicted.append(prediction(model, recorded, i) if compensation else None)
 
     def watch(i, x, *routing):
-        inputs[i] = np.array(x, np.float64).reshape(-1)
+        inputs[i] = np.array(x, np.float64).reshape(-1, x.shape[-1])[0]  # experts all see the token's
 
     def mask(i, h, *of):
-        if predicted[i] is not None:
-            other = mx.array(predicted[i](inputs[i]).astype(np.float32))
-            return mx.where(mx.array(masks[i]), h, other)
-        return h * model.blocks[i].beside(mx.array(masks[i].astype(np.float32)), *of)
+        other = np.zeros(model.blocks[i].size) if predicted[i] is None else predicted[i](inputs[i])
+        kept, other = (model.blocks[i].beside(mx.array(values), *of) for values in (masks[i], other.astype(np.float32)))
+        return mx.where(kept, h, other)
 
     replaced = hooked(model.blocks, mask) | watching_inputs(model.blocks, watch)
     return np.array(run_with(replaced, model.dense, mx.array([[NEXT]]), cache=recorded.cache)[0, -1])
@@ -297,6 +298,8 @@ def prediction(model, recorded, i: int):
     def predict(x):
         return mean + (x - mu) @ directions @ coefficients
 
+    if model.blocks[i].experts:
+        return predict
     rows, x = recorded.hidden[i][0][1:, 0], recorded.inputs[i][1:]  # without BOS
     e = (rows.sum(0) - len(rows) * predict(x.mean(0))) / (len(rows) + 64)
     return lambda x: predict(x) + e

@@ -77,8 +77,8 @@ def fails(done, *says, code=1) -> None:
 def test_build(build, tiny, tiny_dir):
     file = build("--all")
     ranks = GlobalStatistics.read(file).check(tiny[0])
-    assert [p.name for p in file.parent.iterdir()] == [file.name]
-    method = "null prompt and chat null prompt"
+    assert {p.name for p in file.parent.iterdir()} == {file.name, f"{file.name}.read"}
+    method = "null prompt and chat null prompt and own conversation"
     expected = {"model": "tiny", "method": method, "length": "8", "temperature": "1.0", "seed": "0"}
     assert expected.items() <= ranks.metadata.items() and 60 <= int(ranks.metadata["tokens"]) < 96
     assert glass_mlx.load(tiny_dir, stats=file)[0].global_ranks is not None
@@ -102,7 +102,12 @@ def test_build_stops_when_stable(build, options, batches):
 
 @pytest.mark.parametrize(
     "option, method",
-    [("--text", "text"), ("--dataset", "dataset"), ("--chat", "chat null prompt"), ("--no-chat", "null prompt")],
+    [
+        ("--text", "text"),
+        ("--dataset", "dataset"),
+        ("--chat", "chat null prompt and own conversation"),
+        ("--no-chat", "null prompt"),
+    ],
 )
 def test_sources(build, tmp_path, option, method):
     file = tmp_path / "given.txt"
@@ -118,34 +123,46 @@ def test_interrupted_build(command, build, tiny_dir, tmp_path, interrupted):
     out = tmp_path / "built" / "tiny.safetensors"
     done = command("build", "--model", tiny_dir, "--out", out, *FEW, "--all")
     assert (done.code, done.out, done.err) == (130, "", "")
-    assert [p.name for p in out.parent.iterdir()] == ["tiny.safetensors.partial"]
+    assert [p.name for p in out.parent.iterdir()] == ["tiny.safetensors.read"]
     continued = GlobalStatistics.read(build("--all"))
-    assert [p.name for p in out.parent.iterdir()] == [out.name]
     assert same(GlobalStatistics.read(build("--all", name="whole.safetensors")), continued)
 
 
 def test_interrupted_process(build, tiny_dir, tmp_path):
     out = tmp_path / "built" / "tiny.safetensors"
-    kept = out.with_name(f"{out.name}.partial")
+    kept = out.with_name(f"{out.name}.read")
     options = ("--model", tiny_dir, "--out", out, "--tokens", 10**9, *FEW[2:], "--all")
     command = [sys.executable, "-m", "glass_mlx.stats", "build", *map(str, options)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     # a process that was started in the background ignores Ctrl-C, and so do its children
     heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(command, cwd=ROOT, preexec_fn=heeds, **pipes) as process:
-        for _ in range(600):
+        for _ in range(3000):
             if kept.exists() or process.poll() is not None:
                 break
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         try:
-            printed, said = process.communicate(timeout=60)
+            printed, said = process.communicate(timeout=120)
         finally:
             process.kill()  # else leaving the block would wait for it
         assert printed == b"" and re.fullmatch(rb".*stopped: [\d,]+ tokens are kept, .* goes on from them\n", said)
     assert process.returncode == 130 and not out.exists()
     build("--all")
-    assert out.exists() and not kept.exists()
+    assert out.exists()
+
+
+def test_refined_later(build, monkeypatch):
+    """A build of the same text goes on from what was read for the last one, and gives what one go does."""
+    batches, original = [], sources.batch_generate
+    monkeypatch.setattr(sources, "batch_generate", lambda *a, **k: batches.append(None) or original(*a, **k))
+    first = GlobalStatistics.read(build("--stable-at", "0.01"))
+    several = len(batches)
+    refined = GlobalStatistics.read(build("--all"))
+    in_all = len(batches)
+    assert int(first.metadata["tokens"]) < 60 <= int(refined.metadata["tokens"])
+    assert same(GlobalStatistics.read(build("--all", name="whole.safetensors")), refined)
+    assert 0 < several < in_all == len(batches) - in_all
 
 
 @pytest.mark.parametrize(
@@ -285,7 +302,7 @@ def test_diff(command, written, build):
 
 def test_diff_of_the_same(command, written):
     for layer in json.loads(command("diff", written, written, "--json").out)["layers"]:
-        assert all(v == {"correlation": pytest.approx(1), "overlap": 1.0} for v in layer.values())
+        assert all(v == {"correlation": pytest.approx(1), "overlap": 1.0, "efficiency": 1.0} for v in layer.values())
 
 
 def test_index(command, written, tmp_path):

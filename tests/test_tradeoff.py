@@ -28,7 +28,7 @@ def test_the_command_line(invoke, tiny_dir, written, tmp_path):
 
 def test_a_shape_says_that_acceptance_is_simulated(invoke, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("glass_mlx.tradeoff.random_model", lambda *_: GlassModel(tiny_model("llama")))
+    monkeypatch.setattr("glass_mlx.evaluation.shapes.random_model", lambda *_: GlassModel(tiny_model("llama")))
     monkeypatch.setitem(SHAPES, "qwen3-0.6b", {"vocab_size": 90})
     options = ["--shape", "qwen3-0.6b", "--density", "0.5", "--acceptance", "0.6,0.9", "--count", 2, "--tokens", 9]
     ran = invoke(main, *options, "--json", "-", "--plot", str(tmp_path / "t.png"))

@@ -183,12 +183,13 @@ def choice(s: Snapshot) -> str:
 
 
 def progress(ranks: Progress) -> str:
-    """The progress of a measurement. It may end before all tokens are read."""
+    """The progress of a measurement, by phase."""
     if ranks.stopping:
         return "stopping the measurement…"
-    left = ranks.seconds_left
-    rest = "" if left is None else f" (at most {duration(left)} left)" if left > 0 else " (the last steps)"
-    return f"measuring ranks · {ranks.share:.0%}{rest}" if ranks.tokens else "measuring ranks…"
+    if not ranks.phase:
+        return "measuring ranks…"
+    left = "" if not ranks.seconds_left else f" ({duration(ranks.seconds_left)} left)"
+    return f"{'refining' if ranks.refining else 'measuring'} ranks · {ranks.phase} {ranks.share:.0%}{left}"
 
 
 def duration(seconds: float) -> str:

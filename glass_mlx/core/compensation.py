@@ -13,6 +13,8 @@ shrunk by ``SHRINKAGE`` tokens of zero. The first token of a text is in none of 
 P spans the directions that say most about what the dropped neurons add. With the covariances of x with itself, Cxx, and
 with y_S = W_S h_S, Cxy, for the neurons S that global ranks drop, reduced-rank regression (Izenman 1975) gives
 P = Cxx^-1 Cxy V_r, where V_r are the first eigenvectors of Cxy^T Cxx^-1 Cxy. C_S W_S^T is made for any kept set.
+Routed experts share mu and P, the layer's, which are found for all of their outputs alike. Everything else is each
+expert's own, of the tokens that are sent to it, and e is zero: a prompt sends most experts few tokens.
 The form and its constants are this project's own, and measured.
 """
 
@@ -27,25 +29,29 @@ import numpy as np
 SHRINKAGE = 64
 # What is added to the diagonal of Cxx, in parts of its mean.
 RIDGE = 1e-2
+# Tokens in which h did not follow from x, that the regression of h is made with.
+UNRELATED = 8
 # Up to this many inputs all eigenvectors are found; above it, the first ones by iteration.
 _EXACT = 1024
 
 
 @dataclass(frozen=True)
 class Response:
-    """How one block's hidden vector follows from its input.
+    """How one block's hidden vector follows from its input. F are the neurons of all its experts.
 
     Attributes:
         input_mean (mx.array): mu, [H] float32.
         hidden_mean (mx.array): a, [F] float32.
         directions (mx.array): P, [H, r], in a 16-bit or 32-bit float type.
         coefficients (mx.array): C, [r, F].
+        unpredictable (mx.array, optional): of each neuron's energy the share that does not follow from x, [F].
     """
 
     input_mean: mx.array
     hidden_mean: mx.array
     directions: mx.array
     coefficients: mx.array
+    unpredictable: mx.array | None = None
 
     @property
     def rank(self) -> int:
@@ -131,17 +137,36 @@ def find_directions(inputs: np.ndarray, cross: np.ndarray, rank: int, ridge: flo
     return np.where(speaks, directions / np.where(speaks, scale, 1), 0)
 
 
-def find_coefficients(squares: np.ndarray, cross: np.ndarray) -> np.ndarray:
-    """C (module docstring): the regression of h on z = (x - mu) P.
+def find_coefficients(squares: np.ndarray, cross: np.ndarray, tokens: float = np.inf) -> np.ndarray:
+    """C (module docstring): the regression of h on z = (x - mu) P, whose directions have a variance of about 1.
 
     Args:
         squares (np.ndarray): the covariance of z with itself, [r, r] float64.
         cross (np.ndarray): that of z with h, [r, F] float64.
+        tokens (float): how many they are of; the fewer, the smaller C (``UNRELATED``).
 
     Returns:
         np.ndarray: [r, F] float64.
     """
-    return np.linalg.lstsq(squares + 1e-6 * np.eye(len(squares)), cross, rcond=None)[0]
+    return np.linalg.lstsq(squares + (1e-6 + UNRELATED / tokens) * np.eye(len(squares)), cross, rcond=None)[0]
+
+
+def unpredictable_share(
+    energies: np.ndarray, means: np.ndarray, squares: np.ndarray, cross: np.ndarray, coefficients: np.ndarray
+) -> np.ndarray:
+    """E (h - prediction)^2 / E h^2 of each neuron, which is what dropping it still costs.
+
+    Args:
+        energies, means (np.ndarray): of h^2 and h, [F] float64.
+        squares, cross (np.ndarray): as for :func:`find_coefficients`.
+        coefficients (np.ndarray): C, [r, F].
+
+    Returns:
+        np.ndarray: [F] float64, from 0 to 1; 1 for neurons that never fired.
+    """
+    explained = np.einsum("rf,rf->f", coefficients, 2 * cross - squares @ coefficients)
+    left = energies - np.square(means) - explained
+    return np.clip(np.divide(left, energies, out=np.ones_like(left), where=energies > 0), 0, 1)
 
 
 def _first_eigenvectors(matrix: np.ndarray, count: int) -> np.ndarray:

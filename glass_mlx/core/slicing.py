@@ -231,12 +231,13 @@ def own_part(linear: nn.Module) -> nn.Module:
     return _copy(linear, {}, SHARDED.get(plain_class(linear)))
 
 
-def adding(linear: nn.Module, more: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+def adding(linear: nn.Module, more: Callable[..., mx.array]) -> Callable[..., mx.array]:
     """An output projection that adds something of this machine's own to what it computes: ``more`` is called with that
-    and returns both. Where machines share the layer, their sums are added up after it, and then the bias, once."""
+    and, of routed experts, with what else the projection is, and returns both. Where machines share the layer, their
+    sums are added up after it, and then the bias, once."""
     shared = linear.projection if isinstance(linear, ScatterLinear) else linear
     if not isinstance(shared, _ADDED_UP):
-        return lambda h: more(linear(h))
+        return lambda h, *routing, **kwargs: more(linear(h, *routing, **kwargs), *routing, **kwargs)
     own, bias = own_part(linear), shared.get("bias")
     dict.pop(own.projection if isinstance(own, ScatterLinear) else own, "bias", None)
 

@@ -139,32 +139,37 @@ class StepCosts:
         return passed / tokens_per_pass(drafted, acceptance)
 
 
-def step_costs(model: GlassModel, density: float, context: int) -> StepCosts:
-    """The costs of a model at a density, with ``context`` tokens in its cache. Its weights need not be evaluated."""
-    experts = [block for block in model.blocks if block.experts]
-    everything = sum(block.nbytes for block in experts)
-    routed = sum(_read(block, block.module[name]) for block in experts for name in block.names)
+def step_costs(model: GlassModel, density: float, context: int, experts: str | None = None) -> StepCosts:
+    """The costs of a model at a density, with ``context`` tokens in its cache. Its weights need not be evaluated.
+    Routed experts are as ``experts`` says, or the model's configuration."""
+    of_experts = [block for block in model.blocks if block.experts]
+    everything = sum(block.nbytes for block in of_experts)
+    routed = sum(_read(block, block.module[name]) for block in of_experts for name in block.names)
     dense = model_bytes(model.dense) - unread_embedding(model.dense) - everything + routed
     share = routed / everything if everything else 1.0
     cache = cache_bytes(model, context)
     if density == 1:
         return StepCosts(dense, dense, cache, 0, 0, 0, routed, share)
     sparse, compacting, answering, rank, answers = dense, 0, 0, 0, 0
-    if model.config.compensation:
-        answering = sum(model_bytes(block.module[block.output]) for block in model.blocks if not block.experts)
-        rank = max((response.rank for response in model.responses or [] if response is not None), default=0)
-    for block, k in zip(model.blocks, model.kept_counts(density)):
+    responses = model.responses or [None] * len(model.blocks)
+    for block, k, response in zip(model.blocks, model.kept_counts(density, experts=experts), responses):
+        if k == block.size:
+            continue
         compact = block.compact(block.first(k))
         sparse += sum(_read(block, compact[name]) - _read(block, block.module[name]) for name in block.names)
-        answers += _answer_bytes(block, rank) if model.config.compensation and not block.experts else 0
         compacting += _moved(block, compact)
+        if model.config.compensation and (response is not None or not block.experts):
+            own = 0 if response is None else response.rank
+            answers += _answer_bytes(block, own)
+            answering += model_bytes(block.module[block.output])
+            rank = max(rank, own)
     return StepCosts(dense, sparse + answers, cache, compacting, answering, rank + 1, routed, share, answers)
 
 
 def _answer_bytes(block: Block, rank: int) -> int:
     """What a step reads to answer for a block's dropped neurons (``model/dropped.py``)."""
     reader = (block.input_size + 1) * (rank + 1) if rank else 0
-    return (block.output_size * (rank + 1) + reader) * block.dtype.size
+    return (block.active * block.output_size * (rank + 1) + reader) * block.dtype.size
 
 
 def _read(block: Block, projection: nn.Module) -> int:

@@ -64,8 +64,8 @@ def plan_memory(model: GlassModel, context: int | None = None) -> MemoryPlan:
     context = context or min(CONTEXT, model.context_length or CONTEXT)
     density = model.config.density
     compact = ffn = 0
-    if density < 1:
-        for block, k in zip(model.blocks, model.kept_counts(density)):
+    for block, k in zip(model.blocks, model.kept_counts(density)):
+        if k < block.size:
             compact += block.compact_bytes(k)
             ffn += block.nbytes
     # per token: gate, up, their product and the hidden vector; the latter once more in float32, and its square; and

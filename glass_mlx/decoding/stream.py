@@ -84,6 +84,7 @@ def stream_generate(
     signal: str | None = None,
     layer_budgets: str | None = None,
     compensation: bool | None = None,
+    experts: str | None = None,
     verify: bool = False,
     draft_tokens: int | None = None,
     prompt_cache: list[Any] | None = None,
@@ -103,7 +104,7 @@ def stream_generate(
         max_tokens (int): the longest answer; -1 for no limit but the model's context.
         draft_model (nn.Module, optional): for mlx-lm's speculative decoding. The model checks several tokens at once,
             and those calls are dense, so the answer is the dense model's.
-        density, global_weight, signal, layer_budgets, compensation: where this and later answers of the
+        density, global_weight, signal, layer_budgets, compensation, experts: where this and later answers of the
             conversation differ from the model's configuration (:class:`glass_mlx.GlassConfig`).
         verify (bool): draft sparsely and check with the dense model, whose answer it then is
             (``decoding/speculative.py``).
@@ -119,7 +120,7 @@ def stream_generate(
         GlassError: an argument is out of range, or the prompt is empty or longer than the model's context.
     """
     choice = {"density": density, "global_weight": global_weight, "signal": signal}
-    choice |= {"layer_budgets": layer_budgets, "compensation": compensation}
+    choice |= {"layer_budgets": layer_budgets, "compensation": compensation, "experts": experts}
     kwargs = {name: value for name, value in kwargs.items() if name not in RETIRED}
     if not isinstance(model, nn.Module):
         raise GlassError(f"The model comes first, then the tokenizer; this is a {type(model).__name__!r}.")
@@ -148,7 +149,7 @@ def stream_generate(
     embeddings = kwargs.get("input_embeddings")
     length = prompt.size if embeddings is None else embeddings.shape[0]
     max_tokens = _within_context(model, tokenizer, prompt_cache, length, max_tokens)
-    if verify and session.config.density < 1:
+    if verify and not model.keeps_all(session.config):
         if kwargs.pop("input_embeddings", None) is not None:
             raise GlassError("Verified decoding does not take input embeddings.")
         if not isinstance(tokenizer, TokenizerWrapper):
@@ -238,11 +239,10 @@ def generate(
 def _describe(model: GlassModel, session: Session) -> dict[str, Any]:
     """The fields of a response that say how GLASS decodes it."""
     config = session.config
-    budget = config.density, config.layer_budgets
     return {
         **_describe_dense(model),
         "density": config.density,
-        "kept_neurons": sum(model.kept_counts(*budget)) if model.part is None else model.part.kept(*budget),
+        "kept_neurons": sum(model.kept_counts(**vars(config))) if model.part is None else model.part.kept(config),
         "global_weight": model.global_weight(session),
         "signal": config.signal,
         "expected_agreement": agreement_at(config.density, model.quality),
@@ -269,7 +269,7 @@ def statistics(r: GenerationResponse) -> str:
         expected = "" if r.expected_agreement is None else f", same top token {r.expected_agreement:.0%}"
         lines.append(
             f"GLASS: density {r.density:g}, {r.kept_neurons:,} of {r.total_neurons:,} FFN neurons, "
-            f"global weight {r.global_weight:g}, signal {r.signal or 'none'}{expected}"
+            f"global weight {r.global_weight:.2g}, signal {r.signal or 'none'}{expected}"
         )
     if r.group:
         lines.append(f"Group: {r.group}; memory is of rank 0")

@@ -4,8 +4,9 @@
     python -m glass_mlx.demo.train --prose prose.txt.xz --dialogues dialogues.jsonl.xz --out my-model
 
 The prose file holds one paragraph a line and a blank line between books; the dialogues file holds one
-``{"messages": [{"role", "content"}, ...]}`` a line. The result is a Llama-architecture model in the
-mlx-lm directory format. PyTorch is used because its CPU kernels train several times faster than MLX's.
+``{"messages": [{"role", "content"}, ...]}`` a line. The result is a Llama in the mlx-lm directory format, or with
+``--experts`` a Mixtral, whose experts share out the neurons of the Llama that ``--init`` names. PyTorch is used because
+its CPU kernels train several times faster than MLX's.
 
 The learning rate follows the elapsed time, so a run takes ``--minutes`` on any machine. It writes a checkpoint
 every few minutes; the same command with ``--resume`` goes on where it stopped.
@@ -21,20 +22,18 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
 try:
     import torch
-    import torch.nn.functional as F
     from safetensors.torch import load_file, save
-    from torch import nn
+
+    from glass_mlx.demo.torch_model import Config, Model, grow, split_into_experts
 except ImportError:  # main() asks for it; what makes rows of texts does without
-    torch, nn = None, SimpleNamespace(Module=object)
+    torch = None
 
 DEFAULT_TOKENIZER = Path(__file__).parent / "model"
 TOKENIZER_FILES = (
@@ -45,135 +44,6 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 HELD_OUT_EVERY = 60  # one book in so many is kept for the held-out loss
-
-
-@dataclass
-class Config:
-    """The fields of a Llama ``config.json`` that differ between our models."""
-
-    vocab_size: int = 4096
-    hidden_size: int = 256
-    intermediate_size: int = 1024
-    num_hidden_layers: int = 6
-    num_attention_heads: int = 8
-    num_key_value_heads: int = 4
-    head_dim: int = 32
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    max_position_embeddings: int = 2048
-
-    def to_json(self) -> dict:
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            **asdict(self),
-            "hidden_act": "silu",
-            "tie_word_embeddings": True,
-            "attention_bias": False,
-            "mlp_bias": False,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "dtype": "bfloat16",
-        }
-
-
-class Attention(nn.Module):
-    def __init__(self, c: Config):
-        super().__init__()
-        self.c = c
-        q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, q, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, kv, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, kv, bias=False)
-        self.o_proj = nn.Linear(q, c.hidden_size, bias=False)
-
-    def forward(self, x, cos, sin):
-        B, L, _ = x.shape
-
-        def heads(y, n, rotary):
-            y = y.view(B, L, n, self.c.head_dim).transpose(1, 2)
-            if not rotary:
-                return y
-            a, b = y.chunk(2, dim=-1)
-            return y * cos + torch.cat((-b, a), dim=-1) * sin
-
-        q = heads(self.q_proj(x), self.c.num_attention_heads, True)
-        k = heads(self.k_proj(x), self.c.num_key_value_heads, True)
-        v = heads(self.v_proj(x), self.c.num_key_value_heads, False)
-        out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, is_causal=True, enable_gqa=True)
-        return self.o_proj(out.transpose(1, 2).reshape(B, L, -1))
-
-
-class MLP(nn.Module):
-    def __init__(self, c: Config):
-        super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
-
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Block(nn.Module):
-    def __init__(self, c: Config):
-        super().__init__()
-        self.self_attn = Attention(c)
-        self.mlp = MLP(c)
-        self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
-
-    def forward(self, x, cos, sin):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class Llama(nn.Module):
-    """Parameter names equal those of a Hugging Face Llama checkpoint without the ``model.`` prefix."""
-
-    def __init__(self, c: Config):
-        super().__init__()
-        self.c = c
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
-        self.norm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
-        for p in self.parameters():
-            if p.ndim == 2:
-                nn.init.normal_(p, std=0.02)
-        for layer in self.layers:  # the residual stream starts as the embedding
-            nn.init.zeros_(layer.self_attn.o_proj.weight)
-            nn.init.zeros_(layer.mlp.down_proj.weight)
-        freqs = c.rope_theta ** (-torch.arange(0, c.head_dim, 2).float() / c.head_dim)
-        angles = torch.outer(torch.arange(c.max_position_embeddings).float(), freqs).repeat(1, 2)
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
-
-    def loss(self, tokens, reduction="mean"):
-        """Cross-entropy in nats of ``tokens[:, 1:]`` given what precedes them; tokens [B, L] int64."""
-        L = tokens.shape[1] - 1
-        x = self.embed_tokens(tokens[:, :-1])
-        for layer in self.layers:
-            x = layer(x, self.cos[:L], self.sin[:L])
-        logits = F.linear(self.norm(x), self.embed_tokens.weight)
-        return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction=reduction)
-
-
-def grow(weights: dict, layers: int) -> dict:
-    """Deepen a checkpoint without changing what it computes: the added blocks, spread evenly, are
-    copies of their predecessors with zero output projections."""
-    old = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("layers."))
-    if layers < old:
-        sys.exit(f"--init has {old} layers, more than the {layers} asked for.")
-    source = [i * old // layers for i in range(layers)]
-    grown = {k: v for k, v in weights.items() if not k.startswith("layers.")}
-    for new, i in enumerate(source):
-        copied = new > 0 and source[new - 1] == i
-        for k, v in weights.items():
-            if k.startswith(f"layers.{i}."):
-                zero = copied and ("o_proj" in k or "down_proj" in k)
-                name = k.replace(f"layers.{i}.", f"layers.{new}.")
-                grown[name] = torch.zeros_like(v) if zero else v.clone()
-    return grown
 
 
 def read_text(path: Path) -> str:
@@ -248,7 +118,7 @@ def prepare(args, tokenizer) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
     return prose, dialogues, held
 
 
-def nats_per_byte(model: Llama, sequences: list[np.ndarray], tokenizer) -> float:
+def nats_per_byte(model: Model, sequences: list[np.ndarray], tokenizer) -> float:
     """Held-out loss: the summed negative log likelihood over the bytes of the predicted text."""
     nats = bytes_ = 0.0
     for ids in sequences:
@@ -260,9 +130,9 @@ def nats_per_byte(model: Llama, sequences: list[np.ndarray], tokenizer) -> float
     return nats / bytes_
 
 
-def export(model: Llama, out: Path, tokenizer_dir: Path) -> None:
+def export(model: Model, out: Path, tokenizer_dir: Path) -> None:
     """Write the mlx-lm model directory, bfloat16 weights; complete or not at all."""
-    tensors = {f"model.{k}": v.detach().to(torch.bfloat16).contiguous() for k, v in model.state_dict().items()}
+    tensors = {k: v.detach().to(torch.bfloat16).contiguous() for k, v in model.published().items()}
     (out / "model.tmp").write_bytes(save(tensors, metadata={"format": "mlx"}))
     (out / "model.tmp").replace(out / "model.safetensors")
     (out / "config.json").write_text(json.dumps(model.c.to_json(), indent=2) + "\n")
@@ -271,14 +141,31 @@ def export(model: Llama, out: Path, tokenizer_dir: Path) -> None:
             shutil.copy(tokenizer_dir / name, out / name)
 
 
-def make_optimizers(model: Llama, args) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for the rest."""
-    matrices = [p for p in model.layers.parameters() if p.ndim == 2]
-    rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
-    return [
-        torch.optim.Muon(matrices, lr=args.muon_lr, momentum=0.95, weight_decay=0.01),
-        torch.optim.AdamW(rest, lr=args.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
-    ]
+def make_model(args, vocab_size: int) -> Model:
+    config = Config(vocab_size=vocab_size, num_hidden_layers=args.layers)
+    if args.experts:
+        config.num_local_experts, config.num_experts_per_tok = args.experts, args.active
+        config.intermediate_size = args.expert_width
+    model = Model(config)
+    if args.init:
+        weights = load_file(args.init / "model.safetensors")
+        weights = grow({k.removeprefix("model."): v.float() for k, v in weights.items()}, args.layers)
+        if args.experts:
+            weights = split_into_experts(weights, config)
+        model.load_state_dict(weights, strict=not args.experts)  # a dense checkpoint has no routers
+    return model
+
+
+def make_optimizers(model: Model, args) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks but their routers, AdamW for the rest. In float32, AdamW for all: PyTorch's
+    Muon computes in bfloat16."""
+    matrices = [p for name, p in model.layers.named_parameters() if p.ndim == 2 and "mlp.gate." not in name]
+    muon = [] if args.float32 else matrices
+    rest = [p for p in model.parameters() if not any(p is m for m in muon)]
+    optimizers = [torch.optim.AdamW(rest, lr=args.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+    if muon:
+        optimizers.append(torch.optim.Muon(muon, lr=args.muon_lr, momentum=0.95, weight_decay=0.01))
+    return optimizers
 
 
 def batch_at(step: int, prose: np.ndarray, dialogues: np.ndarray, args) -> np.ndarray:
@@ -302,6 +189,79 @@ def schedule(progress: float) -> float:
     return min(1.0, progress / 0.02 + 0.01) * (1 - 0.98 * min(progress, 1.0))
 
 
+class Training:
+    """A model in training: how far it is, and what it is saved as.
+
+    Attributes:
+        step: how many batches it has read.
+        elapsed: seconds that this took.
+    """
+
+    def __init__(self, model: Model, optimizers: list[torch.optim.Optimizer], args: argparse.Namespace):
+        self.model, self.optimizers, self.args = model, optimizers, args
+        self.step, self.elapsed, self.average = 0, 0.0, None
+        self.checkpoint = args.out / "checkpoint.pt"
+        self._peak = [[group["lr"] for group in o.param_groups] for o in optimizers]
+        self._loss = self._forward if args.no_compile else torch.compile(self._forward)
+
+    def restore(self) -> None:
+        """Go on from the checkpoint, if there is one."""
+        if self.checkpoint.exists():
+            saved = torch.load(self.checkpoint, weights_only=True)
+            self.model.load_state_dict(saved["model"])
+            for optimizer, state in zip(self.optimizers, saved["optimizers"]):
+                optimizer.load_state_dict(state)
+            self.step, self.elapsed = saved["step"], saved["elapsed"]
+
+    def save(self) -> None:
+        """Write the checkpoint and the mlx-lm model."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "step": self.step,
+            "elapsed": self.elapsed,
+        }
+        torch.save(state, self.checkpoint.with_suffix(".tmp"))
+        self.checkpoint.with_suffix(".tmp").replace(self.checkpoint)
+        export(self.model, self.args.out, self.args.tokenizer)
+
+    def run(self, batches: Callable[[int], np.ndarray], steps: int) -> None:
+        """Train for so many steps, or until the time is over, and print how it went."""
+        tic, before, args = time.perf_counter(), self.step, self.args
+        done = self.elapsed
+        while self.step < before + steps and done < args.minutes * 60:
+            self._train(batches(self.step), schedule(done / (args.minutes * 60)))
+            done = self.elapsed + time.perf_counter() - tic
+        tokens = args.batch_size * args.context
+        speed = (self.step - before) * tokens / (done - self.elapsed)
+        self.elapsed = done
+        print(
+            f"step {self.step}  {done / 60:.1f}/{args.minutes:g} min  {self.step * tokens / 1e6:.1f} M tokens  "
+            f"loss {self.average:.4f} nats/token  {speed:,.0f} tokens/s",
+            flush=True,
+        )
+
+    def _train(self, batch: np.ndarray, factor: float) -> None:
+        """One step on rows [batch, context + 1], with this factor of the learning rates."""
+        for optimizer, rates in zip(self.optimizers, self._peak):
+            for group, rate in zip(optimizer.param_groups, rates):
+                group["lr"] = rate * factor
+        loss = self._loss(torch.from_numpy(batch).to(self.model.norm.weight.device))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.average = loss.item() if self.average is None else 0.98 * self.average + 0.02 * loss.item()
+        if not math.isfinite(self.average):
+            sys.exit(f"The loss is {self.average} at step {self.step}: lower --muon-lr or --adam-lr.")
+
+    def _forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=not self.args.float32):
+            return self.model.loss(tokens) + self.args.balance * self.model.balance()
+
+
 def setup_arg_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Train the demo model.")
     parser.add_argument("--prose", type=Path, required=True, help="one paragraph a line (.txt, .xz)")
@@ -311,7 +271,11 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--init", type=Path, help="start from this Llama checkpoint, deepened")
     parser.add_argument("--tokenizer", type=Path, default=DEFAULT_TOKENIZER)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument("--layers", type=int, default=Config.num_hidden_layers)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--experts", type=int, default=0, help="routed experts a layer (a Mixtral); default: a Llama")
+    parser.add_argument("--active", type=int, default=2, help="experts that read a token")
+    parser.add_argument("--expert-width", type=int, default=256, help="neurons of one expert")
+    parser.add_argument("--balance", type=float, default=0.01, help="weight of the experts' load-balancing loss")
     parser.add_argument("--minutes", type=float, default=120, help="training time")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -321,6 +285,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eval-minutes", type=float, default=10)
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--float32", action="store_true", help="faster on CPUs that have no bfloat16; all with AdamW")
     return parser
 
 
@@ -332,89 +297,33 @@ def main() -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = Tokenizer.from_file(str(args.tokenizer / "tokenizer.json"))
     prose, dialogues, held = prepare(args, tokenizer)
     held_out = {"prose": held}
     if args.dialogues_dev:
         dev = dialogue_tokens(args.dialogues_dev, args.tokenizer, tokenizer)[:40]
         held_out["dialogues"] = [d[: args.context + 1] for d in dev]
+    model = make_model(args, tokenizer.get_vocab_size())
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    training = Training(model, make_optimizers(model, args), args)
+    if args.resume:
+        training.restore()
 
-    model = Llama(Config(vocab_size=tokenizer.get_vocab_size(), num_hidden_layers=args.layers))
-    if args.init:
-        weights = load_file(args.init / "model.safetensors")
-        weights = {k.removeprefix("model."): v.float() for k, v in weights.items()}
-        model.load_state_dict(grow(weights, args.layers))
-    model.to(device)
-    optimizers = make_optimizers(model, args)
-    peak = [[g["lr"] for g in o.param_groups] for o in optimizers]
-    step, elapsed, checkpoint = 0, 0.0, args.out / "checkpoint.pt"
-    if args.resume and checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(saved["model"])
-        for optimizer, state in zip(optimizers, saved["optimizers"]):
-            optimizer.load_state_dict(state)
-        step, elapsed = saved["step"], saved["elapsed"]
+    def print_held_out(when: str) -> None:
+        scores = {name: nats_per_byte(model, texts, tokenizer) for name, texts in held_out.items()}
+        print(f"held-out nats per byte{when}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()), flush=True)
 
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters / 1e6:.2f} M parameters, {prose.size / 1e6:.1f} M prose tokens, "
           f"{dialogues.size / 1e6:.1f} M dialogue tokens", flush=True)  # fmt: skip
-
-    def loss_fn(tokens):
-        with torch.autocast(device, torch.bfloat16):
-            return model.loss(tokens)
-
-    train_loss = loss_fn if args.no_compile else torch.compile(loss_fn)
-
-    def evaluate() -> str:
-        scores = {k: nats_per_byte(model, v, tokenizer) for k, v in held_out.items()}
-        return ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
-
-    def save() -> None:
-        state = {
-            "model": model.state_dict(),
-            "optimizers": [o.state_dict() for o in optimizers],
-            "step": step,
-            "elapsed": elapsed,
-        }
-        torch.save(state, checkpoint.with_suffix(".tmp"))
-        checkpoint.with_suffix(".tmp").replace(checkpoint)
-        export(model, args.out, args.tokenizer)
-
-    print(f"held-out nats per byte before: {evaluate()}", flush=True)
-    total, average = args.minutes * 60, None
-    next_eval = elapsed + args.eval_minutes * 60
-    while elapsed < total:
-        tic, before = time.perf_counter(), step
-        while step < before + 100 and elapsed + time.perf_counter() - tic < total:
-            factor = schedule((elapsed + time.perf_counter() - tic) / total)
-            for optimizer, lrs in zip(optimizers, peak):
-                for group, lr in zip(optimizer.param_groups, lrs):
-                    group["lr"] = lr * factor
-            batch = batch_at(step, prose, dialogues, args)
-            loss = train_loss(torch.from_numpy(batch).to(device))
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            step += 1
-            average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
-            if not math.isfinite(average):
-                sys.exit(f"The loss is {average} at step {step}: lower --muon-lr or --adam-lr.")
-        seconds = time.perf_counter() - tic
-        elapsed += seconds
-        per_step = args.batch_size * args.context
-        speed = (step - before) * per_step / seconds
-        print(
-            f"step {step}  {elapsed / 60:.1f}/{args.minutes:g} min  {step * per_step / 1e6:.1f} M tokens  "
-            f"loss {average:.4f} nats/token  {speed:,.0f} tokens/s",
-            flush=True,
-        )
-        if elapsed >= next_eval or elapsed >= total:
-            next_eval = elapsed + args.eval_minutes * 60
-            save()
-            print(f"held-out nats per byte: {evaluate()}", flush=True)
+    print_held_out(" before")
+    total, next_eval = args.minutes * 60, training.elapsed + args.eval_minutes * 60
+    while training.elapsed < total:
+        training.run(lambda step: batch_at(step, prose, dialogues, args), steps=50)
+        if training.elapsed >= min(next_eval, total):
+            next_eval = training.elapsed + args.eval_minutes * 60
+            training.save()
+            print_held_out("")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What makes an answer right, as functions of its text: no model is asked.
 
-A question of ``exact.py`` names its checks: ``{"says": ["Lyon"], "words": [1, 15]}``.
+A question (``questions.py``) names its checks: ``{"says": ["Lyon"], "words": [1, 15]}``.
 """
 
 from __future__ import annotations

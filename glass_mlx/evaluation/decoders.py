@@ -31,10 +31,8 @@ from ..model.glass_model import GlassModel
 from ..model.session import Phase
 from .free_running import sample_continuations
 from .intervals import window_means
+from .names import DECODERS
 from .teacher_forcing import TextBatch
-
-# The kinds of decoders that the dense model is compared with.
-KINDS = ("griffin", "glass", "verified")
 
 Sampler = Callable[[mx.array], mx.array]
 
@@ -106,7 +104,7 @@ def standard_decoders(
     densities: list[float],
     global_weight: float | str = "auto",
     draft_tokens: int | None = None,
-    kinds: Sequence[str] = KINDS,
+    kinds: Sequence[str] = DECODERS,
     layer_budgets: str = GlassConfig.layer_budgets,
 ) -> Decoders:
     """Decoders by name and density, the dense model first.
@@ -115,7 +113,7 @@ def standard_decoders(
         densities (list[float]): of each decoder.
         global_weight (float or "auto"): of all but GRIFFIN.
         draft_tokens (int, optional): always draft this many tokens.
-        kinds (sequence): of ``KINDS``.
+        kinds (sequence): of ``names.DECODERS``.
         layer_budgets (str): of all but GRIFFIN, as ``GlassConfig.layer_budgets``.
     """
     glass = {"global_weight": global_weight, "layer_budgets": layer_budgets}

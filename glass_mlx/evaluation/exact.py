@@ -1,19 +1,14 @@
 """Tasks with exact answers, for models whose perplexity hides what is lost.
 
-``recall`` is a conversation in which the user names a city, a date, a time or a place, and the beginning of an answer
-whose next words are that name; in ``arithmetic`` the next word is a number. ``facts`` asks for what a paragraph says,
-``instructions`` for an answer of a certain form, ``code`` for a function in Python. The model answers by itself with
-the most likely tokens, and rules tell whether the answer is right (``checks.py``).
+The model answers the questions (``questions.py``) by itself with the most likely tokens, and rules tell whether an
+answer is right (``checks.py``).
 
 A selector sees only the conversation before it chooses: the beginning of an answer is decoded sparsely too.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -26,42 +21,13 @@ from ..model.glass_model import GlassModel
 from .checks import is_right
 from .free_running import PromptBatch
 from .intervals import interval
+from .questions import Task
 from .selectors import Selector, is_compensated
 from .tables import text_table
 from .teacher_forcing import TextBatch, as_masks, collect_evidence
 
 # Questions that are answered together.
 _BATCH = 32
-
-
-@dataclass(frozen=True)
-class Task:
-    """How the questions of a task are answered.
-
-    Attributes:
-        tokens (int): of an answer after its beginning, at most.
-        whole (bool): whether an answer that has not ended by then is wrong.
-    """
-
-    tokens: int
-    whole: bool = False
-
-
-TASKS = {
-    "recall": Task(16),
-    "facts": Task(24),
-    "arithmetic": Task(8),
-    "instructions": Task(80, whole=True),
-    "code": Task(128),
-}
-
-
-def read_questions(task: str, limit: int | None = None) -> list[dict[str, Any]]:
-    """A task's questions, each with ``kind``, ``messages``, ``begin`` (of the answer) and ``checks``; at most
-    ``limit``, of every kind."""
-    lines = Path(__file__).with_name(f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
-    questions = [{"begin": "", **json.loads(line)} for line in lines]
-    return questions[:: max(1, len(questions) // limit)][:limit] if limit else questions
 
 
 def measure_task(

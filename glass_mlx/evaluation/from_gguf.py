@@ -100,7 +100,7 @@ def _packages() -> tuple[Any, Any]:
         import gguf
         from transformers.integrations.gguf import gguf_tokenizer_mapping
     except ImportError as e:
-        raise GlassError(f"Reading GGUF files needs more ({e}): pip install -U gguf transformers") from e
+        raise GlassError(f"Reading GGUF files needs more packages ({e}): pip install -U gguf transformers") from e
     return gguf, gguf_tokenizer_mapping
 
 

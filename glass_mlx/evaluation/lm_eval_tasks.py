@@ -24,12 +24,12 @@ _MAX_TOKENS = 512
 Configs = dict[str, dict[float, GlassConfig]]
 
 
-def standard_configs(densities: list[float]) -> Configs:
+def standard_configs(densities: list[float], experts: str = GlassConfig.experts) -> Configs:
     """The dense model, and GRIFFIN and GLASS at each density."""
     return {
         "dense": {1.0: GlassConfig(1.0)},
-        "griffin": {d: GlassConfig(d, 0.0, "activation", layer_budgets="uniform") for d in densities},
-        "glass": {d: GlassConfig(d) for d in densities},
+        "griffin": {d: GlassConfig(d, 0.0, "activation", layer_budgets="uniform", experts=experts) for d in densities},
+        "glass": {d: GlassConfig(d, experts=experts) for d in densities},
     }
 
 

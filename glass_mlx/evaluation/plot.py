@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import GlassError
 from ..files import write_atomically
 from ..ranks.format import GlobalStatistics
-from .selectors import SELECTORS
+from .names import SELECTORS
 
 
 def plot_ranks(
@@ -40,7 +40,7 @@ def plot_ranks(
     except (ValueError, TypeError, RecursionError):  # the file may come from anyone
         history = np.zeros(0)
     panels = [_draw_concentration]
-    if history.ndim == 2 and len(history) > 1 and history.shape[1] == 3:
+    if history.ndim == 2 and len(history) > 1 and history.shape[1] >= 3:
         panels.append(_draw_stability)
     if overlaps is not None:
         panels.append(_draw_overlaps)
@@ -134,8 +134,10 @@ def _draw_concentration(axes: Any, layers: list[Any], signal: str, share: float)
 
 
 def _draw_stability(axes: Any, history: np.ndarray, signal: str, share: float) -> None:
-    axes.plot(history[:, 0], history[:, 1], "o-", label="overlap of the better half")
-    axes.plot(history[:, 0], history[:, 2], "s-", label="rank correlation")
+    tokens, *columns = history.T
+    labels = ("overlap of the better half", "rank correlation", "efficiency")  # older files lack the last one
+    for values, label, style in zip(columns, labels, ("o-", "s-", "^-")):
+        axes.plot(tokens, values, style, label=label)
     axes.set(xlabel="tokens read", ylabel="agreement of two halves", xscale="log", ylim=(None, 1))
     axes.set_title("Stability")
     _legend_below(axes)

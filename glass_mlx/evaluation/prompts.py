@@ -9,10 +9,8 @@ from typing import Any
 from ..decoding.prompt import render
 from ..errors import GlassError
 from ..ranks.sources import start_tokens
+from .names import PROMPT_SETS
 
-# The bundled sets: beginnings of prose, requests to an assistant that books and orders, and open instructions.
-SETS = ("prose", "dialogue", "chats")
-PROMPTS = "prose,dialogue"
 # How often the null prompt is read where no number is given.
 _NULL_PROMPTS = 32
 
@@ -21,7 +19,7 @@ def read_prompts(source: str, tokenizer: Any, count: int | None = None) -> list[
     """Read the prompts of a file or of bundled sets.
 
     Args:
-        source (str): names of ``SETS`` with commas between them; or a ``.jsonl`` file with ``{"text": ...}`` or
+        source (str): of ``names.PROMPT_SETS``, with commas between them; or a ``.jsonl`` file with ``{"text": ...}`` or
             ``{"messages": [...]}`` in each line, or another file with a text in each line; or ``null`` for the BOS
             token alone, 32 times.
         tokenizer: renders messages by its chat template; without one, their contents are joined.
@@ -36,7 +34,7 @@ def read_prompts(source: str, tokenizer: Any, count: int | None = None) -> list[
     if source == "null":
         return [start_tokens(tokenizer)] * (count or _NULL_PROMPTS)
     names = source.split(",")
-    files = [str(Path(__file__).with_name(f"{n}.jsonl")) for n in names] if set(names) <= set(SETS) else [source]
+    files = [str(Path(__file__).with_name(f"{n}.jsonl")) for n in names] if set(names) <= set(PROMPT_SETS) else [source]
     return [tokens for file in files for tokens in _read(file, tokenizer)][:count]
 
 
@@ -44,7 +42,7 @@ def _read(file: str, tokenizer: Any) -> list[list[int]]:
     try:
         lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
-        raise GlassError(f"Cannot read prompts from {file}: {e}; the bundled sets are {', '.join(SETS)}.") from e
+        raise GlassError(f"Cannot read prompts from {file}: {e}; the bundled sets are {', '.join(PROMPT_SETS)}.") from e
     if not lines:
         raise GlassError(f"{file} has no prompts: give a file with a text in each line.")
     if not file.endswith(".jsonl"):

@@ -23,13 +23,7 @@ from ..core.ranking import kept_count, rank, select
 from ..errors import GlassError
 from ..model.blocks import INTERLEAVED, Block
 from ..model.glass_model import GlassModel
-
-# The names of all selectors, in the order of the reports, and of those that need global statistics.
-SELECTORS = (
-    *("dense", "random", "magnitude", "static", "griffin", "glass-a", "glass-i", "expected", "griffin+", "glass-i+"),
-    *("glass-uniform", "glass", "oracle"),
-)
-GLOBAL = ("static", "glass-a", "glass-i", "glass-i+")
+from .names import GLOBAL
 
 
 @dataclass
@@ -66,7 +60,7 @@ class Evidence:
         blocks, kept = self.model.blocks, []
         for block, score in zip(blocks, scores):
             score = mx.broadcast_to(score, (len(self.prompts), block.size))
-            if self.density == 1:
+            if self.density == 1 or (block.experts and self.model.config.experts == "dense"):
                 kept.append(mx.broadcast_to(mx.arange(block.size, dtype=mx.int32), score.shape))
             else:
                 k = kept_count(self.density, block.width, block.group)
@@ -102,17 +96,11 @@ def standard_selectors(weights: list[float]) -> dict[str, Selector]:
         for weight in weights:
             selectors[name if len(weights) == 1 else f"{name} {weight:g}"] = by_session(signal, weight)
     selectors["expected"] = by_session("impact", "auto")
-    selectors["griffin+"] = compensated(by_session("activation", 0.0))
-    selectors["glass-i+"] = compensated(by_session("impact", 0.5))
-    selectors["glass-uniform"] = compensated(by_session("impact", "auto"))
-    selectors["glass"] = compensated(by_session("impact", "auto", "measured"))
+    selectors["griffin+"] = by_session("activation", 0.0, compensation=True)
+    selectors["glass-i+"] = by_session("impact", 0.5, compensation=True)
+    selectors["glass-uniform"] = by_session("impact", "auto", compensation=True)
+    selectors["glass"] = by_session("impact", "auto", "measured", compensation=True)
     return {**selectors, "oracle": by_oracle}
-
-
-def compensated(choose: Selector) -> Selector:
-    """The same selector; what its dropped neurons would add is predicted (``core/compensation.py``)."""
-    choose.compensated = True
-    return choose
 
 
 def is_compensated(choose: Selector) -> bool:
@@ -124,7 +112,7 @@ def choose_selectors(names: list[str] | None, weights: list[float | str], has_st
     """The selectors with these names.
 
     Args:
-        names (list[str], optional): of ``SELECTORS``. Default: all that the model has what they need for.
+        names (list[str], optional): of ``names.SELECTORS``. Default: all that the model has what they need for.
         weights (list): global weights of ``glass-a`` and ``glass-i``. ``auto`` is left out: ``glass`` has it.
         has_statistics (bool): whether the model has global statistics.
 
@@ -139,18 +127,22 @@ def choose_selectors(names: list[str] | None, weights: list[float | str], has_st
     return {name: by for name, by in chosen.items() if name not in missing}
 
 
-def by_session(signal: str, global_weight: float | str, layer_budgets: str = "uniform") -> Selector:
-    """What decoding itself does: the choice of a session that has read the prompt."""
+def by_session(
+    signal: str, global_weight: float | str, layer_budgets: str = "uniform", compensation: bool = False
+) -> Selector:
+    """What decoding itself does: the choice of a session that has read the prompt. With ``compensation``, what the
+    dropped neurons would add is predicted (``core/compensation.py``)."""
+    choice = {"global_weight": global_weight, "signal": signal, "layer_budgets": layer_budgets}
 
     def choose(evidence: Evidence) -> list[mx.array]:
         model, chosen = evidence.model, []
         for b, prompt in enumerate(evidence.prompts):
-            choice = {"global_weight": global_weight, "signal": signal, "layer_budgets": layer_budgets}
-            cache = model.make_cache(density=evidence.density, **choice)
+            cache = model.make_cache(density=evidence.density, compensation=compensation, **choice)
             model.session(cache).record(mx.concatenate([e[b] for e in evidence.local[signal]]), len(prompt))
             chosen.append(list(model.kept_neurons(cache).values()))
         return [mx.stack(rows) for rows in zip(*chosen)]
 
+    choose.compensated = compensation
     return choose
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import replace
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,78 +18,8 @@ from ..model.blocks import Block
 from ..model.discovery import find_blocks
 from ..model.glass_model import GlassModel
 from ..model.part import WholeBlock, WholeModel
-from ..ranks.amounts import DEFAULT_RANK
-
-BITS = (4, 8, 16, 32)
-
-_LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "num_key_value_heads": 8, "rope_theta": 5e5}
-_QWEN3 = {
-    "model_type": "qwen3",
-    "rms_norm_eps": 1e-6,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "rope_theta": 1e6,
-    "vocab_size": 151936,
-    "max_position_embeddings": 40960,
-}
-
-_GEMMA3 = {
-    "model_type": "gemma3_text",
-    "rms_norm_eps": 1e-6,
-    "head_dim": 256,
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 1024,
-    "sliding_window_pattern": 6,
-    "rope_theta": 1e6,
-    "rope_local_base_freq": 1e4,
-    "vocab_size": 262208,
-    "max_position_embeddings": 131072,
-}
-_QWEN3_MOE = {
-    **_QWEN3,
-    "model_type": "qwen3_moe",
-    "num_key_value_heads": 4,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "norm_topk_prob": True,
-}
-_GPT_OSS = {
-    "model_type": "gpt_oss",
-    "rms_norm_eps": 1e-5,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "rope_theta": 150000,
-    "sliding_window": 128,
-    "vocab_size": 201088,
-}
-
-
-def _shape(base: dict, hidden: int, intermediate: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
-    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
-    return {**base, **sizes, "num_attention_heads": heads, "tie_word_embeddings": False, **more}
-
-
-# From the models' own config.json on the Hub.
-SHAPES = {
-    "mistral-7b": _shape(_LLAMA, 4096, 14336, 32, 32, vocab_size=32768, rope_theta=1e6),
-    "llama-3.1-8b": _shape(_LLAMA, 4096, 14336, 32, 32, vocab_size=128256),
-    "llama-3.2-1b": _shape(_LLAMA, 2048, 8192, 16, 32, vocab_size=128256, tie_word_embeddings=True),
-    "llama-3.2-3b": _shape(_LLAMA, 3072, 8192, 28, 24, vocab_size=128256, tie_word_embeddings=True),
-    "qwen3-0.6b": _shape(_QWEN3, 1024, 3072, 28, 16, tie_word_embeddings=True),
-    "qwen3-1.7b": _shape(_QWEN3, 2048, 6144, 28, 16, tie_word_embeddings=True),
-    "qwen3-4b": _shape(_QWEN3, 2560, 9728, 36, 32, tie_word_embeddings=True),
-    "qwen3-8b": _shape(_QWEN3, 4096, 12288, 36, 32),
-    "qwen3-14b": _shape(_QWEN3, 5120, 17408, 40, 40),
-    "gemma-3-4b": _shape(_GEMMA3, 2560, 10240, 34, 8, num_key_value_heads=4),
-    "qwen3-30b-a3b": _shape(
-        _QWEN3_MOE, 2048, 6144, 48, 32, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768
-    ),
-    "qwen3-235b-a22b": _shape(
-        _QWEN3_MOE, 4096, 12288, 94, 64, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=1536
-    ),
-    "llama-3.3-70b": _shape(_LLAMA, 8192, 28672, 80, 64, vocab_size=128256),
-    "gpt-oss-20b": _shape(_GPT_OSS, 2880, 2880, 24, 64, num_local_experts=32, num_experts_per_tok=4),
-}
+from ..ranks.amounts import answer_rank
+from .shape_configs import SHAPES
 
 
 def activation_dtype() -> mx.Dtype:
@@ -121,7 +50,7 @@ def empty_model(shape: str, layers: int | None = None, bits: int = 4) -> GlassMo
     """A model that has the sizes of a true shape and, but for what finding its FFN blocks takes, no weights yet.
 
     Args:
-        shape (str): one of ``SHAPES``.
+        shape (str): one of ``shape_configs.SHAPES``.
         layers (int, optional): number of layers, if fewer than the shape has, for small machines.
         bits (int): of a weight: 4 or 8 (affine, groups of 64), 16 (bfloat16) or 32 (float32).
     """
@@ -167,7 +96,7 @@ def _wrap(dense: nn.Module, key: mx.array | None = None, group: mx.distributed.G
     """A GlassModel with responses that predict nothing, and with random ranks where there is a key."""
     model = GlassModel(dense, whole=None if group is None else _whole(dense, group))
     blocks = model.blocks if model.part is None else model.part.whole.blocks
-    responses = [None if block.experts else _no_response(block.input_size, block.size) for block in blocks]
+    responses = [_no_response(block.input_size, block.size, answer_rank(block.experts)) for block in blocks]
     ranks = None if key is None else [_random_ranks(block, key) for block in blocks]
     model.set_global_ranks(ranks and {"impact": ranks, "activation": ranks}, responses=responses)
     return model
@@ -185,9 +114,9 @@ def _random_ranks(block: Block | WholeBlock, key: mx.array) -> mx.array:
     return rank_by_expert(mx.random.uniform(shape=(block.size,), key=key), block.experts)
 
 
-def _no_response(inputs: int, size: int) -> Response:
+def _no_response(inputs: int, size: int, rank: int) -> Response:
     """What costs as much as a measured response, and predicts nothing."""
-    shapes = ((inputs,), (size,), (inputs, DEFAULT_RANK), (DEFAULT_RANK, size))
+    shapes = ((inputs,), (size,), (inputs, rank), (rank, size))
     return Response(*map(mx.zeros, shapes))
 
 

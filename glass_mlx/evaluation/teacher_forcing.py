@@ -18,7 +18,7 @@ import numpy as np
 from ..core.compensation import Response, Sums, mean_hidden
 from ..core.importance import SIGNALS, output_norms
 from ..core.metrics import kl_divergence
-from ..model.blocks import Block, by_token, run_with, watching_inputs
+from ..model.blocks import Block, by_token, run_with
 from ..model.glass_model import GlassModel
 from .selectors import Evidence, Selector, by_oracle, is_compensated
 
@@ -139,10 +139,10 @@ def collect_evidence(model: GlassModel, batch: TextBatch) -> tuple[Evidence, mx.
     found: dict[str, list] = {s: [[None] * len(blocks) for _ in range(2)] for s in SIGNALS}
     counted = (batch.in_prompt & (mx.arange(batch.tokens.shape[1]) > 0)).astype(mx.float32)
     inputs, hidden = [[None] * len(blocks) for _ in range(2)]
-    nothing = mx.zeros((len(batch.prompts), 0))  # of routed experts, whose dropped neurons add nothing
+    nothing = mx.zeros((len(batch.prompts), 0))  # of routed experts, which a prompt's sums do not answer for
 
-    def observe_input(i: int, x: mx.array, *routing: mx.array) -> None:
-        inputs[i] = nothing if routing else _sum(x.reshape(*batch.tokens.shape, -1), counted)
+    def observe_input(i: int, x: mx.array) -> None:
+        inputs[i] = nothing if blocks[i].experts else _sum(x.reshape(*batch.tokens.shape, -1), counted)
 
     def observe(i: int, h: mx.array, *routing: mx.array) -> mx.array:
         texts, block = len(batch.prompts), blocks[i]
@@ -155,8 +155,7 @@ def collect_evidence(model: GlassModel, batch: TextBatch) -> tuple[Evidence, mx.
                 side[i] = mx.stack([block.energy(row, scale, *of, weights=counts) for counts, row, *of in each])
         return mx.depends(h, [inputs[i], hidden[i], *(side[i] for sides in found.values() for side in sides)])
 
-    hooks = watching_inputs(blocks, observe_input) | by_token(blocks, observe)
-    logits = run_with(hooks, model.dense, batch.tokens)
+    logits = run_with(by_token(blocks, observe, observe_input), model.dense, batch.tokens)
     local, oracle = ({signal: sides[k] for signal, sides in found.items()} for k in range(2))
     mx.eval(local, oracle, inputs, hidden, logits)
     sums = [Sums(*pair, mx.sum(counted, axis=1)) for pair in zip(hidden, inputs)]
@@ -191,32 +190,35 @@ def without_dropped(
     inputs: dict[int, mx.array] = {}
     responses = model.responses or [None] * len(masks)
 
-    def keep(i: int, x: mx.array, *routing: mx.array) -> None:
-        inputs[i] = x
-
     def observe(i: int, h: mx.array, *routing: mx.array) -> mx.array:
-        texts, x = masks[i].shape[0], inputs.pop(i)
+        texts, x, others = masks[i].shape[0], inputs.pop(i), mx.array(0, h.dtype)
+        if sums is not None and not (routing and responses[i] is None):
+            own = None if routing else sums[i]
+            others = expected_hidden(responses[i], own, x.reshape(texts, -1, x.shape[-1])).astype(h.dtype)
         if routing:
-            return _without_experts(model.blocks[i], masks[i], h, routing[0], sparse)
-        others = mx.array(0, h.dtype)
-        if sums is not None:
-            others = expected_hidden(responses[i], sums[i], x.reshape(texts, -1, x.shape[-1])).astype(h.dtype)
+            return _without_experts(model.blocks[i], masks[i], h, routing[0], others, sparse)
         dropped = mx.logical_not(masks[i])[:, None]
         if sparse is not None:
             dropped = mx.logical_and(sparse, dropped)
         return mx.where(dropped, others, h.reshape(texts, -1, h.shape[-1])).reshape(h.shape)
 
-    return watching_inputs(model.blocks, keep) | by_token(model.blocks, observe)
+    return by_token(model.blocks, observe, inputs.__setitem__)
 
 
-def _without_experts(block: Block, mask: mx.array, h: mx.array, experts: mx.array, sparse: mx.array | None) -> mx.array:
-    """The hidden vectors of routed experts (``by_token``) with the kept neurons [B, F] only."""
+def _without_experts(
+    block: Block, mask: mx.array, h: mx.array, experts: mx.array, others: mx.array, sparse: mx.array | None
+) -> mx.array:
+    """The hidden vectors of routed experts (``by_token``) with the kept neurons [B, F] only, and in place of the others
+    what is expected of all neurons, [B, L, F] or zero."""
     texts = mask.shape[0]
     own = experts.reshape(texts, -1)  # of each text
     kept = block.by_expert(mask)[mx.arange(texts)[:, None], own].reshape(h.shape)
     if sparse is not None:
         kept = mx.logical_or(kept, mx.logical_not(sparse.reshape(*experts.shape[:-1], 1, 1, 1)))
-    return mx.where(kept, h, mx.array(0, h.dtype))
+    if others.ndim:
+        others = block.by_expert(others).reshape(-1, block.experts, block.width)
+        others = mx.take_along_axis(others, experts.reshape(len(others), -1, 1), axis=1).reshape(h.shape)
+    return mx.where(kept, h, others)
 
 
 def prompt_sums(model: GlassModel, prompts: list[list[int]]) -> list[Sums]:
@@ -226,8 +228,10 @@ def prompt_sums(model: GlassModel, prompts: list[list[int]]) -> list[Sums]:
     return [Sums(*map(mx.concatenate, part)) for part in parts]
 
 
-def expected_hidden(response: Response | None, sums: Sums, x: mx.array) -> mx.array:
+def expected_hidden(response: Response | None, sums: Sums | None, x: mx.array) -> mx.array:
     """The hidden vectors [B, L, F] (float32) to expect of inputs [B, L, H] after prompts that add up to ``sums``."""
+    if sums is None:
+        return response.predict(x)
     prompts = [Sums(*row) for row in zip(sums.hidden, sums.inputs, sums.tokens)]
     mean = mx.stack([mean_hidden(response, prompt) for prompt in prompts])[:, None]
     return mean if response is None else mean + response.predict(x) - response.hidden_mean

@@ -22,6 +22,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from ..model.randomness import random_state_kept
+
 _PACKAGE = "mlx_lm.models"
 
 
@@ -248,10 +250,9 @@ def tiny_config(model_type: str) -> dict[str, Any]:
 def _enliven(model: nn.Module) -> None:
     """Replaces the parameters by float32 ones that are nowhere constant."""
     named, parameters = tree_flatten(model.parameters()), []
-    bounds = [(mx.min(p), mx.max(p)) for _, p in named]
-    mx.eval(bounds)
-    for (name, p), (low, high) in zip(named, bounds):
-        shape, dtype, low, high = p.shape, p.dtype, low.item(), high.item()
+    bounds = mx.stack([bound(p).astype(mx.float32) for _, p in named for bound in (mx.min, mx.max)]).tolist()
+    for (name, p), low, high in zip(named, bounds[::2], bounds[1::2]):
+        shape, dtype = p.shape, p.dtype
         if not mx.issubdtype(dtype, mx.floating):
             if low == high:  # packed weights
                 p = mx.random.randint(0, 2**8, (p.nbytes,)).astype(mx.uint8)
@@ -280,15 +281,11 @@ def tiny_model(model_type: str, seed: int = 0) -> nn.Module:
         raise Unbuildable("needs Metal: its kernels have no CPU version in mlx-lm")
     module = _load(model_type)
     args = module.ModelArgs.from_dict(tiny_config(model_type))
-    # The global random state is a key; seeding with that key's number puts it back.
-    high, low = mx.random.state[0].tolist()
-    mx.random.seed(seed)
-    try:
+    with random_state_kept():
+        mx.random.seed(seed)
         model = module.Model(args)
         _enliven(model)
         mx.eval(model.parameters())
-    finally:
-        mx.random.seed((high << 32) | low)
     if hasattr(model, "_dummy_tokenizer_ids"):
         # phi3small masks tokens above 100256, for this vocabulary a write out of bounds.
         model._dummy_tokenizer_ids = mx.array([], dtype=mx.int32)

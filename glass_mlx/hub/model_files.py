@@ -39,7 +39,7 @@ def problem(path: Path) -> str | None:
     except (OSError, ValueError) as e:
         return f"has no usable config.json ({e})"
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        return "is no text model: its config.json has no model_type"
+        return "is not a text model: its config.json has no model_type"
     if not _is_known(config):
         return f"is of the type {config['model_type'][:50]!r}, which mlx-lm does not have"
     return _missing(path)

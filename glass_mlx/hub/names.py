@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..errors import GlassError
+
 DEFAULT_MODEL = "demo"
 DEMO_PATH = Path(__file__).parents[1] / "demo" / "model"
 
@@ -30,6 +32,22 @@ ALIASES = {
     "phi-4": "mlx-community/phi-4-4bit",
     "smollm3-3b": "mlx-community/SmolLM3-3B-4bit",
 }
+
+
+def repository_of(name: str) -> str:
+    """The Hub repository that an alias stands for, or that is named itself.
+
+    Raises:
+        GlassError: it is neither.
+    """
+    repo = ALIASES.get(name, name)
+    if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
+        close = near_miss(name, (DEFAULT_MODEL, *ALIASES))
+        raise GlassError(
+            f"Unknown model {name!r}: {close or 'give a directory, a Hub repository or an alias (mistral-7b).'} "
+            "All aliases: python -m glass_mlx.models list --all"
+        )
+    return repo
 
 
 def near_miss(name: str, known: Iterable[str]) -> str:

@@ -250,14 +250,21 @@ def hooked(blocks: list[Block], observe: Callable[..., mx.array | None]) -> dict
     return {id(output): Hook(output, partial(observe, i)) for i, output in enumerate(outputs)}
 
 
-def by_token(blocks: list[Block], observe: Callable[..., mx.array | None]) -> dict[int, Projection]:
+def by_token(
+    blocks: list[Block],
+    observe: Callable[..., mx.array | None],
+    observe_input: Callable[[int, mx.array], None] = lambda i, x: None,
+) -> dict[int, Projection]:
     """As :func:`hooked`, but what routed experts compute comes in the order of the tokens [...], each with a of its
     experts: ``observe(i, h, experts)`` with hidden vectors [..., a, 1, F / E] and experts [..., a]. mlx-lm sorts them
-    by expert where there are many, and the order that it sorts them in is found again."""
+    by expert where there are many, and the order that it sorts them in is found again. Before that, each block's
+    inputs are shown to ``observe_input(i, x)``, one [..., H] for each token."""
 
-    def remember(block: Block, x: mx.array, experts: mx.array) -> mx.array:
-        carried()[id(block)] = experts
-        return plain_class(block.module).__call__(block.module, x, experts)
+    def remember(i: int, x: mx.array, experts: mx.array) -> mx.array:
+        observe_input(i, x)
+        module = blocks[i].module
+        carried()[id(blocks[i])] = experts
+        return plain_class(module).__call__(module, x, experts)
 
     def show(i: int, h: mx.array, *routing: mx.array) -> mx.array | None:
         if not routing:
@@ -270,8 +277,9 @@ def by_token(blocks: list[Block], observe: Callable[..., mx.array | None]) -> di
         seen = observe(i, rows.reshape(*experts.shape, 1, -1), experts)
         return None if seen is None else seen.reshape(rows.shape)[order].reshape(h.shape)
 
-    routed = {id(block.module): partial(remember, block) for block in blocks if block.experts}
-    return routed | hooked(blocks, show)
+    routed = {id(block.module): partial(remember, i) for i, block in enumerate(blocks) if block.experts}
+    dense = watching_inputs(blocks, lambda i, x, *routing: None if routing else observe_input(i, x))
+    return routed | dense | hooked(blocks, show)
 
 
 def watching_inputs(blocks: list[Block], observe: Callable[..., None]) -> dict[int, Projection]:

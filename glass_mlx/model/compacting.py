@@ -23,7 +23,8 @@ def make_compact(
     files: WeightFiles | None,
     reserve: Callable[[int], None],
 ) -> CompactWeights:
-    """Copy the kept neurons' weights into compact matrices, and make the answers for the others.
+    """Copy the kept neurons' weights into compact matrices, and make the answers for the others. A block that keeps all
+    decodes with its own weights.
 
     One block is sliced while the next is being sent to the device, and no more: what slicing needs in between is held
     for two blocks at most.
@@ -38,8 +39,11 @@ def make_compact(
     Returns:
         CompactWeights: evaluated.
     """
-    made = [block.compact(neurons) for block, neurons in zip(blocks, kept)]
-    answers = [Answer.make(*each) for each in zip(blocks, kept, *zip(*known))] if known else [None] * len(blocks)
+    whole = [neurons.size == block.size for block, neurons in zip(blocks, kept)]
+    made = [{} if all_ else block.compact(neurons) for block, neurons, all_ in zip(blocks, kept, whole)]
+    answers: list[Answer | None] = [None] * len(blocks)
+    if known:
+        answers = [None if all_ else Answer.make(*each) for *each, all_ in zip(blocks, kept, *zip(*known), whole)]
     arrays = [_arrays(projections) for projections in made]
     needed = sum(array.nbytes for block in arrays for array in block)
     needed += sum(answer.nbytes for answer in answers if answer is not None)
@@ -51,7 +55,7 @@ def make_compact(
     for i, (block, projections) in enumerate(zip(blocks, made)):
         mx.async_eval(arrays[i + 1] if i + 1 < len(blocks) else [])
         mx.eval(arrays[i])
-        if files is not None:
+        if files is not None and projections:
             files.release(i, block, projections, stored)
     mx.clear_cache()  # the buffers of the prefill and of slicing have other sizes than those of decoding
     replacements: dict[int, Projection] = {}

@@ -12,6 +12,7 @@ from ..core.importance import SIGNALS
 from ..errors import GlassError
 
 LAYER_BUDGETS = ("measured", "uniform")
+EXPERTS = ("sparse", "dense")
 # Settings of earlier versions that programs may still name; they change nothing. ``refresh`` read an answer in the
 # making again: for the same time, a higher density is nearer to the dense model (evaluation/README.md).
 RETIRED = ("refresh",)
@@ -30,6 +31,7 @@ class GlassConfig:
             statistics say so (``core/layer_budgets.py``); ``"uniform"``: the same share of every block.
         compensation: predict what the dropped neurons would add (``core/compensation.py``); without it they add
             nothing, as in GLASS's and GRIFFIN's own form.
+        experts: ``"sparse"``: the density holds for routed experts too; ``"dense"``: they keep all neurons.
     """
 
     density: float = 0.5
@@ -37,6 +39,7 @@ class GlassConfig:
     signal: str = "impact"
     layer_budgets: str = "measured"
     compensation: bool = True
+    experts: str = "sparse"
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -51,6 +54,8 @@ class GlassConfig:
             raise GlassError(f"signal must be one of {', '.join(SIGNALS)}, not {self.signal!r}.")
         if self.layer_budgets not in LAYER_BUDGETS:
             raise GlassError(f"layer_budgets must be one of {', '.join(LAYER_BUDGETS)}, not {self.layer_budgets!r}.")
+        if self.experts not in EXPERTS:
+            raise GlassError(f"experts must be one of {', '.join(EXPERTS)}, not {self.experts!r}.")
         if not isinstance(self.compensation, bool):
             raise GlassError(f"compensation must be True or False, not {self.compensation!r}.")
 

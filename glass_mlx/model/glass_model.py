@@ -108,7 +108,7 @@ class GlassModel(nn.Module):
         """From the next choice of neurons on, as ``low_memory`` of the constructor.
 
         Raises:
-            GlassError: the model's directory is not known, or this is only a part of the model in it.
+            GlassError: the model's directory is not known, or this is only a part of it.
         """
         if self.path is None or self.part is not None:
             raise GlassError("low_memory needs the model's directory, to read its weights again, and a whole model.")
@@ -141,8 +141,9 @@ class GlassModel(nn.Module):
 
     @property
     def quality(self) -> list[QualityPoint]:
-        """What densities cost this model, as its statistics say (``model/quality.py``)."""
-        return self._plan.quality
+        """What densities cost this model (``model/quality.py``), as far as it is known: with sparse routed experts."""
+        known = self.config.experts == "sparse" or not any(block.experts for block in self.blocks)
+        return self._plan.quality if known else []
 
     @property
     def responses(self) -> list[Response | None] | None:
@@ -161,9 +162,7 @@ class GlassModel(nn.Module):
 
         Args:
             ranks, domains, sensitivity: as for :class:`~glass_mlx.model.selection.NeuronSelector`.
-            responses (list, optional): of every block, to answer for dropped neurons (``core/compensation.py``); None
-                for routed experts, whose dropped neurons add nothing.
-            quality (list, optional): what densities cost (``model/quality.py``).
+            responses, quality (optional): as :attr:`responses`, and :attr:`quality` where routed experts are sparse.
         """
         self._plan.set_statistics(responses, ranks, domains, sensitivity)
         self._plan.quality = quality or []
@@ -174,9 +173,8 @@ class GlassModel(nn.Module):
 
     def update(self, parameters: dict[str, Any], strict: bool = True) -> GlassModel:
         """As ``nn.Module.update``, with the names of ``parameters()``."""
-        if set(parameters) != {"dense"}:
-            parameters = {"dense": parameters}
-        return super().update(parameters, strict=strict)
+        named = parameters if set(parameters) == {"dense"} else {"dense": parameters}
+        return super().update(named, strict=strict)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -235,9 +233,13 @@ class GlassModel(nn.Module):
         """
         return {block.path: kept for block, kept in zip(self.blocks, self._choose(self.session(cache)))}
 
-    def kept_counts(self, density: float, layer_budgets: str | None = None) -> list[int]:
-        """How many neurons a density keeps in each block, by default with the model's own layer budgets."""
-        return self._plan.selector.counts(density, layer_budgets or self.config.layer_budgets)
+    def kept_counts(self, density: float, layer_budgets: str | None = None, **choice: Any) -> list[int]:
+        """How many neurons a density keeps in each block; what is not given is as in the model's configuration."""
+        return self._plan.selector.counts(self.config.updated(density=density, layer_budgets=layer_budgets, **choice))
+
+    def keeps_all(self, config: GlassConfig) -> bool:
+        """Whether decoding is dense: at density 1, or where all blocks are routed experts that stay dense."""
+        return self._plan.selector.keeps_all(config)
 
     def global_weight(self, session: Session) -> float:
         """How much what is known of the model counts in a session's choice, in [0, 1]; see ``NeuronSelector``."""
@@ -302,7 +304,7 @@ class GlassModel(nn.Module):
             GlassError: nothing to choose by yet: no prompt was prefilled and there are no global ranks.
         """
         session, plan = self.session(cache), self._plan
-        if session.config.density == 1:
+        if self.keeps_all(session.config):
             return
         if session.compact is not None:
             plan.memory.use(session)
@@ -313,8 +315,7 @@ class GlassModel(nn.Module):
         plan.bring_here(self.dense)
         kept = self._choose(session)
         known = plan.known(session) if session.config.compensation else None
-        reserve = partial(plan.memory.use, session)
-        compact = make_compact(plan.blocks, kept, known, plan.files, reserve)
+        compact = make_compact(plan.blocks, kept, known, plan.files, partial(plan.memory.use, session))
         if plan.files is not None:
             plan.accept(self.dense)  # dense weights were let go
         session.hold(compact, time.perf_counter() - start)
@@ -324,7 +325,7 @@ class GlassModel(nn.Module):
         session = self.session(cache)
         logits = self._sparse(session, inputs, cache, kwargs)
         # Densely decoded tokens wait too where they follow sparse ones: what is read again is the cache's end.
-        exact = session.config.density == 1 and not session.pending_reread
+        exact = self.keeps_all(session.config) and not session.pending_reread
         session.advance(call_length(inputs, kwargs), None if exact or "input_embeddings" in kwargs else inputs)
         return logits
 
@@ -350,7 +351,7 @@ class GlassModel(nn.Module):
             self.session(cache).retract(tokens)
 
     def _sparse(self, session: Session, inputs: mx.array, cache: list[Any], kwargs: dict[str, Any]) -> mx.array:
-        if session.config.density == 1:
+        if self.keeps_all(session.config):
             self._plan.bring_here(self.dense)
             return self.dense(inputs, cache=cache[:-1], **kwargs)
         if session.compact is None:
@@ -366,8 +367,7 @@ class GlassModel(nn.Module):
             counted[:, 0] = 0  # BOS, whose activations are huge
         logits, evidence = recording(self.blocks, norms, counted, self.dense, inputs, cache=entries, **kwargs)
         session.record(evidence, length, prompt)
-        # an array that is not evaluated belongs to this thread
-        mx.async_eval(session.evidence, self._plan.passed_on(entries))
+        mx.async_eval(session.evidence, self._plan.passed_on(entries))  # else an array would belong to this thread
         if choose:
             session.drop_choice()
         return logits

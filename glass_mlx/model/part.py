@@ -20,6 +20,7 @@ from ..core.compensation import Response
 from ..core.ranking import rank_by_expert
 from ..errors import GlassError
 from .blocks import Block
+from .config import GlassConfig
 from .selection import BlockShape, NeuronSelector
 
 _Any = TypeVar("_Any")
@@ -113,12 +114,14 @@ class ModelPart:
         ranks: dict[str, list[mx.array]] | None = None,
         domains: dict[str, list[mx.array]] | None = None,
         sensitivity: list[float] | None = None,
+        unpredictable: list[mx.array | None] | None = None,
     ) -> NeuronSelector:
         """What chooses this part's neurons.
 
         Args:
             shapes (list[BlockShape]): of the part's blocks.
             ranks, domains, sensitivity: of the whole model, as for :class:`NeuronSelector`.
+            unpredictable (list, optional): as there, of the part.
         """
         own_ranks = ranks and {signal: self._each(values, self._cut_ranks) for signal, values in ranks.items()}
         own_domains = domains and {signal: self._each(values, self._cut_shares) for signal, values in domains.items()}
@@ -126,23 +129,23 @@ class ModelPart:
         known = {"impact": ranks["impact"]} if ranks else None, {"impact": domains["impact"]} if domains else None
 
         @cache
-        def whole(density: float, layer_budgets: str) -> list[int]:
-            return NeuronSelector(self._whole_shapes(), *known, sensitivity).counts(density, layer_budgets)
+        def whole(config: GlassConfig) -> list[int]:
+            return NeuronSelector(self._whole_shapes(), *known, sensitivity).counts(config)
 
-        def counts(density: float, layer_budgets: str) -> list[int]:
-            all_of = whole(density, layer_budgets)
+        def counts(config: GlassConfig) -> list[int]:
+            all_of = whole(config)
             return [all_of[place.block] // self._sharing(i) for i, place in enumerate(self._places)]
 
         self._whole_counts = whole
-        return NeuronSelector(shapes, own_ranks, own_domains, counts=counts)
+        return NeuronSelector(shapes, own_ranks, own_domains, unpredictable=unpredictable, counts=counts)
 
     def responses(self, responses: list[Response | None] | None) -> list[Response | None] | None:
         """The whole model's responses, cut to this part's neurons."""
         return responses and self._each(responses, self._cut_response)
 
-    def kept(self, density: float, layer_budgets: str) -> int:
+    def kept(self, config: GlassConfig) -> int:
         """How many neurons all processes keep together."""
-        return sum(self._whole_counts(density, layer_budgets))
+        return sum(self._whole_counts(config))
 
     def _each(self, values: list[_Any], cut: Callable[[int, _Any], _Any]) -> list[_Any]:
         """Values of the whole model's blocks, cut to the part's."""
@@ -191,8 +194,8 @@ class ModelPart:
     def _cut_response(self, i: int, response: Response | None) -> Response | None:
         if response is None:
             return None
-        own = {name: self._cut(i, getattr(response, name)) for name in ("hidden_mean", "coefficients")}
-        return replace(response, **own)
+        values = {name: getattr(response, name) for name in ("hidden_mean", "coefficients", "unpredictable")}
+        return replace(response, **{name: self._cut(i, v) for name, v in values.items() if v is not None})
 
 
 def _first_row(block: Block) -> np.ndarray:

@@ -85,9 +85,11 @@ class Plan:
     def set_statistics(self, responses: list[Response | None] | None, *statistics: Any) -> None:
         """Choose neurons by these: ``ranks``, ``domains`` and ``sensitivity`` of :class:`NeuronSelector`; and answer by
         these responses for those that are dropped. All of them are the whole model's."""
+        responses = responses if self.part is None else self.part.responses(responses)
+        shares = [getattr(response, "unpredictable", None) for response in responses or []]
         make = NeuronSelector if self.part is None else self.part.selector
-        self.selector = make(_shapes(self.blocks), *statistics)
-        self.responses = responses if self.part is None else self.part.responses(responses)
+        self.selector = make(_shapes(self.blocks), *statistics, unpredictable=shares or None)
+        self.responses = responses
 
     @property
     def layout(self) -> EvidenceLayout:

@@ -38,8 +38,8 @@ def density_for(quality: str, points: list[QualityPoint]) -> float:
         raise GlassError(f"quality must be one of {', '.join(QUALITIES)}, not {quality!r}.")
     if not points:
         raise GlassError(
-            "The quality of this model's densities was not measured: give a density, "
-            "or measure it with python -m glass_mlx.stats build."
+            "The quality of this model's densities is not known: give a density, or measure it with "
+            "python -m glass_mlx.stats build. Where there are routed experts it is known if they are sparse."
         )
     limit = QUALITIES[quality]
     if min(p.kl for p in points) > limit:

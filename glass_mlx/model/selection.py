@@ -56,7 +56,8 @@ class NeuronSelector:
         ranks: dict[str, list[mx.array]] | None = None,
         domains: dict[str, list[mx.array]] | None = None,
         sensitivity: list[float] | None = None,
-        counts: Callable[[float, str], list[int]] | None = None,
+        unpredictable: list[mx.array | None] | None = None,
+        counts: Callable[[GlassConfig], list[int]] | None = None,
     ):
         """
         Args:
@@ -65,16 +66,18 @@ class NeuronSelector:
             domains (dict, optional): for each signal the energies [K, F] of every block on each kind of text that the
                 ranks come from. Default: made from the ranks, with half the energy at twice the rank.
             sensitivity (list, optional): of every block (``ranks/sensitivity.py``). Default: all alike.
+            unpredictable (list, optional): of every block the share [F] of each neuron's energy that is lost with it
+                where dropped neurons are answered for (``core/compensation.py``). Default: all of it.
             counts (callable, optional): says how many neurons each block keeps, as :meth:`counts`. Default: the blocks
                 and their sensitivity do.
         """
         self.shapes, self._given_counts = shapes, counts
         self.ranks, self._sensitivity = ranks, sensitivity
-        self._domains = domains
+        self._domains, self._unpredictable = domains, unpredictable
         domains = domains or {signal: [_shares(r) for r in rs] for signal, rs in (ranks or {}).items()}
         experts = [(shape.experts, shape.active) for shape in shapes]
         self._priors = {signal: Prior(rows, experts) for signal, rows in domains.items()}
-        self._counts: dict[tuple[float, str], list[int]] = {}
+        self._counts: dict[tuple[float, str, str], list[int]] = {}
 
     @property
     def sizes(self) -> list[int]:
@@ -86,22 +89,35 @@ class NeuronSelector:
         neurons."""
         if [(s.size, s.experts) for s in shapes] != [(s.size, s.experts) for s in self.shapes]:
             return NeuronSelector(shapes)
-        return NeuronSelector(shapes, self.ranks, self._domains, self._sensitivity, self._given_counts)
+        known = self.ranks, self._domains, self._sensitivity, self._unpredictable
+        return NeuronSelector(shapes, *known, self._given_counts)
 
-    def counts(self, density: float, layer_budgets: str) -> list[int]:
+    def counts(self, config: GlassConfig) -> list[int]:
         """How many neurons each block keeps: density * F, rounded to what the block can be cut into; or, with the
-        budgets ``"measured"`` and where sensitivities are known, as many in all (``core/layer_budgets.py``)."""
-        key = (density, layer_budgets)
+        budgets ``"measured"`` and where sensitivities are known, as many in all (``core/layer_budgets.py``). Routed
+        experts that are to stay dense keep all of theirs."""
+        key = (config.density, config.layer_budgets, config.experts)
         if key not in self._counts and self._given_counts is not None:
-            self._counts[key] = self._given_counts(*key)
+            self._counts[key] = self._given_counts(config)
         elif key not in self._counts:
-            steps = [shape.step for shape in self.shapes]
-            if self._sensitivity is None or layer_budgets == "uniform":
-                self._counts[key] = uniform_budgets(density, self.sizes, steps)
-            else:
-                energies = [np.array(e) for e in self.by_block(self._priors["impact"].posterior_energy(None))]
-                self._counts[key] = measured_budgets(density, energies, self._sensitivity, steps)
+            sparse = [i for i, s in enumerate(self.shapes) if s.experts == 1 or config.experts == "sparse"]
+            self._counts[key] = self.sizes
+            for i, count in zip(sparse, self._budgets(config, sparse)):
+                self._counts[key][i] = count
         return self._counts[key]
+
+    def _budgets(self, config: GlassConfig, members: list[int]) -> list[int]:
+        """How many neurons some of the blocks keep, if the density holds for these."""
+        sizes, steps = [self.sizes[i] for i in members], [self.shapes[i].step for i in members]
+        if self._sensitivity is None or config.layer_budgets == "uniform" or not members:
+            return uniform_budgets(config.density, sizes, steps)
+        energies = self.by_block(self._priors["impact"].posterior_energy(None))
+        known = [(np.array(energies[i]), self._sensitivity[i]) for i in members]
+        return measured_budgets(config.density, *map(list, zip(*known)), steps)
+
+    def keeps_all(self, config: GlassConfig) -> bool:
+        """Whether every block keeps all of its neurons."""
+        return config.density == 1 or self.counts(config) == self.sizes
 
     def choose(self, config: GlassConfig, energy: mx.array | None, prompt_tokens: int) -> list[mx.array]:
         """The neurons to keep.
@@ -117,12 +133,13 @@ class NeuronSelector:
         Raises:
             GlassError: there is nothing to choose by.
         """
-        if config.density == 1:
-            return [mx.arange(size, dtype=mx.int32) for size in self.sizes]
-        counts = self.counts(config.density, config.layer_budgets)
+        kept = [mx.arange(size, dtype=mx.int32) for size in self.sizes]
+        if self.keeps_all(config):
+            return kept
+        counts = self.counts(config)
         scores = self._scores(config, energy, prompt_tokens)
-        kept: list[mx.array] = [None] * len(self.shapes)
-        for shape, members in self._alike().items():  # blocks of one shape at once
+        chosen = [i for i, count in enumerate(counts) if count < self.sizes[i]]
+        for shape, members in self._alike(chosen).items():  # blocks of one shape at once
             first = mx.arange(0, shape.size, shape.size // shape.experts, dtype=mx.int32)[:, None]  # of each expert
             for i, order in zip(members, keep_order(scores(members), shape.group)):
                 kept[i] = (mx.sort(order[:, : counts[i] // shape.experts], axis=-1) + first).reshape(-1)
@@ -130,7 +147,7 @@ class NeuronSelector:
 
     def fits(self, kept: list[mx.array], config: GlassConfig) -> bool:
         """Whether neurons [k] that were kept elsewhere, in a file say, can be kept in these blocks."""
-        counts = self.counts(config.density, config.layer_budgets)
+        counts = self.counts(config)
         if [(k.shape, k.dtype) for k in kept] != [((count,), mx.int32) for count in counts]:
             return False
         for neurons, shape in zip(map(np.array, kept), self.shapes):
@@ -171,6 +188,9 @@ class NeuronSelector:
         weight = self._weight(config, energy, prompt_tokens)
         if weight == "auto":
             expected = self.by_block(prior.posterior_energy(energy))
+            if config.compensation and self._unpredictable is not None:
+                shares = (1.0 if share is None else share for share in self._unpredictable)
+                expected = [e * share for e, share in zip(expected, shares)]
             return lambda members: rank(self._stack(expected, members))
         ranks = self.ranks and self.ranks[config.signal]
         if weight == 1:
@@ -201,11 +221,11 @@ class NeuronSelector:
         alone = energy is None or (prompt_tokens <= 1 and config.global_weight > 0)
         return 1.0 if alone else float(config.global_weight)
 
-    def _alike(self) -> dict[BlockShape, list[int]]:
-        """Indices of the blocks by their shape."""
+    def _alike(self, members: list[int]) -> dict[BlockShape, list[int]]:
+        """Indices of blocks by their shape."""
         alike: dict[BlockShape, list[int]] = {}
-        for i, shape in enumerate(self.shapes):
-            alike.setdefault(shape, []).append(i)
+        for i in members:
+            alike.setdefault(self.shapes[i], []).append(i)
         return alike
 
 

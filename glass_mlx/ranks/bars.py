@@ -18,14 +18,14 @@ class Bars:
         kept (int): tokens that an interrupted run would keep.
     """
 
-    def __init__(self, stable_at: float | None, on_tokens: Callable[[int], None]):
+    def __init__(self, stable_at: float | None, on_step: Callable[[str, int, int], None]):
         """
         Args:
             stable_at (float, optional): reading ends when two halves agree that much.
-            on_tokens (callable): told how many tokens have been read whenever that changes.
+            on_step (callable): told the phase, how much of it is done and of how much, whenever that changes.
         """
         self._goal = "" if stable_at is None else f" of {stable_at:.0%}"
-        self._on_tokens, self._name, self._done, self._total, self.kept = on_tokens, "", 0, 0, 0
+        self._on_step, self._name, self._done, self._total, self.kept = on_step, "", 0, 0, 0
         self._bar: tqdm | None = None
 
     def __enter__(self) -> Bars:
@@ -43,23 +43,21 @@ class Bars:
             options = {"initial": done, "unit": unit, "smoothing": 0, "file": sys.stderr, "disable": None}
             self._bar = tqdm(total=total, desc=name, dynamic_ncols=True, **options)
             self._name, self._done, self._total, self.kept = name, done, total, done if name == READING else self.kept
-        else:
-            self._bar.total = total
-            self._move(done)
+        self._bar.total = self._total = total
+        self._move(min(done, total))
 
     def sampled(self, tokens: int) -> None:
         """The model has generated so many tokens more; they are read when their batch is complete."""
         if self._name == READING:
             self._move(min(self._done + tokens, self._total))
-            self._on_tokens(self._done)
 
     def read(self, done: int, stability: dict[str, float]) -> None:
         """So many tokens have been read in all, and are kept."""
         self.kept = done
         self._move(min(done, self._total))
-        self._bar.set_postfix_str(f"stable {stability['overlap']:.1%}{self._goal}")
-        self._on_tokens(done)
+        self._bar.set_postfix_str(f"stable {stability['efficiency']:.1%}{self._goal}")
 
     def _move(self, done: int) -> None:
         self._bar.update(done - self._done)
         self._done = done
+        self._on_step(self._name, done, self._total)

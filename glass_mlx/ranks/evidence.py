@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from ..core.importance import SIGNALS
 from ..files import SMALL_HEADER, check_header, write_atomically
 from ..model.glass_model import GlassModel
 from .agreement import compare
+
+# What the history has of the stability, in this order.
+STABILITY = ("overlap", "correlation", "efficiency")
 
 
 @dataclass
@@ -27,7 +31,7 @@ class SplitEvidence:
         rows: for each domain the sequences that were read.
         sequences: how many sequences were read.
         batches: how many batches of the source were read.
-        history: the stability after each batch, as (tokens, overlap, correlation).
+        history: the stability after each batch, as (tokens, overlap, correlation, efficiency).
         experts: E of each block, 0 if it is dense.
     """
 
@@ -65,18 +69,24 @@ class SplitEvidence:
         return np.split(values, np.cumsum(self.sizes)[:-1])
 
     def stability(self) -> dict[str, float]:
-        """How well the two halves agree (:func:`agreement.compare`) on the neurons of a layer, or of each of its
-        experts: means over the layers, of the worse signal.
+        """How well the two halves of the sequences agree on the better half of the neurons
+        (:func:`agreement.compare`): means over the layers, of the worse signal.
 
         Each half has read half of the tokens, so all of them together are more stable than this says.
         """
-        worst = {"correlation": 1.0, "overlap": 1.0}
+        by_signal = []
         for signal in SIGNALS:
-            halves = ([_within(*pair) for pair in zip(self.by_block(signal, half), self.experts)] for half in (0, 1))
-            layers = [compare(a, b) for a, b in zip(*halves)]
-            for key in worst:
-                worst[key] = min(worst[key], float(np.mean([layer[key] for layer in layers])))
-        return worst
+            halves = (self.by_block(signal, half) for half in (0, 1))
+            layers = [compare(a, b, experts=max(1, experts)) for a, b, experts in zip(*halves, self.experts)]
+            by_signal.append({key: float(np.mean([layer[key] for layer in layers])) for key in layers[0]})
+        return {key: min(means[key] for means in by_signal) for key in by_signal[0]}
+
+    def expected_tokens(self, stable_at: float) -> float:
+        """How many tokens will have been read at a wanted efficiency, as far as is known now. What is lost by choosing
+        by half of them, 1 / efficiency - 1, falls as one over their number."""
+        if self.total == 0 or stable_at == 1:
+            return math.inf
+        return self.total * (1 / max(self.stability()["efficiency"], 1e-9) - 1) / (1 / stable_at - 1)
 
     def save(self, path: Path, identity: str) -> None:
         """Write everything to a file. ``identity`` says what was being measured, and how."""
@@ -127,9 +137,7 @@ class SplitEvidence:
             and all(type(n) is int and 0 <= n < 2**40 for n in counts)
             and all(type(n) is int and 0 <= n < vocabulary for n in ids)
             and [sum(map(len, rows)) for rows in self.rows] == [self.tokens_of(d) for d in range(domains)]
-            and all(
-                len(row) == 3 and all(type(x) in (int, float) and -1 <= x < 2**40 for x in row) for row in self.history
-            )
+            and all(len(row) == 1 + len(STABILITY) and all(map(_is_bounded, row)) for row in self.history)
             and self.total > 0
             and self._sums_fit()
         )
@@ -142,12 +150,5 @@ class SplitEvidence:
             return all((block.sum(axis=-1) <= most).all() for block in blocks)
 
 
-def _within(energies: np.ndarray, experts: int) -> np.ndarray:
-    """What orders the neurons [F] of routed experts by their energies within each expert, all experts alike."""
-    if not experts:
-        return energies
-    rows = energies.reshape(experts, -1)
-    order = np.argsort(-rows, axis=1, kind="stable")
-    places = np.empty(rows.shape)
-    np.put_along_axis(places, order, np.broadcast_to(np.arange(rows.shape[1]), rows.shape), axis=1)
-    return -places.reshape(-1)
+def _is_bounded(value: object) -> bool:
+    return type(value) in (int, float) and -1 <= value < 2**40

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = "1"
 _RESPONSE = ("input_mean", "hidden_mean", "directions", "coefficients")
+_SHARE = "unpredictable"  # of a response; older files lack it
 
 
 @dataclass
@@ -128,7 +129,7 @@ class GlobalStatistics:
             energies[signal] = [block[1] for block in blocks]
             domains[signal] = [block[2] for block in blocks]
         sensitivity, quality = _sensitivity(metadata, len(sizes)), _quality(metadata)
-        responses = _responses(f, names, [0 if e else size for size, e in zip(sizes, experts)])
+        responses = _responses(f, names, sizes, experts)
         return cls(ranks, energies, metadata, domains, sensitivity, responses, quality)
 
     def write(self, path: str | Path) -> None:
@@ -144,8 +145,9 @@ class GlobalStatistics:
                     domains = np.array(self.domains[signal][i])
                     tensors[f"layers.{i}.{signal}.domains"] = domains.reshape(len(domains), *shape)
         for i, response in enumerate(self.responses or []):
-            for name in _RESPONSE if response else ():
-                tensors[f"layers.{i}.response.{name}"] = np.array(getattr(response, name))
+            for name in (*_RESPONSE, _SHARE):
+                if (value := getattr(response, name, None)) is not None:
+                    tensors[f"layers.{i}.response.{name}"] = np.array(value)
         metadata = dict(self.metadata)
         if self.sensitivity is not None:
             metadata["sensitivity"] = json.dumps([float(f"{value:.4g}") for value in self.sensitivity])
@@ -283,17 +285,17 @@ def _read_energies(f: Any, name: str, shape: tuple[int, ...]) -> mx.array:
     return mx.array(values)
 
 
-def _responses(f: Any, names: set[str], sizes: list[int]) -> list[Response | None] | None:
-    """The responses of all blocks, none of a block of size 0; None if the file has none."""
+def _responses(f: Any, names: set[str], sizes: list[int], experts: list[int]) -> list[Response | None] | None:
+    """The responses of all blocks; None if the file has none. Older files have none of routed experts."""
     if not any(".response." in name for name in names):
         return None
     found: list[Response | None] = []
     for i, size in enumerate(sizes):
-        if not size:
-            found.append(None)
-            continue
         prefix = f"layers.{i}.response."
         missing = [name for name in _RESPONSE if prefix + name not in names]
+        if experts[i] and len(missing) == len(_RESPONSE):
+            found.append(None)
+            continue
         if missing:
             raise ValueError(f"{prefix}{missing[0]} is missing")
         shapes = {name: f.get_slice(prefix + name).get_shape() for name in _RESPONSE}
@@ -307,8 +309,19 @@ def _responses(f: Any, names: set[str], sizes: list[int]) -> list[Response | Non
         tensors = [f.get_tensor(prefix + name) for name in _RESPONSE]
         if not all(np.isfinite(tensor).all() for tensor in tensors):
             raise ValueError(f"{prefix}directions or what belongs to it has values that are not finite")
-        found.append(Response(*map(mx.array, tensors)))
+        share = _share(f, prefix + _SHARE, size) if prefix + _SHARE in names else None
+        found.append(Response(*map(mx.array, tensors), share))
     return found
+
+
+def _share(f: Any, name: str, size: int) -> mx.array:
+    tensor = f.get_slice(name)
+    if tensor.get_shape() != [size] or tensor.get_dtype() != "F16":
+        raise ValueError(f"{name} has a wrong shape or dtype")
+    values = f.get_tensor(name)
+    if not ((values >= 0) & (values <= 1)).all():  # nor is any NaN
+        raise ValueError(f"{name} has values that are not from 0 to 1")
+    return mx.array(values)
 
 
 def merge(parts: list[GlobalStatistics]) -> GlobalStatistics:

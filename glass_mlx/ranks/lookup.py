@@ -13,7 +13,6 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import GlassError, StatsError
 from ..files import SMALL_HEADER, check_header, read_json
-from ..hub.access import download
 from .format import GlobalStatistics
 from .identity import describe, fingerprint, fingerprints
 
@@ -103,6 +102,8 @@ def find_statistics(
 
 
 def _from_hub(model: GlassModel, repo: str) -> GlobalStatistics | None:
+    from ..hub.access import download  # only here: it takes long to import
+
     name, _, revision = repo.partition("@")
     file = _in_index(model, _read_index(download(name, "index.json", revision or None)))
     if file is None:

@@ -2,8 +2,9 @@
 
 The model generates text by itself: sequences sampled from its null prompt (the BOS token alone) and, if it is an
 assistant, from an empty user turn. Or a text is given. The sequences are read back in one dense pass that records the
-evidence of every neuron. They are split into two halves; how well the halves' ranks agree tells when enough has been
-read. Kinds of text (*domains*) are kept apart, because a prompt resembles one or another (``core/prior.py``).
+evidence of every neuron. They are split into two halves; how much more energy is dropped by the other half's choice
+than by a half's own tells when enough has been read. Kinds of text (*domains*) are kept apart, because a prompt
+resembles one or another (``core/prior.py``).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
@@ -30,7 +32,7 @@ from ..model.discovery import vocabulary_size
 from ..model.glass_model import GlassModel
 from .amounts import DEFAULT_RANK, DEFAULT_STABLE_AT, DEFAULT_TOKENS
 from .bars import READING, Bars
-from .evidence import SplitEvidence
+from .evidence import STABILITY, SplitEvidence
 from .format import FORMAT_VERSION, GlobalStatistics
 from .identity import describe, fingerprint
 from .lookup import cached_file
@@ -42,7 +44,7 @@ from .sources import Source, null_prompt
 logger = logging.getLogger("glass_mlx")
 
 # Of the partial file: what an older version has read in other batches is measured again.
-_PARTIAL_VERSION = 2
+_PARTIAL_VERSION = 3
 
 # Hidden values to hold at once while recording; 2**25 are 128 MB in float32.
 _MAX_HIDDEN = 2**25
@@ -57,11 +59,12 @@ def build_ranks(
     stable_at: float | None = DEFAULT_STABLE_AT,
     name: str | None = None,
     response_rank: int = DEFAULT_RANK,
-    on_tokens: Callable[[int], None] = lambda tokens: None,
+    on_step: Callable[[str, int, int], None] = lambda phase, done, total: None,
 ) -> Path:
     """Measure a model's global statistics with a progress bar, and write them to a file.
 
-    An interrupted run leaves what it has read beside the file, and the next one goes on from there.
+    What was read stays beside the file, also of an interrupted run: the next run of the same source goes on from there,
+    for statistics that are more stable, say.
 
     Args:
         model (GlassModel): the model.
@@ -69,15 +72,16 @@ def build_ranks(
         out (Path, optional): the file. Default: the model's file in the user's cache.
         source (Source, optional): the token sequences. Default: :func:`sources.null_prompt`.
         tokens, stable_at, name, response_rank: as in :func:`measure_statistics`.
-        on_tokens (callable): called with how many tokens have been generated and read, whenever that changes.
+        on_step (callable): called with the name of the phase, how much of it is done and of how much, whenever that
+            changes: in ``bars.READING`` with every token that is generated.
 
     Returns:
         Path: the file.
     """
     out = out or cached_file(model)
     source = source or null_prompt(model, tokenizer)
-    partial = out.with_name(f"{out.name}.partial")
-    with Bars(stable_at, on_tokens) as bars:
+    partial = out.with_name(f"{out.name}.read")
+    with Bars(stable_at, on_step) as bars:
         source.watchers.append(bars.sampled)
         try:
             statistics = measure_statistics(
@@ -93,7 +97,6 @@ def build_ranks(
         finally:
             source.watchers.remove(bars.sampled)
     statistics.write(out)
-    partial.unlink(missing_ok=True)
     return out
 
 
@@ -114,11 +117,11 @@ def measure_statistics(
         model (GlassModel): the model; its dense form is run.
         source (Source): the token sequences to record.
         tokens (int): stop after this many tokens.
-        stable_at (float, optional): stop earlier, when the better halves of the neurons by the two halves of the
-            sequences overlap by this share on average over the layers; None reads all ``tokens``.
+        stable_at (float, optional): stop earlier, at this ``efficiency`` of the two halves of the sequences
+            (:meth:`SplitEvidence.stability`); None reads all ``tokens``.
         name (str, optional): the model's name in the metadata.
         partial (Path, optional): a file that keeps what has been read. An interrupted run with the same arguments
-            continues from it, with the result of an uninterrupted one. Remove it when the statistics are written.
+            continues from it, with the result of an uninterrupted one.
         response_rank (int): of the answers for dropped neurons (``response.py``); 0 for none.
         progress: called after every batch with the tokens read and :meth:`SplitEvidence.stability`.
         phase: called with the name of each phase, how much of it is done, at first what an earlier run has kept, and
@@ -134,7 +137,12 @@ def measure_statistics(
     empty = SplitEvidence.empty(model, len(source.domains))
     evidence = SplitEvidence.load(partial, identity, empty, vocabulary_size(model.dense))
 
+    def expected() -> int:
+        left = math.inf if stable_at is None else evidence.expected_tokens(stable_at)
+        return max(1, round(min(tokens, left)))
+
     def after_batch() -> None:
+        phase(READING, evidence.total, expected())
         progress(evidence.total, evidence.stability())
         if partial is not None:
             evidence.save(partial, identity)
@@ -143,7 +151,7 @@ def measure_statistics(
         phase(name, 0, 1)
         return functools.partial(phase, name)
 
-    phase(READING, evidence.total, tokens)
+    phase(READING, evidence.total, expected())
     _read(model, source, evidence, tokens, stable_at, after_batch)
     if evidence.total == 0:
         raise GlassError("There is nothing to measure: the source gave no tokens.")
@@ -172,7 +180,8 @@ def measure_statistics(
         or None,
         metadata=_metadata(model, source, evidence, read, name),
     )
-    judged = GlassModel(model.dense)  # the model itself keeps the statistics that it has
+    # the model itself keeps the statistics that it has
+    judged = GlassModel(model.dense, model.config.updated(experts="sparse"))
     statistics.use_in(judged)
     alternating = [row for rows in zip_longest(*evidence.rows) for row in rows if row is not None]
     statistics.quality = measure_quality(judged, alternating, during("quality of densities"))
@@ -192,7 +201,7 @@ def _read(
     mx.eval(norms)
     domains, agreement = len(source.domains), evidence.stability()
     while evidence.batches < domains or (
-        evidence.total < tokens and not (stable_at is not None and agreement["overlap"] >= stable_at)
+        evidence.total < tokens and not (stable_at is not None and agreement["efficiency"] >= stable_at)
     ):
         rows = [row for row in source.batch(evidence.batches) if row]
         if not rows:
@@ -202,15 +211,21 @@ def _read(
         for half in (0, 1):  # sequences alternate, across batches too
             mine = rows[(before + half) % 2 :: 2]
             if mine:
-                _record(model, mine, norms, evidence, half, domain)
+                _record(model, mine, norms, evidence, half, domain, source)
         evidence.batches += 1
         agreement = evidence.stability()
-        evidence.history.append([evidence.total, *(round(agreement[key], 4) for key in ("overlap", "correlation"))])
+        evidence.history.append([evidence.total, *(round(agreement[key], 4) for key in STABILITY)])
         after_batch()
 
 
 def _record(
-    model: GlassModel, rows: list[list[int]], norms: list[mx.array], evidence: SplitEvidence, half: int, domain: int
+    model: GlassModel,
+    rows: list[list[int]],
+    norms: list[mx.array],
+    evidence: SplitEvidence,
+    half: int,
+    domain: int,
+    source: Source,
 ) -> None:
     """Read rows with the dense model and add their energies to one half and domain."""
     width = max(len(row) for row in rows)
@@ -234,6 +249,7 @@ def _record(
         evidence.tokens[half][domain] += sum(len(row) for row in part)
         evidence.sequences += len(part)
         mx.clear_cache()
+        source.tell(0)
 
 
 def _shares(energies: list[np.ndarray]) -> list[mx.array]:

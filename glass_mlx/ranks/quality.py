@@ -30,7 +30,7 @@ def measure_quality(
     Args:
         model (GlassModel): the model.
         rows (list[list[int]]): token sequences of its own; the longest few are used.
-        progress: called after every sequence with how many are done, and of how many.
+        progress: called with how many decodings of a sequence are done, and of how many.
 
     Returns:
         list[QualityPoint]: by density, ascending; empty if no row is longer than a prompt.
@@ -39,12 +39,12 @@ def measure_quality(
     found = {density: ([], []) for density in DENSITIES}
     for i, row in enumerate(rows):
         dense = _continued(model, row, 1.0)  # [L, vocabulary]: 128 MB at most at 262,144 tokens
-        for density, (kl, agree) in found.items():
+        for j, (density, (kl, agree)) in enumerate(found.items()):
             sparse = _continued(model, row, density)
             kl.append(mx.mean(kl_divergence(dense, sparse)).item())
             agree.append(mx.mean(mx.argmax(dense, axis=-1) == mx.argmax(sparse, axis=-1)).item())
-        mx.clear_cache()
-        progress(i + 1, len(rows))
+            mx.clear_cache()
+            progress(i * len(found) + j + 1, len(rows) * len(found))
     return [QualityPoint(d, float(np.mean(kl)), float(np.mean(agree))) for d, (kl, agree) in found.items() if kl]
 
 

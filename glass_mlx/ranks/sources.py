@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from mlx_lm.sample_utils import make_sampler
 
 from ..errors import GlassError
 from ..model.glass_model import GlassModel
+from ..model.randomness import random_state_kept
 
 # The first batch of each kind of text has so many sequences, one for each half of the evidence, and each further one
 # twice as many up to the usual: a run that is stopped early has something to keep.
@@ -33,13 +35,18 @@ class Source:
         batch: a function from a batch's number to its token sequences, each of which begins as a text does (with BOS,
             say). An empty list ends the source. The same number gives the same sequences.
         settings: further entries of the metadata.
-        watchers: told how many tokens were generated, at every step of a batch.
+        watchers: told at every step how many tokens it has generated.
     """
 
     domains: tuple[str, ...]
     batch: Callable[[int], list[list[int]]]
     settings: dict[str, Any] = field(default_factory=dict)
     watchers: list[Callable[[int], None]] = field(default_factory=list)
+
+    def tell(self, tokens: int) -> None:
+        """Tell the watchers of a step."""
+        for watcher in self.watchers:
+            watcher(tokens)
 
     @property
     def method(self) -> str:
@@ -61,7 +68,9 @@ def null_prompt(
     seed: int = 0,
     chat: bool | None = None,
 ) -> Source:
-    """Sequences that the dense model samples from its BOS token, or in answer to an empty message.
+    """Sequences that the dense model samples: from its BOS token; in answer to an empty message; and of both sides of a
+    conversation, which begin with the user's turn. An assistant that is given only the beginning of a user's turn
+    writes an instruction of the kind that it was trained on (Magpie, arXiv 2406.08464), and then answers it.
 
     Args:
         model (GlassModel): the model.
@@ -70,47 +79,64 @@ def null_prompt(
         length (int): most tokens to sample for a sequence.
         temperature (float): of the sampling.
         seed (int): of the sampling.
-        chat (bool, optional): True for answers only, False for none. Default: both in turn, if the model has a chat
+        chat (bool, optional): True for answers only, False for none. Default: all in turn, if the model has a chat
             template that accepts an empty message.
 
     Raises:
         GlassError: answers were asked for, but the model cannot answer an empty message.
     """
     starts = {} if chat else {"null prompt": start_tokens(tokenizer)}
+    turn: tuple[list[int], list[int]] | None = None
     if chat is not False:
         try:
             starts["chat null prompt"] = empty_message(tokenizer)
         except GlassError:
             if chat:
                 raise
-    sample, watchers = make_sampler(temp=temperature), []
+        turn = user_turn(tokenizer) if "chat null prompt" in starts else None
+    kinds = (*starts, *(["own conversation"] if turn else []))
+    sampler = make_sampler(temp=temperature)
 
-    def sampler(logprobs: mx.array) -> mx.array:
-        for told in watchers:
-            told(len(logprobs))
-        return sample(logprobs)
+    def told_sampler(logprobs: mx.array) -> mx.array:
+        source.tell(len(logprobs))
+        return sampler(logprobs)
 
-    batchable = all(hasattr(c, "merge") for c in make_prompt_cache(model.dense))
+    def sampled(prompts: list[list[int]], most: int) -> list[list[int]]:
+        """The prompts, each with what the model says after it."""
+        said = _sample(model, tokenizer, prompts, most, told_sampler)
+        return [[*prompt, *ids] for prompt, ids in zip(prompts, said)]
 
     def batch(number: int) -> list[list[int]]:
-        # The caller's random state is a key; seeding with that key's number puts it back.
-        high, low = mx.random.state[0].tolist()
-        mx.random.seed(int(np.random.SeedSequence((seed, number)).generate_state(1)[0]))
-        turn, kind = divmod(number, len(starts))
-        start = list(starts.values())[kind]
-        prompts = [start] * batch_size(turn, sequences)
-        try:
-            if batchable:
-                out = batch_generate(
-                    model.dense, tokenizer, prompts, max_tokens=length, sampler=sampler, return_token_ids=True
-                )
-                return [[*start, *ids] for ids in out.token_ids]
-            return [[*start, *_sample(model, tokenizer, start, length, sampler)] for _ in prompts]
-        finally:
-            mx.random.seed((high << 32) | low)
+        place, kind = divmod(number, len(kinds))
+        size = batch_size(place, sequences)
+        with random_state_kept():
+            mx.random.seed(int(np.random.SeedSequence((seed, number)).generate_state(1)[0]))
+            if kinds[kind] in starts:
+                return sampled([starts[kinds[kind]]] * size, length)
+            before, after = turn
+            asked = [_until(row, after[0], len(before)) for row in sampled([before] * size, length // 4)]
+            return sampled([[*row, *after] for row in asked], length - length // 4)
 
     settings = {"sequences": sequences, "length": length, "temperature": temperature, "seed": seed}
-    return Source(tuple(starts), batch, settings, watchers)
+    source = Source(kinds, batch, settings)
+    return source
+
+
+def user_turn(tokenizer: Any) -> tuple[list[int], list[int]] | None:
+    """The tokens before and after the words of a user's first message, up to the answer; None where the template puts
+    nothing around them."""
+    framed = [
+        list(tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True))
+        for text in ("the", "47", "Zebra?")  # of which no tokenizer makes tokens that are alike
+    ]
+    before = os.path.commonprefix(framed)
+    after = os.path.commonprefix([row[len(before) :][::-1] for row in framed])[::-1]
+    return (before, after) if before and after else None
+
+
+def _until(row: list[int], token: int, start: int) -> list[int]:
+    """A row up to a token, which may come from ``start`` on."""
+    return row[: row.index(token, start)] if token in row[start:] else row
 
 
 def empty_message(tokenizer: Any) -> list[int]:
@@ -178,11 +204,19 @@ def start_tokens(tokenizer: Any) -> list[int]:
     return [tokenizer.eos_token_id if bos is None else bos]
 
 
-def _sample(model: GlassModel, tokenizer: Any, start: list[int], length: int, sampler: Any) -> list[int]:
-    """One sequence, for models whose caches mlx-lm cannot batch."""
-    sampled = []
-    for token, _ in generate_step(mx.array(start), model.dense, max_tokens=length, sampler=sampler):
-        if token in tokenizer.eos_token_ids:
-            break
-        sampled.append(token)
-    return sampled
+def _sample(
+    model: GlassModel, tokenizer: Any, prompts: list[list[int]], most: int, sampler: Callable
+) -> list[list[int]]:
+    """What the model says after each prompt, without a token that ends it: at once, or one by one where mlx-lm cannot
+    batch its caches."""
+    if all(hasattr(c, "merge") for c in make_prompt_cache(model.dense)):
+        out = batch_generate(model.dense, tokenizer, prompts, max_tokens=most, sampler=sampler, return_token_ids=True)
+        return out.token_ids
+    said = []
+    for prompt in prompts:
+        said.append([])
+        for token, _ in generate_step(mx.array(prompt), model.dense, max_tokens=most, sampler=sampler):
+            if token in tokenizer.eos_token_ids:
+                break
+            said[-1].append(token)
+    return said

@@ -278,6 +278,7 @@ class EventStream:
             async for event in self.events:
                 if not self.delivery.client_left:
                     await send({"type": "http.response.body", "body": event, "more_body": True})
+                    await asyncio.sleep(0)  # what this one found out of the connection is heard before the next
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             self.delivery.close()

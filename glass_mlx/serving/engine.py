@@ -25,18 +25,15 @@ from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.generate import generation_stream, wired_limit
 
-from ..decoding.stream import context_length
 from ..errors import GlassError
-from ..loading import load
-from ..model.memory import available_memory, default_limit
-from .cache_store import ConversationStore
+from ..model.randomness import random_state_kept
 from .catalogue import DEFAULT_NAME, Catalogue, ModelInfo, Source
 from .engine_options import EngineOptions
 from .engine_status import EngineStatus, ModelFacts
 from .errors import BadRequest, EngineFailed, QueueFull, RequestError, shown_reason
 from .measuring import Measurement
+from .model_loading import load_worker
 from .prompt_limit import PromptLimit
 from .queue import RoundRobinQueue
 from .request import Chunk, PendingCompletion, Request, Usage
@@ -333,7 +330,7 @@ class Engine:
         return self._closing or bool(self._jobs) or len(self._queue) > 0
 
     def _measure(self) -> None:
-        """Measure until the end, or until somebody waits."""
+        """Measure until the end, or until something has to go first."""
         measurement = self._measurement
 
         def loaded() -> tuple[Any, Any]:
@@ -341,11 +338,28 @@ class Engine:
             self._state = "measuring"
             return worker.model, worker.tokenizer
 
-        if measurement.run(loaded, self._is_awaited):
+        if measurement.run(loaded, self._give_way):
             self._measurement = None
         if self._worker is not None:
             self._state = "ready"
             mx.clear_cache()
+
+    def _give_way(self) -> bool:
+        """Between two steps of a measurement, answer whoever waits for its model; returns False if something else is
+        waited for."""
+        while self._is_awaited():
+            with self._condition:
+                first = self._queue.peek()
+                if self._closing or self._jobs or (first is not None and first.source.key != self._source.key):
+                    return False
+                self._current = self._queue.pop()
+            if self._current is not None:  # else it was cancelled
+                with random_state_kept():
+                    self._complete(self._current)
+                    if self._worker.answered is not None:
+                        self._read_ahead()
+            self._current, self._state = None, "measuring"
+        return True
 
     def _set_speed(self, speed: float) -> None:
         self._speed = speed
@@ -358,7 +372,7 @@ class Engine:
         self._state, self._source, self._error = "loading", source, None
         start = time.perf_counter()
         try:
-            self._worker = self._load(source)
+            self._worker = load_worker(source, self.options, self._held)
         except Exception as e:
             logger.error("%s cannot be loaded: %s", source.id, e, exc_info=not isinstance(e, GlassError))
             self._unload()
@@ -369,24 +383,6 @@ class Engine:
         logger.info("loaded %s in %.1f s", source.id, time.perf_counter() - start)
         self._state = "ready"
         return self._worker
-
-    def _load(self, source: Source) -> Worker:
-        options = self.options
-        model, tokenizer = load(source.locate(), **vars(options.config), **options.load)
-        context = context_length(model, tokenizer, model.make_cache())
-        mx.set_cache_limit(available_memory() // 8)
-        self._held.enter_context(wired_limit(model, [generation_stream]))  # else the weights may be paged out when idle
-        kept = default_limit(model.dense) // 2 if options.max_cache_bytes is None else options.max_cache_bytes
-        return Worker(
-            model,
-            tokenizer,
-            ConversationStore(kept, options.max_conversations, options.kv.get("quantized_kv_start", 0)),
-            options.template_args,
-            min(options.max_prompt_tokens, context or options.max_prompt_tokens),
-            options.prefill_step_size,
-            options.kv,
-            options.verify,
-        )
 
     def _unload(self) -> None:
         """Free the model, all conversations, and the buffers that MLX would keep for reuse."""

@@ -45,8 +45,8 @@ def _ignored(reason: str, *neutral: Any) -> Rule:
 
 
 _GLASS = {
-    **_honoured("density quality global_weight signal layer_budgets compensation verify"),
-    "refresh": _ignored("answers are not read again any more; a higher density does more", 0),
+    **_honoured("density quality global_weight signal layer_budgets compensation experts verify"),
+    "refresh": _ignored("answers are no longer read again; a higher density does more", 0),
 }
 _SAMPLING = _honoured(
     "temperature top_p top_k min_p xtc_probability xtc_threshold logit_bias seed stop repetition_penalty "

@@ -154,7 +154,7 @@ def _openai_call(parsed: dict[str, Any]) -> dict[str, Any]:
     if isinstance(arguments, str):
         arguments = json.loads(arguments or "{}")
     if not isinstance(arguments, dict):
-        raise ValueError("the arguments are no object")
+        raise ValueError("the arguments are not an object")
     text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
     function = {"name": str(parsed["name"]), "arguments": text}
     return {"id": str(parsed.get("id") or f"call_{uuid.uuid4().hex}"), "type": "function", "function": function}

@@ -30,6 +30,10 @@ class RoundRobinQueue(Generic[T]):
             self._waiting[client] = items  # at the end: all other clients come before its next item
         return first
 
+    def peek(self) -> T | None:
+        """The item that ``pop`` would take."""
+        return next((items[0] for items in self._waiting.values()), None)
+
     def place(self, client: str) -> int | None:
         """How many items come before a client's first; None if it has none."""
         return next((i for i, name in enumerate(self._waiting) if name == client), None)

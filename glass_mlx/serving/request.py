@@ -34,7 +34,7 @@ class Request:
         stop: texts that end the answer. They are not part of it.
         seed: of the random numbers that tokens are sampled with. Without one they are new for every request.
         quality: instead of a density, the one for this quality.
-        density, global_weight, signal, layer_budgets, compensation, verify: where they differ from the
+        density, global_weight, signal, layer_budgets, compensation, experts, verify: where they differ from the
             engine's.
         logprobs: whether each token comes with its log-probability and with its ``top_logprobs`` most likely rivals.
         refresh: has no effect any more (``model/config.py``).
@@ -65,6 +65,7 @@ class Request:
     signal: str | None = None
     layer_budgets: str | None = None
     compensation: bool | None = None
+    experts: str | None = None
     verify: bool | None = None
     temperature: float = 0.0
     top_p: float = 1.0

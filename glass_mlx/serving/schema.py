@@ -106,6 +106,7 @@ class Body(Model):
     signal: Literal["impact", "activation"] | None = None
     layer_budgets: Literal["measured", "uniform"] | None = None
     compensation: bool | None = None
+    experts: Literal["sparse", "dense"] | None = None
     verify: bool | None = Field(
         None, description="draft with the sparse model and check with the dense one, whose answer it is"
     )
@@ -257,7 +258,7 @@ def tool_fields(tools: list[Tool] | None, choice: Any) -> dict[str, Any]:
         choice: its ``tool_choice``.
 
     Raises:
-        BadRequest: the choice is none of the tools.
+        BadRequest: the choice is not one of the tools.
     """
     offered, forced = tools or [], choice == "required"
     if choice == "none":
@@ -280,7 +281,7 @@ def tool_fields(tools: list[Tool] | None, choice: Any) -> dict[str, Any]:
 def _check_offered(names: set[str], tools: list[Tool]) -> None:
     unknown = sorted(names - {tool.function.name for tool in tools})
     if unknown:
-        raise BadRequest(f"tool_choice: {unknown[0][:100]!r} is none of the tools.", "tool_choice")
+        raise BadRequest(f"tool_choice: {unknown[0][:100]!r} is not one of the tools.", "tool_choice")
 
 
 def format_fields(form: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import mlx.core as mx
@@ -154,14 +154,10 @@ class Worker:
 
     def _config(self, request: Request) -> GlassConfig:
         try:
-            quality = request.quality
-            return self.model.config.updated(
-                density=request.density if quality is None else density_for(quality, self.model.quality),
-                global_weight=request.global_weight,
-                signal=request.signal,
-                layer_budgets=request.layer_budgets,
-                compensation=request.compensation,
-            )
+            choice = {field.name: getattr(request, field.name) for field in fields(GlassConfig)}
+            if request.quality is not None:
+                choice["density"] = density_for(request.quality, self.model.quality)
+            return self.model.config.updated(**choice)
         except GlassError as e:
             raise BadRequest(str(e)) from e
 
@@ -230,7 +226,7 @@ class _Completion:
         self.conversation, self.prompt, self.call_ends = conversation, prompt, call_ends
         self.grammar, self.in_cache = grammar, len(conversation.tokens)
         self.verify = worker.verify_options(self.request)
-        self.verified = bool(self.verify.get("verify")) and conversation.session.config.density < 1
+        self.verified = bool(self.verify.get("verify")) and not worker.model.keeps_all(conversation.session.config)
         self.generated: list[int] = []
         self.text = ""  # of the chunks so far
         self.drafted = 0

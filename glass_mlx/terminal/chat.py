@@ -11,16 +11,19 @@ from typing import Any
 import mlx.core as mx
 from rich.console import Console
 
-from ..cli import density, sampler_maker, verify_options
+from ..cli.options import sampler_maker, verify_options
+from ..cli.values import density
 from ..decoding.conversation import Conversation
 from ..decoding.stream import GenerationResponse, context_length
 from ..errors import GlassError, printable, printable_lines
 from ..group import size
+from ..hub.names import near_miss
 from ..loading import build_statistics
 from .loading import load_for
 from .messages import FENCE, line_reader, messages
 from .wrap import WordWrap
 
+QUIT = ("q", "/quit", "/exit", "quit", "exit")
 HELP = f"""\
   q, /quit        leave, as /exit and Ctrl-D do
   r, /reset       forget the conversation
@@ -66,7 +69,7 @@ class Chat:
             for message in messages(line_reader(), (lambda: None) if self.interactive else None):
                 if ahead is not None:
                     wait([ahead])
-                if message in ("q", "/quit", "/exit"):
+                if message in QUIT:
                     return
                 self._do(message)
                 if self.interactive:  # while the user reads and types
@@ -77,7 +80,9 @@ class Chat:
         if command in self.commands and (command.startswith("/") or not argument):
             self.commands[command](argument.strip())
         elif command.startswith("/"):
-            self._note(f"unknown command {command}; /help lists the commands")
+            meant = "" if command in QUIT else near_miss(command, (*self.commands, *QUIT))
+            meant = meant or "/help lists the commands"
+            self._note(f"unknown command {command}; {meant}")
         else:
             self._answer(message)
 

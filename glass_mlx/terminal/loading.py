@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..cli import glass_choice
+from ..cli.options import glass_choice
 from ..errors import GlassError
 from ..group import size
 from ..loading import load

@@ -12,7 +12,7 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.history import FileHistory
 from prompt_toolkit.output import create_output
 
-from ..cli import text
+from ..cli.values import text
 from ..group import size
 
 # Begins and ends a message of several lines.

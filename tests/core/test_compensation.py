@@ -14,6 +14,7 @@ from glass_mlx.core.compensation import (
     find_coefficients,
     find_directions,
     mean_hidden,
+    unpredictable_share,
 )
 
 H, F, R = 12, 20, 3
@@ -97,3 +98,18 @@ def test_inputs_that_never_change():
     directions = find_directions(np.zeros((H, H)), np.zeros((H, H)), R)
     coefficients = find_coefficients(np.zeros((R, R)), np.zeros((R, F)))
     assert np.isfinite(directions).all() and not coefficients.any()
+
+
+@pytest.mark.parametrize("shrunk", [1.0, 0.5])
+def test_unpredictable_share(shrunk):
+    """Of each neuron's energy what its prediction leaves, also where the regression is not the best one."""
+    z = RNG.normal(size=(500, R))
+    h = z @ RNG.normal(size=(R, F)) + RNG.normal(size=(500, F)) * np.linspace(0, 3, F) + 1
+    h[:, -1] = 0
+    centred, residual = z - z.mean(axis=0), h - h.mean(axis=0)
+    squares, cross = centred.T @ centred / 500, centred.T @ residual / 500
+    c = shrunk * find_coefficients(squares, cross)
+    got = unpredictable_share((h**2).mean(axis=0), h.mean(axis=0), squares, cross, c)
+    left = ((residual - centred @ c) ** 2).mean(axis=0)
+    np.testing.assert_allclose(got[:-1], left[:-1] / (h[:, :-1] ** 2).mean(axis=0), atol=1e-9)
+    assert got[-1] == 1  # it never fired

@@ -284,12 +284,12 @@ def test_two_conversations_on_one_model(exact):
     assert not any("session" in name for name, _ in tree_flatten(exact[0].parameters()))
 
 
-def test_the_answer_is_read_ahead_on_another_thread(demo):
+def test_the_answer_is_read_ahead_on_another_thread(exact):
     """Then the next message reads itself only, and is answered as it would be."""
     with ThreadPoolExecutor(1) as thread:
         answers = []
         for ahead in (False, True):
-            conversation = Conversation(*demo)
+            conversation = Conversation(*exact)
             said = [_say(conversation, TURNS[0], 12)]
             if ahead:
                 thread.submit(conversation.read_ahead).result()

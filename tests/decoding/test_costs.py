@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
 
-from glass_mlx import GlassError, GlassModel
+from glass_mlx import GlassConfig, GlassError, GlassModel
 from glass_mlx.decoding.costs import (
     DEVICES,
     LINKS,
@@ -204,14 +204,14 @@ def test_routed_experts_are_read_as_far_as_a_token_is_sent_to_them():
     """Two of four experts a step, dense and sparse; all of them are compacted. A call over many tokens reads all."""
     dense = tiny_model("mixtral")
     nn.quantize(dense, group_size=64, bits=4, class_predicate=lambda _, m: isinstance(m, SwitchLinear))
-    model = GlassModel(dense)
+    model = GlassModel(dense, GlassConfig(experts="sparse"))
     cache = answered(model)
     weights = sum(a.nbytes for _, a in tree_flatten(dense.parameters())) - dense.model.embed_tokens.weight.nbytes
     experts, compact = sum(map(ffn_bytes, model.blocks)), model.session(cache).compact_bytes
     costs = step_costs(model, 0.5, 8)
     assert (costs.dense, costs.routed, costs.share) == (weights - experts / 2, experts / 2, 0.5)
     assert costs.sparse == weights - experts + compact / 2
-    assert costs.compacting > compact and costs.answering == 0  # dropped neurons of experts add nothing
+    assert costs.compacting > compact and costs.answering == 0  # without responses dropped neurons add nothing
     once, many = costs.dense_call(1, FLAT), costs.dense_call(32, FLAT)
     assert once == costs.dense_step() and many == pytest.approx(weights + costs.cache, rel=1e-6)
 

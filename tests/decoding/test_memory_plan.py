@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 
 from glass_mlx import GlassModel, load
 from glass_mlx.decoding import memory_plan
 from glass_mlx.decoding.memory_plan import MemoryPlan, plan_memory
 from glass_mlx.evaluation.shapes import SHAPES, random_model
-from glass_mlx.evaluation.tiny_models import tiny_model
+from glass_mlx.evaluation.tiny_models import tiny_config, tiny_model
 from glass_mlx.model.memory import model_bytes
 
 
@@ -91,3 +94,20 @@ def test_what_was_said_is_done(lack, no_prefill, caplog):
 
 def test_no_way_to_fit(lack, no_prefill, caplog):
     assert lack(10**9).low_memory and "smaller model" in caplog.text
+
+
+def test_routed_experts_stay_dense_where_memory_is_short(model_copy, no_prefill, monkeypatch, caplog):
+    """That comes first, and is enough where the model itself fits; only what is still missing is read from disk."""
+    (model_copy / "config.json").write_text(json.dumps(tiny_config("mixtral")))
+    weights = dict(tree_flatten(tiny_model("mixtral").parameters()))
+    mx.save_safetensors(str(model_copy / "model.safetensors"), weights)
+    whole, _ = load(model_copy, stats=False, low_memory=False)
+    needed, compact = plan_memory(whole).needed, plan_memory(whole).compact
+    assert compact > 0 and whole.config.experts == "sparse"
+    for short, experts, told in ((0, "sparse", 0), (1, "dense", 1), (compact, "dense", 1), (compact + 1, "dense", 2)):
+        caplog.clear()
+        monkeypatch.setattr(memory_plan, "available_memory", lambda short=short: needed - short)
+        model, _ = load(model_copy, stats=False)
+        assert model.config.experts == experts and not model.low_memory and len(caplog.records) == told
+    assert re.search(r"stay dense. With --low-memory a token would read [1-9]\d? % less", caplog.text)
+    assert load(model_copy, stats=False, low_memory=True)[0].config.experts == "sparse"

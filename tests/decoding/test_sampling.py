@@ -18,12 +18,13 @@ def agreement(make, n: int = 1000) -> float:
     """How often samples of two distributions agree at the same place."""
     mx.random.seed(0)
     randomness, sampler, same = CommonRandomNumbers(), make(temp=1.0), 0
+    both = [distribution(seed)[None] for seed in range(2)]
     for place in range(n):
         said = []
-        for seed in range(2):
+        for one in both:
             randomness.at(place)
-            said.append(sampler(distribution(seed)[None]).item())
-        same += said[0] == said[1]
+            said.append(sampler(one))
+        same += (said[0] == said[1]).item()
     return same / n
 
 

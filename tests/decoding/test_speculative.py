@@ -20,8 +20,9 @@ from glass_mlx.generate import main
 
 PROMPT = [3, 14, 15, 9, 26, 5, 35]
 N = 16
-FAMILIES = """llama qwen2 qwen3 gemma gemma2 gemma3_text phi3 gpt2 gpt_neox phi olmo2 olmo3 cohere cohere2 internlm2
-    starcoder2 exaone exaone4 stablelm minicpm granite glm4 smollm3 helium nemotron gptj""".split()
+# Of every kind of projection table, attention and cache that can be trimmed.
+FAMILIES = """llama qwen3 gemma2 gemma3_text phi3 gpt2 gpt_neox phi olmo3 cohere2 internlm2 starcoder2 exaone4 minicpm
+    glm4 nemotron""".split()
 
 
 def dense(model: GlassModel, prompt: list[int], n: int = N, **options) -> list[int]:
@@ -36,7 +37,7 @@ def verified(model: GlassModel, prompt: list[int], n: int = N, cache: list | Non
 @pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_is_the_dense_model(name):
     model = GlassModel(tiny_model(name))
-    assert verified(model, PROMPT, 9, draft_tokens=3) == dense(model, PROMPT, 9)
+    assert verified(model, PROMPT, 7, draft_tokens=3) == dense(model, PROMPT, 7)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2"])
@@ -70,7 +71,7 @@ def test_max_tokens_cuts_anywhere(n):
 
 def test_many_prompts_on_a_trained_model(demo):
     model, tokenizer = demo
-    for text in ("The old house stood", "I want to find a restaurant", "Hi", "He said that he would never"):
+    for text in ("The old house stood", "I want to find a restaurant"):
         expected = [r.token for r in mlx_lm.stream_generate(model.dense, tokenizer, text, max_tokens=8)]
         ours = list(stream_generate(model, tokenizer, text, 8, verify=True, draft_tokens=4))
         assert [r.token for r in ours] == expected
@@ -147,9 +148,9 @@ def test_a_next_turn_goes_on(demo):
     cache, text = model.make_cache(), []
     for turn in ("The ship sailed", " and then they", " home"):
         text = text[: model.session(cache).offset] + tokenizer.encode(turn)
-        expected = dense(model, text, 8)
+        expected = dense(model, text, 5)
         options = {"prompt_cache": cache, "verify": True, "draft_tokens": 4}
-        said = [r.token for r in stream_generate(model, tokenizer, tokenizer.encode(turn), 8, **options)]
+        said = [r.token for r in stream_generate(model, tokenizer, tokenizer.encode(turn), 5, **options)]
         assert said == expected
         text += said
         assert {entry.offset for entry in cache} == {model.session(cache).offset}
@@ -205,18 +206,18 @@ def test_a_recurrent_state_is_decoded_densely(name):
     assert not any(d for *_, d in steps)
 
 
-@pytest.mark.parametrize("start", [0, 12])
+@pytest.mark.parametrize("start", [0, 6])
 def test_a_quantised_kv_cache(demo, start):
     model, tokenizer = demo
     prompt, kv = tokenizer.encode("The ship sailed"), {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": start}
-    assert verified(model, prompt, 14, draft_tokens=3, **kv) == dense(model, prompt, 14, **kv)
+    assert verified(model, prompt, 8, draft_tokens=3, **kv) == dense(model, prompt, 8, **kv)
 
 
 def test_without_a_limit():
     model = GlassModel(tiny_model("llama"))
     cache = model.make_cache()
     steps = verified_generate_step(mx.array(PROMPT), model, prompt_cache=cache, max_tokens=-1, draft_tokens=3)
-    assert [t for t, *_ in itertools.islice(steps, 60)] == dense(model, PROMPT, 60)
+    assert [t for t, *_ in itertools.islice(steps, 40)] == dense(model, PROMPT, 40)
 
 
 def test_needs_a_glass_model(demo):
@@ -296,7 +297,7 @@ def test_it_drafts_at_the_conversations_density(demo):
 
 
 def test_the_command_line(invoke):
-    options = ["--prompt", "The old house", "--ignore-chat-template", "--max-tokens", 20]
+    options = ["--prompt", "The old house", "--ignore-chat-template", "--max-tokens", 8]
     checked = invoke(main, *options, "--verify", "--verbose", "False")
     plain = invoke(main, *options, "--dense", "--verbose", "False")
     assert (checked.code, checked.out) == (0, plain.out)

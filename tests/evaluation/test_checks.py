@@ -7,7 +7,7 @@ import ast
 import pytest
 
 from glass_mlx.evaluation.checks import CHECKS, is_right
-from glass_mlx.evaluation.exact import TASKS, read_questions
+from glass_mlx.evaluation.questions import TASKS, read_questions
 
 CASES = [  # check, argument, right answers, wrong answers
     ("begins", "Santa Rosa", ["Santa Rosa.", " santa rosa, of course"], ["In Santa Rosa", "Santa", ""]),

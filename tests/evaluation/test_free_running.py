@@ -7,8 +7,8 @@ import numpy as np
 from mlx_lm.models.cache import KVCache
 
 from glass_mlx import GlassConfig, stream_generate
-from glass_mlx.evaluation import prompts as bundled
 from glass_mlx.evaluation.free_running import PromptBatch, fit_length, readability, sample_continuations, self_nll
+from glass_mlx.evaluation.prompts import read_prompts
 from glass_mlx.evaluation.selectors import standard_selectors
 from glass_mlx.evaluation.teacher_forcing import TextBatch, as_masks, collect_evidence, prompt_sums, score_selectors
 
@@ -91,7 +91,7 @@ def test_how_texts_read(exact):
 
 def test_prompts_are_cut_and_continued(exact):
     model, tokenizer = exact
-    prompts = bundled.read_prompts(bundled.PROMPTS, tokenizer, 3)
+    prompts = read_prompts("prose", tokenizer, 3)
     assert fit_length(model, prompts, None, 0, 0) == prompts
     length = len(prompts[0])
     short = fit_length(model, prompts, length + 3, 0, 0)[0]

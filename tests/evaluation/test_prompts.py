@@ -10,21 +10,22 @@ import pytest
 
 from glass_mlx.errors import GlassError
 from glass_mlx.evaluation import prompts
-from glass_mlx.evaluation.prompts import PROMPTS, SETS, read_prompts
+from glass_mlx.evaluation.names import DEFAULT_PROMPTS, PROMPT_SETS
+from glass_mlx.evaluation.prompts import read_prompts
 
 
 def test_the_bundled_prompts_are_read_without_a_second_bos(demo):
     _, tokenizer = demo
-    prompts = read_prompts(PROMPTS, tokenizer, None)
+    prompts = read_prompts(DEFAULT_PROMPTS, tokenizer, None)
     assert len(prompts) == 32 and all(p.count(tokenizer.bos_token_id) == 1 for p in prompts)
 
 
 def test_the_bundled_sets(demo):
     _, tokenizer = demo
-    sets = {name: read_prompts(name, tokenizer) for name in SETS}
+    sets = {name: read_prompts(name, tokenizer) for name in PROMPT_SETS}
     assert {name: len(prompts) for name, prompts in sets.items()} == {"prose": 20, "dialogue": 12, "chats": 40}
     assert read_prompts("chats,prose", tokenizer) == sets["chats"] + sets["prose"]
-    assert read_prompts(PROMPTS, tokenizer, 21) == sets["prose"] + sets["dialogue"][:1]
+    assert read_prompts(DEFAULT_PROMPTS, tokenizer, 21) == sets["prose"] + sets["dialogue"][:1]
     with pytest.raises(GlassError, match="prose,poems.* the bundled sets are prose, dialogue, chats"):
         read_prompts("prose,poems", tokenizer)
 

@@ -7,7 +7,7 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from glass_mlx.evaluation import shapes
+from glass_mlx.evaluation.shape_configs import BITS
 from glass_mlx.evaluation.shapes import SHAPES, build, random_model
 
 # In billions, as the models' cards have them.
@@ -43,7 +43,7 @@ def small(monkeypatch):
     monkeypatch.setitem(SHAPES, "small", {**SHAPES["qwen3-4b"], **config})
 
 
-@pytest.mark.parametrize("bits", shapes.BITS)
+@pytest.mark.parametrize("bits", BITS)
 def test_random_model(small, bits):
     model = random_model("small", layers=3, bits=bits)
     assert len(model.blocks) == 3

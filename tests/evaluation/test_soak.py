@@ -11,8 +11,6 @@ from glass_mlx.evaluation import soak
 from glass_mlx.evaluation.soak import Sample, Traffic, growth, save_tiny_model
 from glass_mlx.serving.engine import Engine, EngineOptions
 
-pytestmark = pytest.mark.usefixtures("log_level")
-
 
 def samples(count: int, **figures) -> list[Sample]:
     """Samples whose figures are given as functions of their number."""
@@ -72,8 +70,8 @@ def test_a_failure_is_noted(traffic, monkeypatch):
 def test_a_short_soak():
     logging.getLogger("glass_mlx").setLevel(logging.CRITICAL)
     seen = []
-    found = soak.soak(30, models=2, every=10, progress=seen.append)
-    assert found["requests"] >= 30 and len(found["samples"]) == len(seen) >= 3 and not found["failures"]
+    found = soak.soak(12, models=2, every=4, progress=seen.append)
+    assert found["requests"] >= 12 and len(found["samples"]) == len(seen) >= 3 and not found["failures"]
     assert found["growth"].keys() == {"rss", "active", "cache", "descriptors", "threads", "objects"}
     assert found["flat"] == all(figure["flat"] for figure in found["growth"].values())
     assert [sample.requests for sample in seen] == sorted(sample.requests for sample in seen)

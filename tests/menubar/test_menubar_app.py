@@ -45,7 +45,7 @@ def app(tmp_path, monkeypatch):
     asyncio.set_event_loop(None)
 
 
-def during(app: GlassApp, condition, seconds: float = 20) -> None:
+def during(app: GlassApp, condition, seconds: float = 60) -> None:
     """Let the app run until something is so."""
 
     async def wait() -> None:

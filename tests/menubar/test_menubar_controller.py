@@ -53,7 +53,7 @@ def hub(monkeypatch):
         yield server
 
 
-def until(condition, seconds: float = 20):
+def until(condition, seconds: float = 60):
     """Wait for something; fails if it does not come."""
     end = time.monotonic() + seconds
     while not condition():
@@ -350,13 +350,13 @@ def test_measure_ranks(without_ranks):
 
 
 def test_cancel_measuring(without_ranks, monkeypatch):
-    controller, real = without_ranks, Measurement._on_tokens
+    controller, real = without_ranks, Measurement._on_step
 
-    def on_tokens(measurement, tokens):
-        real(measurement, tokens)
+    def on_step(measurement, *step):
+        real(measurement, *step)
         controller.cancel_ranks()
 
-    monkeypatch.setattr(Measurement, "_on_tokens", on_tokens)
+    monkeypatch.setattr(Measurement, "_on_step", on_step)
     controller.build_ranks()
     until(lambda: controller.snapshot().ranks is None)
     assert not controller.snapshot().engine.has_ranks

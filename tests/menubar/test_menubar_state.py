@@ -28,7 +28,8 @@ def engine(state: str, **changes) -> EngineStatus:
 
 
 def measuring(tokens: int, **changes) -> EngineStatus:
-    return engine("measuring", measuring=Progress("demo", tokens, 64, **changes))
+    phase = "reading" if tokens else ""
+    return engine("measuring", measuring=Progress("demo", phase, tokens, tokens / 64, **changes))
 
 
 UNLOADED = EngineStatus("unloaded")
@@ -79,8 +80,22 @@ STATES = {
     "crashed": (dict(alive=False), "crashed", "has stopped", "restart", "log quit server", "chat copy unload ranks"),
     "no ranks": (dict(engine=engine("ready", has_ranks=False)), "ready", "ready", None, "ranks", ""),
     "ranked": (dict(engine=UNLOADED, ranked=frozenset({"demo"})), "unloaded", "asked", None, "chat", "unload ranks"),
-    "measuring": (dict(engine=measuring(32)), "measuring", "measuring ranks · 50%", None, "chat", "unload ranks"),
-    "time left": (dict(engine=measuring(9, seconds_left=130.0)), "measuring", "at most 2 min left", None, "", "ranks"),
+    "measuring": (
+        dict(engine=measuring(32)),
+        "measuring",
+        "measuring ranks · reading 50%",
+        None,
+        "chat",
+        "unload ranks",
+    ),
+    "time left": (
+        dict(engine=measuring(9, seconds_left=130.0)),
+        "measuring",
+        "reading 14% (2 min left)",
+        None,
+        "",
+        "ranks",
+    ),
     "begun": (dict(engine=measuring(0)), "measuring", "measuring ranks…", None, "chat", "unload ranks"),
     "stopping": (dict(engine=measuring(32, stopping=True)), "measuring", "stopping", None, "chat", "cancel-ranks"),
     "downloading": (dict(download=Task("q", 5, 10)), "ready", "ready", None, "chat cancel-download", "download"),

@@ -22,7 +22,7 @@ from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_promp
 from mlx_lm.tuner.lora import LoRALinear
 
 import glass_mlx
-from glass_mlx import GlassError, GlassModel
+from glass_mlx import GlassConfig, GlassError, GlassModel
 from glass_mlx.core.compensation import Response
 from glass_mlx.core.prior import Prior
 from glass_mlx.core.slicing import ScatterLinear, plain_class
@@ -49,7 +49,7 @@ CHUNKABLE = [name for name in FAMILIES if name != "phi3small"]
 def family(name: str) -> GlassModel:
     """A tiny model of a family, built once."""
     try:
-        model = GlassModel(tiny_model(name))
+        model = GlassModel(tiny_model(name), GlassConfig(experts="sparse"))
     except Unbuildable as e:
         pytest.skip(f"{name} {e}")
     model.set_global_ranks(None, responses=made_up_responses(model))
@@ -66,8 +66,8 @@ def made_up_ranks(model: GlassModel) -> dict[str, list[mx.array]]:
     return {signal: [ranks(block) for block in model.blocks] for signal in ("impact", "activation")}
 
 
-def made_up_responses(model: GlassModel, rank: int = 3) -> list[Response | None]:
-    """Responses that have nothing to do with the model; none of routed experts."""
+def made_up_responses(model: GlassModel, rank: int = 3) -> list[Response]:
+    """Responses that have nothing to do with the model."""
     rng = np.random.default_rng(6)
 
     def random(*shape: int) -> mx.array:
@@ -76,7 +76,7 @@ def made_up_responses(model: GlassModel, rank: int = 3) -> list[Response | None]
     def response(h: int, f: int) -> Response:
         return Response(random(h), random(f), random(h, rank), random(rank, f))
 
-    return [None if block.experts else response(block.input_size, block.size) for block in model.blocks]
+    return [response(block.input_size, block.size) for block in model.blocks]
 
 
 @pytest.fixture(scope="module")
@@ -149,44 +149,51 @@ def watched(
             block.module[name] = projection
 
 
-def expected_of_the_dropped(response: Response | None, seen: Seen, tokens: int) -> Callable[[np.ndarray], np.ndarray]:
-    """The formula of ``core/compensation.py`` in NumPy, for one block after a prompt: hidden vectors from inputs."""
+def expected_of_the_dropped(
+    response: Response | None, seen: Seen | None, tokens: int
+) -> Callable[[np.ndarray], np.ndarray]:
+    """The formula of ``core/compensation.py`` in NumPy, for one block after a prompt: hidden vectors from inputs. The
+    prompt does not count for routed experts: nothing is ``seen``."""
 
     def counted(calls: list[mx.array]) -> np.ndarray:
         vectors = [np.array(c.astype(mx.float32), np.float64).reshape(-1, c.shape[-1]) for c in calls]
         return np.concatenate([v[1:] if len(v) == tokens else v for v in vectors])  # the first token does not count
 
-    x, h = counted(seen.inputs), counted(seen.hidden)
+    if seen is not None:
+        x, h = counted(seen.inputs), counted(seen.hidden)
     if response is None:
-        mean = h.sum(axis=0) / (len(h) + 64)
-        return lambda inputs: np.broadcast_to(mean, (*inputs.shape[:-1], len(mean)))
+        mean = 0.0 if seen is None else h.sum(axis=0) / (len(h) + 64)
+        return lambda inputs: np.broadcast_to(mean, (*inputs.shape[:-1], *np.shape(mean)))
     mu, a, p, c = (
         np.array(v.astype(mx.float32), np.float64) for v in vars(response).values() if isinstance(v, mx.array)
     )
-    e = (h - a - (x - mu) @ p @ c).sum(axis=0) / (len(h) + 64)
+    e = 0.0 if seen is None else (h - a - (x - mu) @ p @ c).sum(axis=0) / (len(h) + 64)
     return lambda inputs: a + e + (inputs - mu) @ p @ c
 
 
 def without_dropped(model: GlassModel, cache: list, prompt: list[int]) -> Callable[..., mx.array]:
     """For ``watched``: the hidden values of the neurons that a conversation dropped are those to expect of them, or 0
-    without compensation and in routed experts."""
+    without compensation and in routed experts without a response."""
     masks = [np.isin(np.arange(b.size), kept) for b, kept in zip(model.blocks, model.kept_neurons(cache).values())]
     with watched(model) as seen:
         run(model.dense, make_prompt_cache(model.dense), prompt)
     responses = model.responses or [None] * len(masks)
     expect = [
-        None if block.experts else expected_of_the_dropped(r, seen[block.path], len(prompt))
+        expected_of_the_dropped(r, None if block.experts else seen[block.path], len(prompt))
         for r, block in zip(responses, model.blocks)
     ]
 
     def change(i: int, x: mx.array, h: mx.array, experts: mx.array | None = None) -> mx.array:
-        if experts is not None:
-            by_expert = mx.array(masks[i].reshape(model.blocks[i].experts, -1).astype(np.float32))
-            return h * by_expert[experts][..., None, :].astype(h.dtype)
-        others = 0.0
-        if model.session(cache).config.compensation:
-            others = expect[i](np.array(x.astype(mx.float32), np.float64)).reshape(h.shape)
-        return mx.array(np.where(masks[i], np.array(h.astype(mx.float32)), others).astype(np.float32)).astype(h.dtype)
+        block, mask, others = model.blocks[i], masks[i], 0.0
+        if model.session(cache).config.compensation and (experts is None or responses[i] is not None):
+            others = expect[i](np.array(x.astype(mx.float32), np.float64))
+        if experts is not None:  # each hidden vector is of one of them
+            mask = mask.reshape(block.experts, -1)[np.array(experts)][..., None, :]
+            if np.ndim(others):
+                rows = others.reshape(-1, block.experts, block.width)
+                others = np.take_along_axis(rows, np.array(experts, np.int64).reshape(len(rows), -1, 1), axis=1)
+        others = np.reshape(others, h.shape) if np.ndim(others) else others
+        return mx.array(np.where(mask, np.array(h.astype(mx.float32)), others).astype(np.float32)).astype(h.dtype)
 
     return change
 
@@ -236,9 +243,9 @@ def assert_masked_dense(model: GlassModel, prompt: list[int] = PROMPT, **config)
     (read,), (expected,) = run(model, cache, prompt), run(model.dense, reference, prompt)
     assert mx.array_equal(read, expected)  # prefill is dense to the bit
     dense = copy.deepcopy(reference)
-    sparse = decoded(model, cache, *STEPS)
+    sparse = decoded(model, cache, *STEPS[:2])
     with watched(model, without_dropped(model, cache, prompt)):
-        expected = run(model.dense, reference, *steps(STEPS))
+        expected = run(model.dense, reference, *steps(STEPS[:2]))
     assert all(map(close, sparse, expected))
     assert not close(sparse[0], *run(model.dense, dense, STEPS[:1]), tolerance=1e-2)
 
@@ -255,7 +262,7 @@ def test_a_family_without_dense_blocks_is_refused(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_density_1_is_the_dense_model(name):
     model = family(name)
-    calls = [PROMPT, *steps(STEPS)]
+    calls = [PROMPT, *steps(STEPS[:1])]
     glass = run(model, model.make_cache(density=1.0), *calls)
     dense = run(model.dense, make_prompt_cache(model.dense), *calls)
     assert all(map(mx.array_equal, glass, dense))
@@ -274,7 +281,7 @@ def test_decoding_equals_the_dense_model_without_the_dropped_neurons(name):
 @pytest.mark.parametrize("name", CHUNKABLE)
 def test_prefill_in_chunks_chooses_the_same_neurons(name):
     model = family(name)
-    whole, chunked = prefilled(model), prefilled(model, chunk=3)  # the last chunk is one token
+    whole, chunked = prefilled(model, PROMPT[:5]), prefilled(model, PROMPT[:5], chunk=4)  # the last one has one token
     np.testing.assert_allclose(model.session(chunked).energy, model.session(whole).energy, rtol=1e-3, atol=1e-7)
     neurons = model.kept_neurons(chunked)
     for path, kept in model.kept_neurons(whole).items():
@@ -308,9 +315,11 @@ def choose(local: list[int], model_ranks: list[int], weight: Fraction, k: int) -
     return sorted(sorted(range(len(fused)), key=lambda j: (fused[j], j))[:k])
 
 
-@pytest.mark.parametrize("global_weight", [0, 0.5, 0.95, 1, "auto"])
 @pytest.mark.parametrize("signal", ["impact", "activation"])
-@pytest.mark.parametrize("which", ["llama", "trained"])
+@pytest.mark.parametrize(
+    ("which", "global_weight"),
+    [*(("llama", weight) for weight in (0, 0.5, 0.95, 1, "auto")), ("trained", 0.5), ("trained", "auto")],
+)
 def test_choice_by_hand(which, signal, global_weight, request):
     """From the hidden vectors of every prompt token, the last one included, which mlx-lm reads by itself."""
     model, prompt, density = request.getfixturevalue(which), PROMPT, 0.4

@@ -219,9 +219,9 @@ def test_a_quantised_kv_cache_is_repaired_too(demo):
 
 
 @pytest.mark.parametrize("refresh", [0, 4, "auto"])
-def test_a_retired_setting_changes_nothing(demo, refresh):
+def test_a_retired_setting_changes_nothing(exact, refresh):
     """Programs that name it go on."""
-    model, tokenizer = demo
+    model, tokenizer = exact
     answers = [
         [r.token for r in stream_generate(model, tokenizer, "The ship sailed", 6, **options)]
         for options in ({}, {"refresh": refresh}, {"prompt_cache": model.make_cache(refresh=refresh)})

@@ -16,7 +16,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU
 
-from glass_mlx import GlassModel
+from glass_mlx import GlassConfig, GlassModel
 from glass_mlx.core.importance import dense_weight
 from glass_mlx.core.ranking import rank_by_expert
 from glass_mlx.core.slicing import ScatterLinear
@@ -25,12 +25,13 @@ from glass_mlx.model.blocks import Block, by_token, hooked, run_with
 from glass_mlx.model.discovery import check, find_blocks
 
 PROMPT = [3, 14, 15, 9, 26, 5, 35]
+SPARSE = GlassConfig(experts="sparse")
 LONG = [(7 * i) % 97 for i in range(60)]  # so many that mlx-lm sorts them by expert
 
 
 @pytest.fixture(scope="module")
 def mixtral() -> GlassModel:
-    return GlassModel(tiny_model("mixtral"))
+    return GlassModel(tiny_model("mixtral"), SPARSE)
 
 
 def prefilled(model: GlassModel, prompt: list[int] = PROMPT, chunk: int = 1000, **config) -> list:
@@ -93,7 +94,7 @@ def test_energies_by_hand(mixtral):
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "nemotron_h", "llama4"])
 def test_sorted_by_expert_or_not_is_the_same_evidence(family):
-    model = GlassModel(tiny_model(family))
+    model = GlassModel(tiny_model(family), SPARSE)
     for whole, chunked in zip(*(energies(model, prefilled(model, LONG, chunk)) for chunk in (len(LONG), 7))):
         np.testing.assert_allclose(whole, chunked, rtol=1e-3, atol=1e-6)
     assert_masked_dense(model, LONG)
@@ -139,7 +140,7 @@ def ranks(model: GlassModel) -> dict[str, list[mx.array]]:
 
 def test_an_expert_that_saw_nothing_of_the_prompt():
     """Global ranks decide, or any neurons are kept."""
-    model = GlassModel(tiny_model("mixtral"))
+    model = GlassModel(tiny_model("mixtral"), SPARSE)
     for layer in model.dense.layers:
         layer.block_sparse_moe.gate = Avoiding(layer.block_sparse_moe.gate)
     cache = prefilled(model)
@@ -174,7 +175,7 @@ def test_quantised(name, quantisation):
     group = quantisation["group_size"]
     fits = lambda _, m: hasattr(m, "to_quantized") and m.weight.shape[-1] % group == 0  # noqa: E731
     nn.quantize(dense, **quantisation, class_predicate=fits)
-    model = GlassModel(dense)
+    model = GlassModel(dense, SPARSE)
     assert_masked_dense(model)
     assert_masked_dense(model, LONG)
     cache = prefilled(model)
@@ -259,7 +260,7 @@ def test_low_memory(tmp_path, caplog):
     mx.save_safetensors(str(tmp_path / "model.safetensors"), dict(tree_flatten(dense.parameters())))
     said = []
     for low_memory in (False, True):
-        model = GlassModel(tiny_model("mixtral"), path=tmp_path, low_memory=low_memory)
+        model = GlassModel(tiny_model("mixtral"), SPARSE, path=tmp_path, low_memory=low_memory)
         cache = model.make_cache()
         turns = [
             [int(t) for t, _ in generate_step(mx.array(p), model, max_tokens=4, prompt_cache=cache)]
@@ -268,3 +269,40 @@ def test_low_memory(tmp_path, caplog):
         said.append(turns)
     assert said[0] == said[1]
     assert "all of them stay there" not in caplog.text
+
+
+# Left dense
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])
+def test_experts_that_stay_dense(family):
+    """They keep all their neurons and decode with their own weights; the density holds for the other blocks."""
+    model = GlassModel(tiny_model(family), GlassConfig(experts="dense"))
+    assert_masked_dense(model)
+    cache = prefilled(model, layer_budgets="uniform")
+    for block, kept in zip(model.blocks, model.kept_neurons(cache).values()):
+        assert kept.size == (block.size if block.experts else block.size / 2)
+    model.select(cache)
+    projections = model.session(cache).compact.projections
+    assert [bool(compact) for compact in projections] == [not block.experts for block in model.blocks]
+
+
+def test_a_model_with_nothing_but_dense_experts_is_dense(mixtral):
+    config = mixtral.config.updated(experts="dense")
+    assert mixtral.keeps_all(config) and not mixtral.keeps_all(mixtral.config)
+    cache, own = prefilled(mixtral, experts="dense"), mixtral.make_cache()[:-1]
+    mixtral.dense(mx.array([PROMPT]), cache=own)
+    mixtral.select(cache)
+    assert mx.array_equal(mixtral.decode(mx.array([[8]]), cache), mixtral.dense(mx.array([[8]]), cache=own))
+    assert not mixtral.session(cache).compact and not mixtral.session(cache).pending_reread
+
+
+def test_experts_change_within_a_conversation(mixtral):
+    cache = prefilled(mixtral, experts="dense")
+    mixtral.session(cache).configure(experts="sparse")
+    assert_equal_kept(mixtral, cache, prefilled(mixtral))
+
+
+def assert_equal_kept(model: GlassModel, *caches: list) -> None:
+    first, second = (model.kept_neurons(cache).values() for cache in caches)
+    assert all(mx.array_equal(a, b) for a, b in zip(first, second, strict=True))

@@ -23,12 +23,13 @@ from safetensors.numpy import load_file, save_file
 import glass_mlx
 from glass_mlx import GlassError, GlassModel, StatsError, wrap
 from glass_mlx.core.importance import SIGNALS
-from glass_mlx.model.quality import QualityPoint
 from glass_mlx.ranks.format import GlobalStatistics, index_entry, merge, write_index
 from glass_mlx.ranks.identity import describe, fingerprint, fingerprints
 from glass_mlx.ranks.lookup import STATS_DIR
 from glass_mlx.ranks.measure import measure_statistics
 from glass_mlx.ranks.sources import given_sequences
+
+SHARE = "response.unpredictable"
 
 INDEX_SCHEMA = {
     "format_version": "1",
@@ -75,6 +76,7 @@ def test_file_format(written):
     tensors = load_file(written)
     responses = {name: tensors.pop(name) for name in list(tensors) if ".response." in name}
     shapes = {"input_mean": (64,), "hidden_mean": (96,), "directions": (64, 63), "coefficients": (63, 96)}
+    shapes["unpredictable"] = (96,)
     assert {name: tensor.shape for name, tensor in responses.items()} == {
         f"layers.{i}.response.{name}": shape for i in range(2) for name, shape in shapes.items()
     }
@@ -522,6 +524,16 @@ def test_merge(tiny, tmp_path):
 PARTS = {"a": [[1, 5, 7, 9], [1, 3, 4]], "b": [[1, 100, 200]]}
 
 
+def edited(written, tmp_path, change) -> GlobalStatistics:
+    """The file with other tensors."""
+    with safe_open(str(written), "numpy") as f:
+        metadata = f.metadata()
+    tensors = load_file(written)
+    change(tensors)
+    save_file(tensors, tmp_path / "x.safetensors", metadata=metadata)
+    return GlobalStatistics.read(tmp_path / "x.safetensors")
+
+
 @pytest.mark.parametrize(
     "name, change, reason",
     [
@@ -535,39 +547,34 @@ PARTS = {"a": [[1, 5, 7, 9], [1, 3, 4]], "b": [[1, 100, 200]]}
     ],
 )
 def test_damaged_responses(written, tmp_path, name, change, reason):
-    with safe_open(str(written), "numpy") as f:
-        metadata = f.metadata()
-    tensors, name = load_file(written), f"layers.1.response.{name}"
-    tensors[name] = np.ascontiguousarray(change(tensors[name]))
-    save_file(tensors, tmp_path / "x.safetensors", metadata=metadata)
+    name = f"layers.1.response.{name}"
     with pytest.raises(StatsError, match=f"layers.1.response.directions .*{reason}"):
-        GlobalStatistics.read(tmp_path / "x.safetensors")
+        edited(written, tmp_path, lambda tensors: tensors.update({name: np.ascontiguousarray(change(tensors[name]))}))
 
 
 def test_a_response_that_is_missing(written, tmp_path):
-    with safe_open(str(written), "numpy") as f:
-        metadata = f.metadata()
-    tensors = load_file(written)
-    del tensors["layers.1.response.hidden_mean"]
-    save_file(tensors, tmp_path / "x.safetensors", metadata=metadata)
     with pytest.raises(StatsError, match="layers.1.response.hidden_mean is missing"):
-        GlobalStatistics.read(tmp_path / "x.safetensors")
+        edited(written, tmp_path, lambda tensors: tensors.pop("layers.1.response.hidden_mean"))
+
+
+def test_an_older_file_has_no_unpredictable_shares(written, tmp_path):
+    read = edited(written, tmp_path, lambda tensors: [tensors.pop(f"layers.{i}.{SHARE}") for i in range(2)])
+    assert [response.unpredictable for response in read.responses] == [None, None]
+    read.write(tmp_path / "y.safetensors")
+    assert same(GlobalStatistics.read(tmp_path / "y.safetensors"), read)
 
 
 @pytest.mark.parametrize(
-    "quality",
+    "change, reason",
     [
-        *("3", "[1]", "[[0.5, 1]]", '[["a", 1, 1]]', "[[0.5, -1, 0.5]]", "[[0.5, 1, 2]]", "[[1, 0, 1]]"),
-        *("[[0.5, 1, 1], [0.4, 1, 1]]", "[[0.5, NaN, 1]]"),
+        (lambda a: a[1:], "wrong shape"),
+        (lambda a: a.astype(np.float32), "wrong shape or dtype"),
+        (lambda a: a * np.float16(np.nan), "not from 0 to 1"),
+        (lambda a: a + np.float16(1.5), "not from 0 to 1"),
+        (lambda a: a - np.float16(1.5), "not from 0 to 1"),
     ],
 )
-def test_damaged_quality(ranks, tmp_path, quality):
-    replace(altered(ranks, quality=quality), quality=[]).write(tmp_path / "x.safetensors")
-    with pytest.raises(StatsError, match="quality"):
-        GlobalStatistics.read(tmp_path / "x.safetensors")
-
-
-def test_quality_in_a_file(ranks, tmp_path):
-    points = [QualityPoint(0.3, 0.5, 0.6), QualityPoint(0.9, 0.01, 0.95)]
-    replace(ranks, quality=points).write(tmp_path / "x.safetensors")
-    assert GlobalStatistics.read(tmp_path / "x.safetensors").quality == points
+def test_damaged_shares(written, tmp_path, change, reason):
+    name = f"layers.1.{SHARE}"
+    with pytest.raises(StatsError, match=f"{name} .*{reason}"):
+        edited(written, tmp_path, lambda tensors: tensors.update({name: np.ascontiguousarray(change(tensors[name]))}))

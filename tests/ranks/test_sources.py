@@ -12,7 +12,7 @@ import pytest
 import glass_mlx
 from glass_mlx import GlassError
 from glass_mlx.ranks import sources
-from glass_mlx.ranks.sources import Source, dataset_rows, given_sequences, null_prompt, text_rows
+from glass_mlx.ranks.sources import Source, dataset_rows, given_sequences, null_prompt, text_rows, user_turn
 
 
 def small(model, tokenizer, **options) -> Source:
@@ -43,18 +43,47 @@ def test_mlx_lm_gives_token_ids(tiny):
 def test_null_prompt(tiny, caches):
     source = small(*tiny)
     first, second = source.batch(0), source.batch(1)
-    assert source.domains == ("null prompt", "chat null prompt") and source.batch(0) == first != second
-    assert [len(source.batch(number)) for number in range(6)] == [2, 2, 4, 4, 4, 4]
+    assert source.domains == ("null prompt", "chat null prompt", "own conversation")
+    assert source.batch(0) == first != second
+    assert [len(source.batch(number)) for number in (0, 1, 2, 3, 6)] == [2, 2, 2, 4, 4]
     start = tiny[1].apply_chat_template([{"role": "user", "content": ""}], add_generation_prompt=True)
     for row, begin in [(row, [1]) for row in first] + [(row, start) for row in second]:
         assert row[: len(begin)] == begin and 2 not in row and len(row) <= len(begin) + 8
     assert len({tuple(row) for row in first + second}) == 4
 
 
+def test_own_conversation(tiny, caches):
+    """A message that the model writes as the user, as the template frames it, and its answer."""
+    source, tokenizer = small(*tiny, length=16), tiny[1]
+    rows = source.batch(2)
+    assert rows == source.batch(2) != small(*tiny, length=16, seed=1).batch(2)
+    before, after = user_turn(tokenizer)
+    for text in ("Hello", "47 of them?"):
+        framed = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
+        assert framed[: len(before)] == before and framed[-len(after) :] == after
+    for row in rows:
+        end = next(i for i in range(len(before), len(row)) if row[i : i + len(after)] == after)
+        assert row[: len(before)] == before and end - len(before) <= 4
+        assert 0 < len(row) - end - len(after) <= 12
+
+
+def test_a_message_ends_where_the_template_ends_it(tiny, monkeypatch):
+    """Not every family ends a user's message with an end token."""
+    before, after = user_turn(tiny[1])
+    monkeypatch.setattr(sources, "_sample", lambda model, tokenizer, prompts, *_: [[7, 8, *after, 9]] * len(prompts))
+    assert small(*tiny).batch(2) == [[*before, 7, 8, *after, 7, 8, *after, 9]] * 2
+
+
+def test_no_frame_no_conversation(tiny, model_copy):
+    (model_copy / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    domains = small(tiny[0], glass_mlx.load(model_copy, stats=False)[1]).domains
+    assert domains == ("null prompt", "chat null prompt")
+
+
 @pytest.mark.parametrize("every", [1, 3])
 def test_end_token_ends_a_sequence(tiny, tokenizer, caches, every):
     tokenizer.eos_token_ids = set(range(0, 4096, every))
-    rows = small(tiny[0], tokenizer, length=20).batch(2)
+    rows = small(tiny[0], tokenizer, length=20).batch(3)
     assert len(rows) == 4 and min(map(len, rows)) < 21
     assert not any(token in tokenizer.eos_token_ids for row in rows for token in row[1:])
 
@@ -81,7 +110,7 @@ def test_without_a_chat_template_bos_alone(tiny, model_copy):
 def test_chat(tiny, caches):
     source = small(*tiny, chat=True)
     start = tiny[1].apply_chat_template([{"role": "user", "content": ""}], add_generation_prompt=True)
-    assert source.method == "chat null prompt"
+    assert source.domains == ("chat null prompt", "own conversation")
     for row in source.batch(0):
         assert row[: len(start)] == start and len(start) < len(row) <= len(start) + 8
 

@@ -20,8 +20,7 @@ import mlx.core as mx
 import pytest
 
 import glass_mlx
-from glass_mlx.serving import engine as engine_module
-from glass_mlx.serving import worker
+from glass_mlx.serving import model_loading, worker
 from glass_mlx.serving.engine import Engine, EngineOptions
 from glass_mlx.serving.errors import BadRequest, EngineFailed, QueueFull, UnknownModel
 from glass_mlx.serving.queue import RoundRobinQueue
@@ -32,7 +31,7 @@ ENDLESS = 1_000_000  # tokens: the random model never stops by itself
 
 
 def ask(text: str, **fields) -> Request:
-    return Request(messages=[{"role": "user", "content": text}], **{"max_tokens": 12, **fields})
+    return Request(messages=[{"role": "user", "content": text}], **{"max_tokens": 6, **fields})
 
 
 def text(pending: PendingCompletion) -> str:
@@ -179,7 +178,7 @@ def test_next_turn_pays_only_for_new_tokens(tiny_engine):
 
 def test_an_answer_depends_on_its_request_alone(make, tiny_dir):
     """Whatever was asked before, evicted or verified: conversations of three turns with settings of all kinds, one
-    after the other and all mixed up, with room for 2, 10 and 64 of them."""
+    after the other and all mixed up, with room for 2 and 10 of them."""
     settings = [
         {"density": 0.5},
         {"density": 1.0},
@@ -189,7 +188,7 @@ def test_an_answer_depends_on_its_request_alone(make, tiny_dir):
         {"density": 0.5, "seed": 3, "temperature": 1.0},
     ]
     openings = [f"{'Read this first. ' * 9} What of the {thing}?" for thing in ("sea", "hill")]
-    openings += ["Hello", "one two three four " * 30, f"{'It was late. ' * 40} Why?"]
+    openings += ["one two three four " * 30]
     conversations = [(opening, options) for opening in openings for options in settings]
     kinds = {"model": str(tiny_dir), "load": {"stats": False}, "prefill_step_size": 64}
 
@@ -197,7 +196,7 @@ def test_an_answer_depends_on_its_request_alone(make, tiny_dir):
         opening, options = conversations[i]
         follow_ups = [opening, "And then?", "Go on, tell me more of it."]
         messages = turns(*[text for pair in zip(follow_ups, said) for text in pair], follow_ups[len(said)])
-        chunks = list(engine.submit(Request(messages=messages, max_tokens=3, logprobs=True, **options)))
+        chunks = list(engine.submit(Request(messages=messages, max_tokens=2, logprobs=True, **options)))
         return "".join(c.text for c in chunks), [c.token.logprob for c in chunks if c.token is not None]
 
     engine = make(**kinds, max_conversations=0)
@@ -205,7 +204,7 @@ def test_an_answer_depends_on_its_request_alone(make, tiny_dir):
     for i, answers in enumerate(alone):
         for _ in range(3):
             answers.append(answer(engine, i, [text for text, _ in answers]))
-    for room in (2, 10, 64):
+    for room in (2, 10):
         engine = make(**kinds, max_conversations=room)
         mixed = [[] for _ in conversations]
         order = [i for i in range(len(conversations)) for _ in range(3)]
@@ -221,7 +220,7 @@ def test_an_answer_is_read_while_nobody_waits(make_lively):
     opening = "Tell me of the sea, of the hill, and of the road that goes from one to the other."
     chunks = list(engine.submit(Request(messages=turns(opening), max_tokens=60)))
     answer = "".join(chunk.text for chunk in chunks)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not engine.status().conversations and time.monotonic() < deadline:  # the prompt alone is too short to be kept
         time.sleep(0.005)
     follow_up = Request(messages=turns(opening, answer, "And then?"), max_tokens=20, logprobs=True)
@@ -243,7 +242,7 @@ def test_whoever_comes_goes_before_reading_ahead(make_lively, monkeypatch):
         def asked() -> bool:
             calls.append(len(conversation.tokens))
             reading.set()
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 60
             while not stop() and time.monotonic() < deadline:  # until there is a reason
                 time.sleep(0.002)
             return stop()
@@ -253,7 +252,7 @@ def test_whoever_comes_goes_before_reading_ahead(make_lively, monkeypatch):
 
     monkeypatch.setattr(worker.Worker, "read", slow)
     answer = text(engine.submit(Request(messages=turns(opening), max_tokens=60)))
-    assert reading.wait(10)
+    assert reading.wait(60)
     follow_up = ask("Hello", max_tokens=4)
     expected = text(make_lively().submit(follow_up))
     assert text(engine.submit(follow_up)) == expected
@@ -402,9 +401,7 @@ def test_cancel_while_generating(tiny_engine):
     pending = busy(tiny_engine)
     assert tiny_engine.status().state == "generating"
     pending.cancel()
-    start = time.perf_counter()
     assert last(pending).finish_reason == "cancelled"
-    assert time.perf_counter() - start < 5
     assert last(tiny_engine.submit(ask("x"))).finish_reason == "length"
 
 
@@ -435,7 +432,7 @@ def test_async(tiny_engine):
         return [chunk async for chunk in pending]
 
     chunks = asyncio.run(read())
-    assert len(chunks) == 12 and chunks[-1].finish_reason == "length"
+    assert len(chunks) == 6 and chunks[-1].finish_reason == "length"
 
 
 def test_async_patience(tiny_engine):
@@ -466,8 +463,8 @@ def test_idle_unload_frees_memory(make):
     before = mx.get_active_memory()
     engine = make(idle_timeout=0.3)
     text(engine.submit(ask("Hello")))
-    loaded = mx.get_active_memory()
-    deadline = time.monotonic() + 20
+    loaded = engine.call(lambda *_: mx.get_active_memory()).result()  # on its thread, where it is loaded for certain
+    deadline = time.monotonic() + 60
     while engine.status().state != "unloaded" and time.monotonic() < deadline:
         time.sleep(0.05)
     status = engine.status()
@@ -488,11 +485,11 @@ def test_requests_leave_nothing_behind(make, tiny_dir):
         return len(gc.get_objects()), mx.get_active_memory()
 
     for _ in range(3):
-        for i in range(24):
+        for i in range(12):
             options = {"seed": i, "temperature": 0.7, "logprobs": True} if i % 3 == 0 else {}
             list(engine.submit(ask(f"I need {i} hotels.", client=str(i % 7), max_tokens=3, **options)))
         held.append(engine.call(count).result())
-    assert abs(held[2][0] - held[1][0]) < 24  # less than one object for each request
+    assert abs(held[2][0] - held[1][0]) < 12  # less than one object for each request
     assert abs(held[2][1] - held[1][1]) < 100_000
 
 
@@ -539,6 +536,13 @@ def test_a_crash_fails_its_request_only(demo_engine, monkeypatch):
     assert demo_engine.status().error is None
 
 
+@pytest.fixture(scope="module")
+def small_prompts(tiny_dir):
+    engine = Engine(EngineOptions(model=str(tiny_dir), load={"stats": False}, max_prompt_tokens=64))
+    yield engine
+    engine.close()
+
+
 @pytest.mark.parametrize(
     "request_, reason",
     [
@@ -552,10 +556,9 @@ def test_a_crash_fails_its_request_only(demo_engine, monkeypatch):
         (ask("x", template_args={"tokenize": False}), "'tokenize' cannot be set"),
     ],
 )
-def test_bad_requests(make, request_, reason, tiny_dir):
-    engine = make(model=str(tiny_dir), load={"stats": False}, max_prompt_tokens=64)
+def test_bad_requests(small_prompts, request_, reason):
     with pytest.raises(BadRequest, match=reason):
-        text(engine.submit(request_))
+        text(small_prompts.submit(request_))
 
 
 def test_a_model_without_a_chat_template(make, model_copy):
@@ -581,7 +584,7 @@ def test_quantised_kv(make, start):
     engine, fresh = make(**kinds), make(**kinds, max_conversations=0)
     question = "Hello, I need a train. " * 5
     answer = text(engine.submit(ask(question)))
-    following = Request(messages=turns(question, answer, "To London."), max_tokens=5, logprobs=True)
+    following = Request(messages=turns(question, answer, "To London."), max_tokens=3, logprobs=True)
     chunks, expected = list(engine.submit(following)), list(fresh.submit(following))
     assert chunks[-1].usage.cached_tokens > 0
     assert [c.token.logprob for c in chunks] == [c.token.logprob for c in expected]
@@ -606,7 +609,7 @@ def test_close(make, tiny_dir):
     with pytest.raises(EngineFailed, match="closed"):
         text(waiting)
     with pytest.raises((CancelledError, EngineFailed)):
-        loading.result(5)
+        loading.result(60)
     for refused in (engine.load, engine.unload, lambda: engine.submit(ask("x"))):
         with pytest.raises(EngineFailed, match="closed"):
             refused()
@@ -614,12 +617,12 @@ def test_close(make, tiny_dir):
     engine.close()  # again does no harm
 
 
-@pytest.mark.parametrize("closed", ["engine.close()", ""])
-def test_the_process_ends_cleanly_and_needs_no_server_libraries(closed):
-    """MLX aborts a process in which a thread has left streams behind."""
+def test_the_process_ends_cleanly_and_needs_no_server_libraries():
+    """MLX aborts a process in which a thread has left streams behind: of two engines, one is closed before."""
     code = (
-        "import sys; from glass_mlx.serving.engine import *; engine = Engine()\n"
-        f"list(engine.submit(Request(prompt='x', max_tokens=2)))\n{closed}\n"
+        "import sys; from glass_mlx.serving.engine import *; engines = Engine(), Engine()\n"
+        "for engine in engines: list(engine.submit(Request(prompt='x', max_tokens=2)))\n"
+        "engines[0].close()\n"
         "print({'starlette', 'pydantic', 'uvicorn'} & set(sys.modules))"
     )
     root = glass_mlx.__path__[0] + "/.."
@@ -634,7 +637,7 @@ def test_the_engines_models(make, tiny_dir):
 
 def test_names_of_one_model_do_not_load_it_again(make, model_copy, monkeypatch):
     loads = []
-    monkeypatch.setattr(engine_module, "load", lambda path, **k: loads.append(path) or glass_mlx.load(path, **k))
+    monkeypatch.setattr(model_loading, "load", lambda path, **k: loads.append(path) or glass_mlx.load(path, **k))
     served = make(model=str(model_copy), load={"stats": False}, allow_paths=(model_copy.parent,))
     for name in ("default_model", "model", str(model_copy)):
         text(served.submit(ask("x", model=name)))
@@ -652,7 +655,7 @@ def test_memory_is_given_back_after_each_answer_and_wired_while_a_model_is_loade
         yield
         held.remove(model)
 
-    monkeypatch.setattr(engine_module, "wired_limit", wired)
+    monkeypatch.setattr(model_loading, "wired_limit", wired)
     engine = Engine(EngineOptions(str(tiny_dir), load={"stats": False}))
     try:
         assert not held

@@ -121,6 +121,7 @@ HONOURED_VALUES: dict[str, Any] = {
     "include": ["message.output_text.logprobs"],
     "signal": "activation",
     "layer_budgets": "uniform",
+    "experts": "dense",
     "messages": [{"role": "user", "content": "Bye"}],
     "tools": [TOOL],
     "tool_choice": "required",

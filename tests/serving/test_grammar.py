@@ -265,15 +265,19 @@ def ask(engine: Engine, **fields) -> list:
 
 @pytest.mark.parametrize(
     "options",
-    [{"density": 1.0}, {"density": 0.5}, {"density": 0.5, "verify": True}],
+    [
+        {"density": 1.0},
+        {"density": 0.5, "temperature": 1.0, "top_p": 0.9, "seed": 3},
+        {"density": 0.5, "verify": True},
+        {"density": 0.5, "verify": True, "temperature": 1.0, "top_p": 0.9, "seed": 3},
+    ],
     ids=str,
 )
 def test_answers(engine, options):
-    for sampling in ({}, {"temperature": 1.0, "top_p": 0.9, "seed": 3}):
-        chunks = ask(engine, schema=SCHEMA, logprobs=True, **sampling, **options)
-        assert fits("".join(chunk.text for chunk in chunks)) and chunks[-1].finish_reason == "stop"
-        assert all(chunk.token.logprob > -100 for chunk in chunks if chunk.token is not None)
-        assert chunks[-1].usage.verified == bool(options.get("verify"))
+    chunks = ask(engine, schema=SCHEMA, logprobs=True, **options)
+    assert fits("".join(chunk.text for chunk in chunks)) and chunks[-1].finish_reason == "stop"
+    assert all(chunk.token.logprob > -100 for chunk in chunks if chunk.token is not None)
+    assert chunks[-1].usage.verified == bool(options.get("verify"))
 
 
 def test_a_verified_answer_is_the_dense_models(engine):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import CancelledError
+from types import SimpleNamespace
 
 import httpx
 import pytest
+from global_statistics import same
 from servers import serving
 from test_engine import ENDLESS, ask, last
 
 from glass_mlx import GlassError
 from glass_mlx.ranks import measure
+from glass_mlx.ranks.format import GlobalStatistics
 from glass_mlx.ranks.lookup import cache_dir
 from glass_mlx.serving.catalogue import Catalogue
 from glass_mlx.serving.engine import Engine, EngineOptions
@@ -26,48 +29,60 @@ def engine(tiny_dir, small_steps):
     made.close()
 
 
+def watch(monkeypatch, then) -> None:
+    """Do something after every step of a measurement."""
+    real = Measurement._on_step
+
+    def on_step(measurement, *step):
+        real(measurement, *step)
+        then(measurement)
+
+    monkeypatch.setattr(Measurement, "_on_step", on_step)
+
+
 def test_requests_go_first(engine, monkeypatch):
-    """A measurement goes on after each of them, from where it was, and the model has its ranks in the end."""
-    seen, answers, real = [], [], Measurement._on_tokens
+    """They are answered between two steps, whatever is measured, and the ranks are those of a measurement alone."""
+    seen, answers = [], {}
 
-    def on_tokens(measurement, tokens):
-        real(measurement, tokens)
+    def ask_in_every_phase(measurement):
         status = engine.status()
-        seen.append((status.state, measurement.progress.tokens, status.usage))
-        if len(answers) < 2:  # it is answered before the next step
-            answers.append(engine.submit(ask("Hello", max_tokens=2)))
+        seen.append((status.state, measurement.progress, status.has_ranks))
+        assert status.queued == 0  # answered in the last step
+        if measurement.progress.phase not in answers:
+            answers[measurement.progress.phase] = engine.submit(ask("Hello", max_tokens=2, temperature=1.0))
 
-    monkeypatch.setattr(Measurement, "_on_tokens", on_tokens)
+    watch(monkeypatch, ask_in_every_phase)
     future = engine.measure()
     assert engine.measure() is future  # it is one measurement
     with pytest.raises(BadRequest, match="are being measured"):
         engine.measure("demo")
     future.result(60)
-    assert [last(answer).finish_reason for answer in answers] == ["length"] * 2
-    assert {state for state, _, _ in seen} == {"measuring"}
-    tokens = [tokens for _, tokens, _ in seen]
-    assert tokens == sorted(tokens) and len(set(tokens)) > 3
-    assert seen[0][2] is None and seen[-1][2] is not None  # answered long before the end
+    assert len(answers) == 4 and all(last(answer).finish_reason == "length" for answer in answers.values())
+    assert {state for state, *_ in seen} == {"measuring"}
+    for phase in answers:
+        shares = [progress.share for _, progress, _ in seen if progress.phase == phase]
+        assert max(shares) == 1 and len(set(shares)) > 1 or phase.startswith("quality")
+    assert {(progress.refining, ranked) for _, progress, ranked in seen} == {(False, False), (True, True)}
     status = engine.load().result()
     assert (status.state, status.has_ranks, status.measuring) == ("ready", True, None)
+    [file] = cache_dir().glob("*.safetensors")
+    alone = engine.call(lambda *loaded: measure.build_ranks(*loaded, file.with_name("alone.safetensors")))
+    assert same(*map(GlobalStatistics.read, (file, alone.result(60))))
 
 
 def test_stopped_and_gone_on_with(engine, monkeypatch):
-    real = Measurement._on_tokens
-
-    def stop(measurement, tokens):
-        real(measurement, tokens)
-        if tokens > 20:
+    def stop(measurement):
+        if measurement.progress.tokens > 20:
             engine.stop_measuring()
             assert engine.status().measuring.stopping
 
-    monkeypatch.setattr(Measurement, "_on_tokens", stop)
-    with pytest.raises(MeasuringStopped):
-        engine.measure().result(60)
-    assert len(list(cache_dir().glob("*.partial"))) == 1 and not engine.load().result().has_ranks
-    monkeypatch.setattr(Measurement, "_on_tokens", real)
+    with monkeypatch.context() as patched:
+        watch(patched, stop)
+        with pytest.raises(MeasuringStopped):
+            engine.measure().result(60)
+    assert len(list(cache_dir().glob("*.read"))) == 1 and not engine.load().result().has_ranks
     engine.measure().result(60)
-    assert not list(cache_dir().glob("*.partial"))
+    assert engine.load().result().has_ranks
 
 
 def test_failures_end_it(engine, monkeypatch):
@@ -85,15 +100,11 @@ def test_failures_end_it(engine, monkeypatch):
 
 
 def test_waits_while_another_model_is_in_use(engine, monkeypatch):
-    real = Measurement._on_tokens
-
-    def on_tokens(measurement, tokens):
-        real(measurement, tokens)
-        if not answers:
-            answers.append(engine.submit(ask("Hello", model="demo", max_tokens=2)))
-
     answers = []
-    monkeypatch.setattr(Measurement, "_on_tokens", on_tokens)
+    watch(
+        monkeypatch,
+        lambda _: answers or answers.append(engine.submit(ask("Hello", model="demo", max_tokens=2))),
+    )
     future = engine.measure()
     while not answers:
         assert not future.done()
@@ -107,18 +118,29 @@ def test_waits_while_another_model_is_in_use(engine, monkeypatch):
 
 
 def test_time_left(monkeypatch):
-    """What an earlier run has read took no time in this one."""
-    now = [100.0]
+    """Of a phase; what an earlier run has read took no time in this one."""
+    now, model = [100.0], (SimpleNamespace(global_ranks=None), None)
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     measurement = Measurement(Catalogue().resolve("demo"))
-    most = measurement.progress.most_tokens
-    measurement._on_tokens(1000)
-    assert measurement.progress.seconds_left is None
-    now[0] += 10
-    measurement._on_tokens(2000)
-    assert measurement.progress.seconds_left == pytest.approx((most - 2000) / 100)
-    now[0] += 50
-    assert measurement.progress.seconds_left == pytest.approx((most - 2000) / 100 - 50)
+    left = []
+
+    def build(*_, on_step, **__):
+        for phase, done, seconds in (
+            ("reading", 1000, 0),
+            ("reading", 2000, 10),
+            ("quality", 0, 5),
+            ("quality", 10, 1),
+        ):
+            now[0] += seconds
+            on_step(phase, done, 5000 if phase == "reading" else 40)
+            left.append(measurement.progress.seconds_left)
+        now[0] += 1
+        left.append(measurement.progress.seconds_left)
+        raise GlassError("enough")
+
+    monkeypatch.setattr(measure, "build_ranks", build)
+    assert measurement.run(lambda: model, lambda: True)
+    assert left == [None, pytest.approx(30), None, pytest.approx(3), pytest.approx(2)]
 
 
 def test_place_in_the_queue(tiny_dir):

@@ -6,8 +6,10 @@ logged as wrong, and no thread is left.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import math
 import socket
 import threading
 import time
@@ -21,8 +23,7 @@ import pytest
 from servers import CHAT, QUESTION, connect, raw, serving
 
 from glass_mlx.model.glass_model import GlassModel
-from glass_mlx.serving import engine as engine_module
-from glass_mlx.serving import worker
+from glass_mlx.serving import model_loading, worker
 from glass_mlx.serving.app import ApiOptions
 from glass_mlx.serving.errors import EngineFailed
 from glass_mlx.serving.openapi import document
@@ -62,7 +63,7 @@ def no_reading_ahead():
 def gate(request, monkeypatch):
     """A gate at the place that the test names."""
     gate, place = Gate(), request.getfixturevalue("place")
-    load, prefill, stream = engine_module.load, GlassModel.prefill, worker.stream_generate
+    load, prefill, stream = model_loading.load, GlassModel.prefill, worker.stream_generate
 
     def held_load(*args, **options):
         gate.hold()
@@ -80,7 +81,7 @@ def gate(request, monkeypatch):
                 yield response
 
     if place == "load":
-        monkeypatch.setattr(engine_module, "load", held_load)
+        monkeypatch.setattr(model_loading, "load", held_load)
     elif place == "prefill":
         monkeypatch.setattr(GlassModel, "prefill", held_prefill)
     else:
@@ -183,3 +184,34 @@ def test_the_engine_closes(tiny_dir, gate, place, stream, caplog):
         assert server.engine.status().queued == 0 and server.engine.status().state == "unloaded"
     assert not caplog.records, caplog.text
     until(lambda: threads() == before)  # a thread that was told to end needs a moment
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_little_is_sent_after_the_client_has_left(served, path):
+    """Also where many events are sent at once: asyncio warns of what goes to a lost connection."""
+    body = json.dumps({**ASKED[path], "stream": True, "seed": 1, "max_tokens": 12}).encode()
+    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": path, "query_string": b""}
+    scope |= {"headers": headers, "client": ("127.0.0.1", 5), "scheme": "http", "server": ("127.0.0.1", 80)}
+
+    async def ask(leaves_after: float) -> int:
+        left, sent, messages = asyncio.Event(), [], [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> dict:
+            if messages:
+                return messages.pop()
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict) -> None:
+            if message["type"] == "http.response.body" and message.get("more_body"):
+                sent.append(message)
+                if len(sent) == leaves_after:
+                    left.set()
+
+        await served.api.app(scope, receive, send)
+        return len(sent)
+
+    whole = asyncio.run(ask(math.inf))
+    assert whole > 8
+    assert asyncio.run(ask(1)) <= 4

@@ -18,11 +18,10 @@ export function duration(seconds) {
   return seconds < 5400 ? `${Math.round(seconds / 60)} min` : `${Math.round(seconds / 3600)} h`;
 }
 
-/** "40 % (at most 2 min left)": a measurement may end earlier, when the ranks are stable. */
-export function measured({ tokens, most_tokens: most, seconds_left: left, stopping }) {
+/** "reading 40 % (2 min left)": how far a phase of a measurement is. */
+export function measured({ phase, share, seconds_left: left, stopping }) {
   if (stopping) return "stopping";
-  const rest = left === null ? "" : left > 0 ? ` (at most ${duration(left)} left)` : " (the last steps)";
-  return tokens ? `${percent(tokens / most)}${rest}` : "just begun";
+  return phase ? `${phase} ${percent(share)}${left ? ` (${duration(left)} left)` : ""}` : "just begun";
 }
 
 /** The server's state in the page's head. `absent` models are downloaded when they are loaded; `chosen` is the model

@@ -1,105 +1,19 @@
-"""Tests of what the command lines share, and of the names they go by."""
+"""Tests of what all commands have, and of the names they go by."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import os
-import subprocess
 import sys
 import tomllib
 
 import pytest
 from conftest import ROOT
 
-from glass_mlx import GlassError, __main__, __version__, cli
+from glass_mlx import __main__, __version__
 
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 MODULES = [script.partition(":")[0] for script in SCRIPTS.values()]
-
-
-def _raise(error):
-    raise error
-
-
-@pytest.mark.parametrize("text, value", [("0.5", 0.5), ("1", 1.0), ("1e-3", 1e-3)])
-def test_density(text, value):
-    assert cli.density(text) == value
-
-
-@pytest.mark.parametrize("text", ["0", "-1", "1.01", "nan", "inf", "abc", ""])
-def test_bad_density(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="above 0"):
-        cli.density(text)
-
-
-@pytest.mark.parametrize("text, value", [("auto", "auto"), ("0", 0.0), ("1", 1.0)])
-def test_global_weight(text, value):
-    assert cli.global_weight(text) == value
-
-
-@pytest.mark.parametrize("text", ["-0.1", "1.01", "nan", "Auto", ""])
-def test_bad_global_weight(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="neither"):
-        cli.global_weight(text)
-
-
-@pytest.mark.parametrize(
-    "text, value", [("0", 0), ("123", 123), ("500MB", 500_000_000), ("1.5 gb", 1_500_000_000), ("2GiB", 2 * 2**30)]
-)
-def test_memory_size(text, value):
-    assert cli.memory_size(text) == value
-
-
-@pytest.mark.parametrize("text", ["", "-1", "GB", "1PB", "1e9", "nan"])
-def test_bad_memory_size(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="500MB"):
-        cli.memory_size(text)
-
-
-def test_run(invoke):
-    done = invoke(lambda: cli.run(lambda: print("fine")))
-    assert (done.code, done.out, done.err) == (0, "fine\n", "")
-
-
-def test_run_error(invoke):
-    done = invoke(lambda: cli.run(lambda: _raise(GlassError("what to do"))))
-    assert (done.code, done.out, done.err) == (1, "", "error: what to do\n")
-
-
-def test_an_error_of_the_backend_is_one_line(invoke):
-    error = RuntimeError("[ScatterAxis::eval_gpu] Does not support int64\nat::once")
-    done = invoke(lambda: cli.run(lambda: _raise(error)))
-    assert done.code == 1 and len(done.err.splitlines()) == 1
-    assert "Does not support int64" in done.err and "glass_mlx doctor" in done.err
-    with pytest.raises(RuntimeError):
-        cli.run(lambda: _raise(error), verbose=True)
-
-
-def test_run_verbose():
-    with pytest.raises(GlassError, match="what to do"):
-        cli.run(lambda: _raise(GlassError("what to do")), verbose=True)
-
-
-def test_run_interrupted(invoke):
-    done = invoke(lambda: cli.run(lambda: _raise(KeyboardInterrupt())))
-    assert (done.code, done.err) == (130, "")
-
-
-def test_run_leaves_other_errors_alone():
-    with pytest.raises(ZeroDivisionError):
-        cli.run(lambda: 1 / 0)
-
-
-def test_reader_gone():
-    """As with ``| head``."""
-    code = "from glass_mlx.cli import run; run(lambda: [print('x' * 9999, flush=True) for _ in range(9999)])"
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes) as process:
-        process.stdout.read(1)
-        process.stdout.close()
-        assert process.stderr.read() == b""
-    assert process.returncode == 1
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -132,20 +46,12 @@ def test_commands(invoke, name):
     assert (done.code, done.err) == (0, "") and done.out.startswith(f"usage: glass_mlx.{name} ")
 
 
-@pytest.mark.parametrize("build", [True, False])
-def test_build_option(build):
-    parser = argparse.ArgumentParser()
-    cli.add_glass_options(parser, build=build)
-    options = {"": build, "--build": True, "--no-build": False}
-    assert [parser.parse_args(o.split()).build for o in options] == list(options.values())
-
-
 def test_dispatch(invoke):
-    assert invoke(__main__.main).out.startswith("usage: glass_mlx {chat,generate")
+    assert invoke(__main__.main).out.startswith("usage: glass_mlx COMMAND")
     done = invoke(__main__.main, "chant")
     assert done.code == 2 and done.out == ""
     assert "no command 'chant'" in done.err and "did you mean chat?" in done.err
-    for arguments in ((), ("--help",), ("-h",)):
+    for arguments in ((), ("--help",), ("-h",), ("help",)):
         lines = invoke(__main__.main, *arguments).out.splitlines()
         for name, does in __main__.COMMANDS.items():
             assert [line for line in lines if line.split()[:1] == [name] and does in line and len(line) <= 80]
@@ -189,7 +95,7 @@ def test_help_says_the_defaults(monkeypatch):
         assert max(map(len, text.splitlines())) <= 80
         for action in parser._actions:
             default = action.default
-            if action.help and default not in (None, argparse.SUPPRESS, (), [], "") and default is not False:
+            if action.help and default not in (None, argparse.SUPPRESS, (), [], {}, "") and default is not False:
                 said = parser._get_formatter()._expand_help(action)
                 assert "default" in said or str(default) in said, (parser.prog, said)
 
@@ -209,13 +115,28 @@ def test_mlx_lms_options(name):
                 assert mine.type("3") == action.type("3"), option
 
 
-def test_what_is_mistyped_is_said_at_once(python):
-    """Nothing that takes seconds to import is imported for it."""
-    heavy = "import sys; sys.argv = ['x', '--nope']\ntry: main()\nfinally: print(*sys.modules)"
-    for name in ("__main__", "chat", "generate", "models", "stats", "doctor", "families"):
-        done = python("-c", f"from glass_mlx.{name} import main\n{heavy}")
-        assert "error: " in done.err and done.err.count("\n") <= 3
-        assert not {"mlx_lm", "transformers", "prompt_toolkit", "rich.table"} & set(done.out.split()), name
+# Whatever takes long to import.
+HEAVY = set("mlx_lm transformers huggingface_hub httpx starlette uvicorn pydantic matplotlib".split())
+HEAVY |= {"prompt_toolkit", "rich.table", "llguidance", "tqdm"}
+MISTYPED = """
+import contextlib, importlib, io, sys
+for name in {names}:
+    for option in ("--help", "--nope"):
+        sys.argv = [name, option]
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+            importlib.import_module(f"glass_mlx.{{name}}").main()
+    print(name, *sys.modules)
+"""
+
+
+def test_help_and_errors_of_usage_come_at_once(python):
+    """Nothing that takes long to import is imported for them."""
+    done = python("-c", MISTYPED.format(names=["__main__", *__main__.COMMANDS]))
+    assert done.err.count("error: ") == 1 + len(__main__.COMMANDS), done.err
+    assert [line.split()[0] for line in done.out.splitlines()] == ["__main__", *__main__.COMMANDS]
+    for line in done.out.splitlines():
+        name, *imported = line.split()
+        assert not HEAVY & set(imported), name
 
 
 def test_python_m(python_m):
