@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .loading import load, wrap
     from .model.config import GlassConfig
     from .model.glass_model import GlassModel
+    from .sharded_loading import sharded_load
 
 __all__ = [
     "GenerationResponse",
@@ -25,6 +26,7 @@ __all__ = [
     "__version__",
     "generate",
     "load",
+    "sharded_load",
     "stream_generate",
     "wrap",
 ]
@@ -36,6 +38,7 @@ _HOMES = {
     **dict.fromkeys(("load", "wrap"), "loading"),
     "GlassConfig": "model.config",
     "GlassModel": "model.glass_model",
+    "sharded_load": "sharded_loading",
 }
 
 

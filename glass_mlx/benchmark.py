@@ -12,17 +12,24 @@ divided by those of a sparse one, weights and KV cache.
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
 
 from .cli import checks
 from .cli.options import add_choice_options, add_model_or_shape, add_trust, add_verbose
 from .cli.output import print_result
 from .cli.parser import Parser
 from .cli.running import run
-from .cli.values import density, list_of
+from .cli.values import density, list_of, positive
 from .evaluation.tables import text_table
+from .group import gather, rank, size, together
 from .hub.names import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from .model.glass_model import GlassModel
 
 IDLE = (
     checks.SHAPE,
@@ -59,6 +66,12 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="measure nothing, but predict how fast each way to decode is on several Macs",
     )
+    parser.add_argument(
+        "--machines",
+        type=list_of(positive),
+        metavar="N[,N...]",
+        help="with --plan and --shape: predict it for N machines that share the model",
+    )
     parser.add_argument("--delay", type=float, default=0, help="seconds to wait before each run, to cool down")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random numbers")
     add_trust(parser)
@@ -76,7 +89,9 @@ def main() -> None:
     if args.prefill_step_size < 1 or args.delay < 0:
         parser.error("--prefill-step-size must be at least 1, --delay not negative")
     checks.check_together(parser, args, IDLE)
-    run(lambda: _benchmark(args), args.verbose)
+    if args.machines is not None and (not args.plan or args.shape is None or min(args.machines) < 2):
+        parser.error("--machines goes with --plan and --shape, and is at least 2")
+    run(together(lambda: _benchmark(args)), args.verbose)
 
 
 def _benchmark(args: argparse.Namespace) -> None:
@@ -86,15 +101,18 @@ def _benchmark(args: argparse.Namespace) -> None:
     from .evaluation.shapes import random_model, shape_label
     from .evaluation.speed import compare_speed
     from .loading import load
+    from .sharded_loading import sharded_load
 
+    shared = mx.distributed.init() if size() > 1 else None
     choice = {"global_weight": args.global_weight, "signal": args.signal, "experts": args.experts}
     if args.shape:
-        model = random_model(args.shape, args.layers, args.bits, args.seed)
+        model = random_model(args.shape, args.layers, args.bits, args.seed, shared)
         model.config = model.config.updated(**choice)
         name = shape_label(args.shape, model, args.bits)
     else:
         name = args.model or DEFAULT_MODEL
-        model, _ = load(name, trust_remote_code=args.trust_remote_code, **choice)
+        load_it = load if shared is None else sharded_load
+        model, _ = load_it(name, trust_remote_code=args.trust_remote_code, **choice)
     figures = compare_speed(
         model,
         args.density,
@@ -106,6 +124,10 @@ def _benchmark(args: argparse.Namespace) -> None:
         args.delay,
     )
     result = {"model": name, **figures}
+    if shared is not None:
+        result["group"] = _of_group(model, args.density, args.prompt_tokens + args.generation_tokens)
+    if size() > 1 and rank() > 0:  # the first process writes the files
+        return
     print_result(result, table, args.json)
     if args.plot:
         from .evaluation.plot import plot_benchmark
@@ -113,7 +135,32 @@ def _benchmark(args: argparse.Namespace) -> None:
         plot_benchmark(result, args.plot)
 
 
+def _of_group(model: GlassModel, densities: list[float], context: int) -> dict[str, Any]:
+    """What the processes that share a model read and exchange for a token."""
+    from .decoding.costs import exchanges, sent_bytes, step_costs
+
+    costs = {f"{d:g}": step_costs(model, d, context) for d in densities}
+    dense = next(iter(costs.values())).dense_step()
+    everywhere = gather([dense, *(own.sparse_step() for own in costs.values())])
+    return {
+        "of": str(model.part.whole),
+        "exchanges": exchanges(model),
+        "sent_bytes": sent_bytes(model),
+        "ranks": [
+            {
+                "dense_bytes": dense,
+                "bytes": dict(zip(costs, own)),
+                "ceiling": {d: dense / n for d, n in zip(costs, own)},
+            }
+            for dense, *own in everywhere
+        ],
+    }
+
+
 def _plan(args: argparse.Namespace) -> None:
+    if args.machines:
+        _plan_sharing(args)
+        return
     from .decoding.costs import DEVICES, plan
     from .evaluation.machine import backend
     from .evaluation.shapes import empty_model, shape_label
@@ -137,6 +184,43 @@ def _plan(args: argparse.Namespace) -> None:
         "plan": plan(model, args.density, context, devices=devices),
     }
     print_result(result, plan_table, args.json)
+
+
+def _plan_sharing(args: argparse.Namespace) -> None:
+    from .decoding.costs import LINKS, sharing_plan
+    from .evaluation.shapes import empty_dense, empty_model, shape_label
+
+    model = empty_model(args.shape, args.layers, args.bits)
+    model.config = model.config.updated(experts=args.experts)
+    shared = {count: empty_dense(args.shape, args.layers, args.bits) for count in args.machines}
+    context = args.prompt_tokens + args.generation_tokens // 2
+    result = {
+        "model": shape_label(args.shape, model, args.bits).removesuffix(", random weights"),
+        "predicted": True,
+        "context": context,
+        "links": {link.name: link.source for link in LINKS},
+        "plan": sharing_plan(model, shared, [1.0, *args.density], context),
+    }
+    print_result(result, sharing_table, args.json)
+
+
+def sharing_table(result: dict[str, Any]) -> str:
+    """A plan for several machines as text."""
+    lines = [
+        f"{result['model']}, {result['context']:,} tokens in the cache, tensor parallel",
+        "PREDICTED from bytes at full memory bandwidth and published latencies, not measured",
+        "",
+        f"{'':43}{'GB on':>7} {'ms to':>7} {'ms to':>9} {'speed-up over':>18}",
+        f"{'machines':8} {'link':34}{'each':>7} {'read':>7} {'exchange':>9} {'one dense':>10} {'as many':>7}",
+    ]
+    for (device, share), rows in itertools.groupby(result["plan"], lambda row: (row["device"], row["density"])):
+        lines.append(f"{device}, density {share:g}")
+        lines += [
+            f"{row['machines']:>8} {row['link']:34}{row['bytes'] / 1e9:>7.2f} {row['read_ms']:>7.2f}"
+            f" {row['exchange_ms']:>9.2f} {row['speedup']:>10.2f} {row['speedup_here']:>7.2f}"
+            for row in rows
+        ]
+    return "\n".join([*lines, "", *(f"{name}: {source}" for name, source in result["links"].items())])
 
 
 def plan_table(result: dict[str, Any]) -> str:
@@ -184,7 +268,16 @@ def table(result: dict[str, Any]) -> str:
         f"median [lowest, highest] of {result['runs']} runs",
     ]
     rows = [_row(name, row, result) for name, row in [("dense", result["dense"]), *result["glass"].items()]]
-    return "\n".join([*lines, *text_table(_HEADS, rows)])
+    return "\n".join([*lines, *text_table(_HEADS, rows), *(_group_lines(result["group"]) if "group" in result else [])])
+
+
+def _group_lines(group: dict[str, Any]) -> list[str]:
+    exchanges = ", ".join(f"{times} {name}" for name, times in group["exchanges"].items())
+    lines = [f"shared: {group['of']}; each token {exchanges}; a rank sends {group['sent_bytes'] / 1e3:.4g} kB (ring)"]
+    for i, own in enumerate(group["ranks"]):
+        read = ", ".join(f"{own['bytes'][d] / 1e6:.4g} at {d} (ceiling {c:.2f})" for d, c in own["ceiling"].items())
+        lines.append(f"rank {i} reads {own['dense_bytes'] / 1e6:.4g} MB a token dense, {read}")
+    return lines
 
 
 def _row(name: str, row: dict[str, Any], result: dict[str, Any]) -> list[str]:

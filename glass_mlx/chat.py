@@ -11,6 +11,7 @@ from .cli import checks
 from .cli.options import add_generation_options, add_glass_options, add_verbose, add_verify_options
 from .cli.parser import Parser
 from .cli.running import run
+from .group import PIPELINE, together
 
 IDLE = (
     *checks.GLASS,
@@ -29,7 +30,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         description="Chat with a model that decodes with only the FFN neurons that your prompt calls for.",
     )
     add_generation_options(parser, max_tokens=256, seed=0)
-    parser.add_argument("--pipeline", action="store_true", help="not supported: one machine only")
+    parser.add_argument("--pipeline", action="store_true", help=PIPELINE)
     add_glass_options(parser, build=False)
     add_verify_options(parser)
     add_verbose(parser)
@@ -39,11 +40,9 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 def main() -> None:
     parser = setup_arg_parser()
     args = parser.parse_args()
-    if args.pipeline:
-        parser.error("--pipeline: glass_mlx runs on one machine")
     checks.check_numbers(parser, args)
     checks.check_together(parser, args, IDLE)
-    run(lambda: _chat(args), args.verbose)
+    run(together(lambda: _chat(args)), args.verbose)
 
 
 def _chat(args: argparse.Namespace) -> None:

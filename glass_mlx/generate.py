@@ -18,7 +18,6 @@ from .cli.options import (
     add_generation_options,
     add_glass_options,
     add_verify_options,
-    glass_choice,
     sampler_maker,
     verify_options,
 )
@@ -27,6 +26,7 @@ from .cli.parser import Parser
 from .cli.running import run
 from .cli.values import template_args, text
 from .errors import GlassError, printable_lines
+from .group import PIPELINE, together
 
 if TYPE_CHECKING:
     from .decoding.stream import GenerationResponse
@@ -90,6 +90,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     add("--draft-model", metavar="MODEL", help="another model that drafts for this one, which then answers densely")
     add("--num-draft-tokens", type=int, default=3, metavar="K", help="with --draft-model: draft K tokens at a time")
+    add("--pipeline", action="store_true", help=PIPELINE)
     add("--image", default=(), nargs="+", metavar="FILE", help="not supported: text only")
     # None: an explicit True also shows tracebacks
     add("--verbose", type=_yes, metavar="BOOL", help="print figures after the answer; False: only the answer")
@@ -110,28 +111,20 @@ def main() -> None:
         template = template_args(args.chat_template_config) if args.chat_template_config else {}
     except argparse.ArgumentTypeError as e:
         parser.error(f"argument --chat-template-config: {e}")
-    run(lambda: _generate(args, template), args.verbose is True)
+    run(together(lambda: _generate(args, template)), args.verbose is True)
 
 
 def _generate(args: argparse.Namespace, template: dict[str, Any]) -> None:
     from .decoding.stream import statistics, stream_generate
-    from .loading import load
+    from .terminal.loading import load_for
 
     if args.seed is not None:
         mx.random.seed(args.seed)
     cached = _read_cache(args.prompt_cache_file) if args.prompt_cache_file else None
-    model, tokenizer = load(
-        args.model,
-        adapter_path=args.adapter_path,
-        model_config={"quantize_activations": args.quantize_activations},
-        trust_remote_code=args.trust_remote_code,
-        **glass_choice(args),
-        quality=None if args.dense else args.quality,
+    model, tokenizer = load_for(
+        args,
         stats=False if args.dense and not args.stats else args.stats,
-        stats_repo=args.stats_repo,
-        max_session_memory=args.max_session_memory,
-        low_memory=False if args.dense else args.low_memory,
-        build=args.build and args.global_weight != 0,
+        model_config={"quantize_activations": args.quantize_activations},
     )
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)

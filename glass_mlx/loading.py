@@ -194,16 +194,9 @@ def load(
     statistics = find_statistics(model, stats, stats_repo)
     if statistics is None and build and stats is not False:
         statistics = build_statistics(model, tokenizer)
-    _use(model, statistics, stats is not False)
-    if quality is not None:
-        model.config = model.config.updated(density=density_for(quality, model.quality))
-    elif costs_more_than("fast", model.config.density, model.quality):
-        logger.warning(
-            "density %g costs this model more than quantising it to 3 bits would; --quality fast gives density %g",
-            model.config.density,
-            density_for("fast", model.quality),
-        )
-    _fit_memory(model, low_memory)
+    use_statistics(model, statistics, stats is not False)
+    choose_density(model, quality)
+    fit_memory(model, low_memory)
     return (model, tokenizer, model_config) if return_config else (model, tokenizer)
 
 
@@ -243,11 +236,23 @@ def wrap(
     config = (config or GlassConfig()).updated(**choice)
     wrapped = GlassModel(model, config, path=Path(path) if path is not None else None)
     statistics = stats.check(wrapped) if isinstance(stats, GlobalStatistics) else find_statistics(wrapped, stats)
-    _use(wrapped, statistics, stats is not False)
+    use_statistics(wrapped, statistics, stats is not False)
     return wrapped
 
 
-def _fit_memory(model: GlassModel, low_memory: bool | None) -> None:
+def choose_density(model: GlassModel, quality: str | None) -> None:
+    """Give a model the density of a quality, if one is given; else warn if its density costs much."""
+    if quality is not None:
+        model.config = model.config.updated(density=density_for(quality, model.quality))
+    elif costs_more_than("fast", model.config.density, model.quality):
+        logger.warning(
+            "density %g costs this model more than quantising it to 3 bits would; --quality fast gives density %g",
+            model.config.density,
+            density_for("fast", model.quality),
+        )
+
+
+def fit_memory(model: GlassModel, low_memory: bool | None) -> None:
     """Say how much memory the model takes, and save some where there is too little and nobody said how."""
     plan = plan_memory(model)
     if not plan.fits and low_memory is None:
@@ -281,7 +286,7 @@ def _save_memory(model: GlassModel, plan: MemoryPlan) -> MemoryPlan:
     return saved
 
 
-def _use(model: GlassModel, statistics: GlobalStatistics | None, expected: bool) -> None:
+def use_statistics(model: GlassModel, statistics: GlobalStatistics | None, expected: bool) -> None:
     """Give a model its statistics; warn if it has none but would use them."""
     if statistics is not None:
         statistics.use_in(model)
@@ -298,6 +303,9 @@ def build_statistics(model: GlassModel, tokenizer: TokenizerWrapper) -> GlobalSt
     """Measure a model's statistics, with a progress bar; None if the user interrupts it or they cannot be written."""
     from .ranks.measure import build_ranks  # only here: it is rarely needed
 
+    if model.part is not None:
+        logger.warning("not measured: global ranks are measured on a whole model, on one machine")
+        return None
     logger.warning(
         "no global ranks for this model yet: measuring them, once. Ctrl-C goes on without; what was read is kept."
     )

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from glass_mlx.benchmark import main, plan_table, table
+from glass_mlx.benchmark import main, plan_table, sharing_table, table
 from glass_mlx.evaluation.speed import break_even, compare_speed, measure_device, time_run
 
 MEASURED = {"prompt_tps", "generation_tps", "peak_memory"}
@@ -81,6 +81,20 @@ def test_the_command_line(invoke, tiny_dir, tmp_path):
     written = json.loads((tmp_path / "figures.json").read_text())
     assert outcome.out.strip() == table(written).strip()
     assert [line.split()[0] for line in outcome.out.splitlines()[3:]] == ["dense", "0.3", "0.5"]
+
+
+def test_a_plan_for_several_machines(invoke):
+    options = ["--shape", "qwen3-0.6b", "--layers", 1, "--density", "0.5", "--plan", "--machines", "2,4"]
+    written = json.loads(invoke(main, *options, "--json", "-").out)
+    assert written["predicted"] and {row["machines"] for row in written["plan"]} == {2, 4}
+    shown = sharing_table(written)
+    assert all(name in shown for name in written["links"]) and "PREDICTED" in shown
+
+
+@pytest.mark.parametrize("options", [("--machines", "2"), ("--shape", "qwen3-0.6b", "--plan", "--machines", "1")])
+def test_machines_are_for_plans(invoke, options):
+    done = invoke(main, *options)
+    assert done.code == 2 and "--machines" in done.err
 
 
 def test_a_plan(invoke, tmp_path):

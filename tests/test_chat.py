@@ -214,7 +214,7 @@ def test_stats_of_another_model(talk, tiny_dir):
 @pytest.mark.parametrize(
     "options",
     [
-        *(("--density", "0"), ("--max-tokens", "0"), ("--pipeline",), ("--signal", "x")),
+        *(("--density", "0"), ("--max-tokens", "0"), ("--signal", "x")),
         *(("--temp", "-1"), ("--top-p", "5"), ("--max-kv-size", "0"), ("--draft-tokens", "0")),
     ],
 )

@@ -18,13 +18,13 @@ from glass_mlx.__main__ import COMMANDS
 # parts on one level do not know each other.
 LEVELS = (
     ("_version", "errors"),
-    ("files",),
+    ("files", "group"),
     ("hub",),
     ("core",),  # pure functions on arrays; see CORE_IMPORTS
     ("model",),
     ("decoding", "ranks"),
     ("loading",),
-    ("downloads",),
+    ("downloads", "sharded_loading"),
     ("serving",),
     ("evaluation", "demo"),
     ("cli",),

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 from ..errors import GlassError, printable
+from ..group import perform
 from ..serving.logs import OneLineFormatter
 
 
@@ -44,7 +45,7 @@ def run(command: Callable[[], None], verbose: bool = False) -> None:
     with _quiet_interrupts():
         from .. import loading  # noqa: F401  and with it mlx-lm, which takes seconds
     try:
-        command()
+        perform(command)
     except (GlassError, RuntimeError) as e:
         if verbose:
             raise

@@ -16,15 +16,28 @@ The projections of routed experts (mlx-lm's ``SwitchLinear``) are the same with 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.nn.layers import distributed
 
 from .repacking import take_on_metal
 
+# The layers of a model that several machines share, and those that compute one machine's own part. What goes from all
+# inputs to some neurons has whole rows; what goes from them to all outputs has columns, and adds up what all machines
+# computed.
+SHARDED = {
+    distributed.AllToShardedLinear: nn.Linear,
+    distributed.ShardedToAllLinear: nn.Linear,
+    distributed.QuantizedAllToShardedLinear: nn.QuantizedLinear,
+    distributed.QuantizedShardedToAllLinear: nn.QuantizedLinear,
+}
+_ADDED_UP = (distributed.ShardedToAllLinear, distributed.QuantizedShardedToAllLinear)
+
 # Sub-classes may compute something else with their weights: only these exact classes are sliced.
-SLICEABLE = (nn.Linear, nn.QuantizedLinear)
+SLICEABLE = (nn.Linear, nn.QuantizedLinear, *SHARDED)
 
 # The smallest quantisation group of MLX's affine mode, and so the smallest piece to cut others into.
 UNIT = 32
@@ -202,11 +215,37 @@ def _pack(found: list[mx.array], rest: list[mx.array], shifts: list[mx.array], b
 
 
 def in_float32(linear: nn.Module, everything: bool = False) -> nn.Module:
-    """A copy of a layer; a quantised one computes in float32, for float32 inputs, and others with ``everything``."""
+    """A copy of a layer; a quantised one computes in float32, for float32 inputs, and others with ``everything``. Of a
+    layer that machines share it computes this one's part (``own_part``)."""
+    own = own_part(linear)
     if not (is_quantised(linear) or everything):
-        return _copy(linear, {})
+        return own
     floats = {k: v for k, v in linear.items() if isinstance(v, mx.array) and mx.issubdtype(v.dtype, mx.floating)}
-    return _copy(linear, {name: array.astype(mx.float32) for name, array in floats.items()})
+    return _copy(own, {name: array.astype(mx.float32) for name, array in floats.items()})
+
+
+def own_part(linear: nn.Module) -> nn.Module:
+    """A copy of a layer, which computes this machine's part of it and asks no other: a plain layer, with the bias."""
+    if isinstance(linear, ScatterLinear):
+        return _copy(linear, {"projection": own_part(linear.projection)})
+    return _copy(linear, {}, SHARDED.get(plain_class(linear)))
+
+
+def adding(linear: nn.Module, more: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """An output projection that adds something of this machine's own to what it computes: ``more`` is called with that
+    and, of routed experts, with what else the projection is, and returns both. Where machines share the layer, their
+    sums are added up after it, and then the bias, once."""
+    shared = linear.projection if isinstance(linear, ScatterLinear) else linear
+    if not isinstance(shared, _ADDED_UP):
+        return lambda h, *routing, **kwargs: more(linear(h, *routing, **kwargs), *routing, **kwargs)
+    own, bias = own_part(linear), shared.get("bias")
+    dict.pop(own.projection if isinstance(own, ScatterLinear) else own, "bias", None)
+
+    def project(h: mx.array) -> mx.array:
+        y = mx.distributed.all_sum(more(own(h)), group=shared.group)
+        return y if bias is None else y + bias
+
+    return project
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
@@ -214,8 +253,9 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
     return getattr(type(module), "plain", type(module))
 
 
-def _copy(module: nn.Module, changed: dict) -> nn.Module:
-    kind = plain_class(module)
+def _copy(module: nn.Module, changed: dict, kind: type[nn.Module] | None = None) -> nn.Module:
+    """A copy with some of its items changed, of its own class or another one."""
+    kind = kind or plain_class(module)
     copy = kind.__new__(kind)
     copy.__dict__.update(module.__dict__)
     dict.update(copy, {**module, **changed})

@@ -7,8 +7,11 @@ All figures of this module are predictions. What a machine was measured at comes
 
 from __future__ import annotations
 
+import io
+import itertools
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +22,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..core.slicing import ScatterLinear, input_size, is_quantised
+from ..errors import GlassError
 from ..model.blocks import Block
 from ..model.glass_model import GlassModel
 from ..model.memory import model_bytes
@@ -61,6 +65,30 @@ DEVICES = (
 
 
 @dataclass(frozen=True)
+class LinkClass:
+    """What connects machines that share a model, by published measurements of others.
+
+    Attributes:
+        name: as MLX calls the backend, and what it runs on.
+        seconds: that adding up one token's hidden vectors takes, up to 16 KB: latency, nearly all of it.
+        source: where that is from.
+    """
+
+    name: str
+    seconds: float
+    source: str
+
+
+LINKS = (
+    LinkClass("ring, TCP over Thunderbolt", 300e-6, "jeffgeerling.com, 2025: 300 µs, less than 50 µs with RDMA"),
+    LinkClass("JACCL, RDMA over Thunderbolt 5", 30e-6, "jundot/omlx#3118: 27 to 31 µs between two Macs"),
+)
+
+# What each of n processes sends of what goes round in MLX's ring, by the operation, in parts of its size.
+_SENT = {"AllReduce": lambda n: 2 * (n - 1) / n, "AllGather": lambda n: n - 1, "Send": lambda n: 1}
+
+
+@dataclass(frozen=True)
 class StepCosts:
     """Bytes that decoding moves at a density.
 
@@ -73,6 +101,7 @@ class StepCosts:
         answer_rows: for how many rows.
         routed: of ``dense``, the weights of routed experts.
         share: what part of all routed experts' weights that is.
+        answers: of ``sparse``, the answers for the dropped neurons.
     """
 
     dense: int
@@ -83,6 +112,7 @@ class StepCosts:
     answer_rows: int
     routed: int = 0
     share: float = 1.0
+    answers: int = 0
 
     def dense_step(self) -> int:
         return self.dense + self.cache
@@ -120,7 +150,7 @@ def step_costs(model: GlassModel, density: float, context: int, experts: str | N
     cache = cache_bytes(model, context)
     if density == 1:
         return StepCosts(dense, dense, cache, 0, 0, 0, routed, share)
-    sparse, compacting, answering, rank = dense, 0, 0, 0
+    sparse, compacting, answering, rank, answers = dense, 0, 0, 0, 0
     responses = model.responses or [None] * len(model.blocks)
     for block, k, response in zip(model.blocks, model.kept_counts(density, experts=experts), responses):
         if k == block.size:
@@ -130,10 +160,10 @@ def step_costs(model: GlassModel, density: float, context: int, experts: str | N
         compacting += _moved(block, compact)
         if model.config.compensation and (response is not None or not block.experts):
             own = 0 if response is None else response.rank
-            sparse += _answer_bytes(block, own)
+            answers += _answer_bytes(block, own)
             answering += model_bytes(block.module[block.output])
             rank = max(rank, own)
-    return StepCosts(dense, sparse, cache, compacting, answering, rank + 1, routed, share)
+    return StepCosts(dense, sparse + answers, cache, compacting, answering, rank + 1, routed, share, answers)
 
 
 def _answer_bytes(block: Block, rank: int) -> int:
@@ -189,6 +219,89 @@ def _filled(entry: Any, context: int) -> int:
 
 def _state_bytes(entry: Any) -> int:
     return sum(a.nbytes for _, a in tree_flatten(entry.state) if isinstance(a, mx.array))
+
+
+def exchanges(model: GlassModel) -> dict[str, int]:
+    """How often a dense step exchanges a token's hidden vector between the processes that share a model, by MLX's name
+    of the operation. Nothing is evaluated."""
+    graph = io.StringIO()
+    mx.export_to_dot(graph, model.dense(mx.zeros((1, 1), mx.int32), cache=make_prompt_cache(model.dense)))
+    found = re.findall(r'label ="(?:Sum )?(AllReduce|AllGather|Send|Recv)"', graph.getvalue())
+    return {name: found.count(name) for name in sorted(set(found))}
+
+
+def sent_bytes(model: GlassModel) -> int:
+    """How many bytes a process that shares a model sends in a decode step, with MLX's ring."""
+    vector, count = model.blocks[0].output_size * model.blocks[0].dtype.size, model.part.whole.count
+    return round(vector * sum(times * _SENT.get(name, lambda n: 0)(count) for name, times in exchanges(model).items()))
+
+
+class _OnPaper:
+    """Stands for a group of processes, to see what mlx-lm would give each of them."""
+
+    def __init__(self, count: int):
+        self.rank, self.size = (lambda: 0), (lambda: count)
+
+
+def sharing_plan(
+    model: GlassModel,
+    shared: Mapping[int, nn.Module],
+    densities: Sequence[float],
+    context: int,
+    devices: Sequence[DeviceClass] = DEVICES,
+    links: Sequence[LinkClass] = LINKS,
+) -> list[dict[str, Any]]:
+    """What decoding on several machines is predicted to cost, tensor parallel.
+
+    Args:
+        model (GlassModel): the model; its weights need not be evaluated.
+        shared (dict): by a number of machines, above 1, another such mlx-lm model, which is sharded for them.
+        densities, context, devices: as for ``plan``.
+        links (list[LinkClass]): what connects the machines.
+
+    Returns:
+        list[dict]: for each number of machines, density, device and link the ``bytes`` that each machine reads for a
+        token, ``read_ms`` and ``exchange_ms`` that reading and exchanging take one after the other, and the
+        ``speedup`` over one machine that decodes densely and ``speedup_here`` over as many that do.
+
+    Raises:
+        GlassError: mlx-lm cannot share the model between so many.
+    """
+    for count, part in shared.items():
+        try:
+            part.shard(_OnPaper(count))
+        except (AttributeError, ValueError) as e:
+            raise GlassError(f"mlx-lm cannot share this model between {count} machines: {e}") from e
+    costs = {density: step_costs(model, density, context) for density in dict.fromkeys((1.0, *densities))}
+    times = 2 * len(model.dense.layers)  # after attention and after the FFN
+    rows = []
+    for device, density, (count, part), link in itertools.product(devices, densities, shared.items(), links):
+        read, dense = (_read_of_part(model, part, count, costs[d]) for d in (density, 1.0))
+        exchange = times * link.seconds
+        seconds = read / device.bandwidth + exchange
+        rows.append(
+            {
+                "device": device.name,
+                "density": density,
+                "machines": count,
+                "link": link.name,
+                "bytes": round(read),
+                "read_ms": 1e3 * read / device.bandwidth,
+                "exchange_ms": 1e3 * exchange,
+                "speedup": costs[1.0].dense_step() / device.bandwidth / seconds,
+                "speedup_here": (dense / device.bandwidth + exchange) / seconds,
+            }
+        )
+    return rows
+
+
+def _read_of_part(model: GlassModel, part: nn.Module, count: int, costs: StepCosts) -> float:
+    """Bytes that a step reads on each of several machines, of which ``part`` is one's.
+
+    Each has all of some weights, embeddings, norms and routers, and answers over all of the outputs."""
+    all_of = (count * model_bytes(part) - model_bytes(model.dense)) / (count - 1)
+    all_of += costs.answers - unread_embedding(model.dense)
+    return all_of + (costs.sparse_step() - all_of) / count
 
 
 def plan(

@@ -24,6 +24,7 @@ from mlx_lm.generate import generation_stream, maybe_quantize_kv_cache, wired_li
 from mlx_lm.models.cache import can_trim_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from .. import group
 from ..errors import GlassError
 from ..model.glass_model import GlassModel
 from .draft_scheduler import MAX_STRETCH, DraftScheduler, next_choice
@@ -80,6 +81,7 @@ class _Decoder:
             logits = self.model.draft(read[-1][None], self.cache)
             y, _, seen = self._sample(logits[:, -1], self.place + i, seen, read[-1])
             read.append(y.astype(mx.int32))
+            mx.async_eval(read[-1])  # of a pipeline MLX may else receive for the next token first
         tokens = mx.concatenate(read)
         mx.eval(tokens)
         return tokens
@@ -192,7 +194,7 @@ def verified_generate_step(
             for generated, logprobs in decoder.densely(token, steps):
                 token, emitted = generated, emitted + 1
                 yield token, logprobs, False
-            scheduler.observe(0, 0, 0.0, decoder.step_seconds)
+            scheduler.observe(0, 0, 0.0, *_in_step(model, decoder.step_seconds))
             continue
         with mx.stream(generation_stream):
             model.select(prompt_cache)
@@ -200,7 +202,7 @@ def verified_generate_step(
             tokens = decoder.draft(token, k)
             drafted = time.perf_counter()
             accepted, kept = decoder.check(tokens)
-        scheduler.observe(k, kept, drafted - start, time.perf_counter() - drafted)
+        scheduler.observe(k, kept, *_in_step(model, drafted - start, time.perf_counter() - drafted))
         session.accept(kept + 1)
         if session.generated >= due:
             session.drop_choice()
@@ -215,6 +217,11 @@ def verified_generate_step(
             except GeneratorExit:
                 model.retract(prompt_cache, max(0, kept - i - 1))  # what was kept and not taken
                 raise
+
+
+def _in_step(model: GlassModel, *seconds: float) -> list[float]:
+    """Times that were measured; of processes that share a model those of the first, so that all draft as much."""
+    return list(seconds) if model.part is None else group.share(mx.array(seconds)).tolist()
 
 
 def _can_take_back(entries: list[Any], tokens: int) -> bool:

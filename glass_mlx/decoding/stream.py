@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -15,6 +15,7 @@ from mlx_lm.generate import stream_generate as stream_dense
 from mlx_lm.models.cache import RotatingKVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from .. import group
 from ..errors import GlassError
 from ..model.config import RETIRED
 from ..model.glass_model import GlassModel
@@ -36,6 +37,7 @@ class GenerationResponse(DenseResponse):
         signal (str): what the neurons were ranked by.
         expected_agreement (float | None): how often the sparse model's most likely token is the dense one's, as the
             model's ranks say; None if that was not measured.
+        group (str): the processes that share the model, if any; the other figures are of this one, but for the neurons.
     """
 
     density: float = 1.0
@@ -44,6 +46,7 @@ class GenerationResponse(DenseResponse):
     global_weight: float = 0.0
     signal: str = ""
     expected_agreement: float | None = None
+    group: str = ""
 
 
 class PhasedModel(nn.Module):
@@ -194,13 +197,22 @@ def _described(
 
     Speeds count the intervals between tokens: mlx-lm's clock starts at the first token, and counts it.
     """
-    with closing(responses):
+    with _finished(), closing(responses):
         fields = None
         for response in responses:
             fields = fields or describe()
             between = (response.generation_tokens - 1) / max(1, response.generation_tokens)
             speed = {"generation_tps": response.generation_tps * between}
             yield GenerationResponse(**{**vars(response), **speed}, **fields)
+
+
+@contextmanager
+def _finished() -> Iterator[None]:
+    """Nothing is left under way at the end, where processes share a model."""
+    try:
+        yield
+    finally:
+        group.settle()
 
 
 def generate(
@@ -228,9 +240,9 @@ def _describe(model: GlassModel, session: Session) -> dict[str, Any]:
     """The fields of a response that say how GLASS decodes it."""
     config = session.config
     return {
+        **_describe_dense(model),
         "density": config.density,
-        "kept_neurons": sum(model.kept_counts(**vars(config))),
-        "total_neurons": sum(block.size for block in model.blocks),
+        "kept_neurons": sum(model.kept_counts(**vars(config))) if model.part is None else model.part.kept(config),
         "global_weight": model.global_weight(session),
         "signal": config.signal,
         "expected_agreement": agreement_at(config.density, model.quality),
@@ -241,8 +253,9 @@ def _describe_dense(model: nn.Module) -> dict[str, Any]:
     """The same for a model that decodes densely."""
     if not isinstance(model, GlassModel):
         return {}
-    neurons = sum(block.size for block in model.blocks)
-    return {"kept_neurons": neurons, "total_neurons": neurons}
+    whole = None if model.part is None else model.part.whole
+    neurons = sum(block.size for block in model.blocks) if whole is None else whole.neurons
+    return {"kept_neurons": neurons, "total_neurons": neurons, "group": str(whole or "")}
 
 
 def statistics(r: GenerationResponse) -> str:
@@ -258,4 +271,6 @@ def statistics(r: GenerationResponse) -> str:
             f"GLASS: density {r.density:g}, {r.kept_neurons:,} of {r.total_neurons:,} FFN neurons, "
             f"global weight {r.global_weight:.2g}, signal {r.signal or 'none'}{expected}"
         )
+    if r.group:
+        lines.append(f"Group: {r.group}; memory is of rank 0")
     return "\n".join(lines)

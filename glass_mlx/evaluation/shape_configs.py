@@ -68,5 +68,9 @@ SHAPES = {
     "qwen3-30b-a3b": _shape(
         _QWEN3_MOE, 2048, 6144, 48, 32, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768
     ),
+    "qwen3-235b-a22b": _shape(
+        _QWEN3_MOE, 4096, 12288, 94, 64, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=1536
+    ),
+    "llama-3.3-70b": _shape(_LLAMA, 8192, 28672, 80, 64, vocab_size=128256),
     "gpt-oss-20b": _shape(_GPT_OSS, 2880, 2880, 24, 64, num_local_experts=32, num_experts_per_tok=4),
 }

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
 from ..core.compensation import Response
 from ..core.ranking import rank_by_expert
 from ..core.slicing import is_quantised
+from ..errors import GlassError
 from ..model.blocks import Block
+from ..model.discovery import find_blocks
 from ..model.glass_model import GlassModel
+from ..model.part import WholeBlock, WholeModel
 from ..ranks.amounts import answer_rank
 from .shape_configs import SHAPES
 
@@ -36,6 +41,11 @@ def shape_label(shape: str, model: GlassModel, bits: int) -> str:
     return f"{shape} shape, {len(model.dense.layers)} layers, {bits} bits, random weights"
 
 
+def empty_dense(shape: str, layers: int | None = None, bits: int = 4) -> nn.Module:
+    """What ``empty_model`` wraps."""
+    return _in_format(shape, layers, bits, mx.bfloat16)
+
+
 def empty_model(shape: str, layers: int | None = None, bits: int = 4) -> GlassModel:
     """A model that has the sizes of a true shape and, but for what finding its FFN blocks takes, no weights yet.
 
@@ -44,22 +54,33 @@ def empty_model(shape: str, layers: int | None = None, bits: int = 4) -> GlassMo
         layers (int, optional): number of layers, if fewer than the shape has, for small machines.
         bits (int): of a weight: 4 or 8 (affine, groups of 64), 16 (bfloat16) or 32 (float32).
     """
-    return _wrap(_in_format(shape, layers, bits, mx.bfloat16))
+    return _wrap(empty_dense(shape, layers, bits))
 
 
-def random_model(shape: str, layers: int | None = None, bits: int = 4, seed: int = 0) -> GlassModel:
+def random_model(
+    shape: str, layers: int | None = None, bits: int = 4, seed: int = 0, group: mx.distributed.Group | None = None
+) -> GlassModel:
     """A model of a true shape with random weights and random global ranks, evaluated.
 
     Args:
         shape, layers, bits: as for ``empty_model``.
         seed (int): of the random numbers.
+        group (mx.distributed.Group, optional): the processes that share the model, each layer of it.
+
+    Raises:
+        GlassError: mlx-lm cannot share models of this family.
     """
     dense = _in_format(shape, layers, bits, activation_dtype())
+    if group is not None:
+        try:
+            dense.shard(group)
+        except (AttributeError, ValueError) as e:
+            raise GlassError(f"mlx-lm cannot share {shape} between {group.size()} processes: {e}") from e
     keys = iter(mx.random.split(mx.random.key(seed), len(tree_flatten(dense.parameters()))))
     for _, layer in tree_flatten(dense.leaf_modules(), is_leaf=nn.Module.is_module):
         layer.update({name: _random(layer, name, a, next(keys)) for name, a in layer.parameters().items()})
         mx.eval(layer.parameters())
-    return _wrap(dense, mx.random.key(seed))
+    return _wrap(dense, mx.random.key(seed), group)
 
 
 def _in_format(shape: str, layers: int | None, bits: int, dtype: mx.Dtype) -> nn.Module:
@@ -71,16 +92,25 @@ def _in_format(shape: str, layers: int | None, bits: int, dtype: mx.Dtype) -> nn
     return dense.eval()
 
 
-def _wrap(dense: nn.Module, key: mx.array | None = None) -> GlassModel:
+def _wrap(dense: nn.Module, key: mx.array | None = None, group: mx.distributed.Group | None = None) -> GlassModel:
     """A GlassModel with responses that predict nothing, and with random ranks where there is a key."""
-    model = GlassModel(dense)
-    responses = [_no_response(block.input_size, block.size, answer_rank(block.experts)) for block in model.blocks]
-    ranks = None if key is None else [_random_ranks(block, key) for block in model.blocks]
+    model = GlassModel(dense, whole=None if group is None else _whole(dense, group))
+    blocks = model.blocks if model.part is None else model.part.whole.blocks
+    responses = [_no_response(block.input_size, block.size, answer_rank(block.experts)) for block in blocks]
+    ranks = None if key is None else [_random_ranks(block, key) for block in blocks]
     model.set_global_ranks(ranks and {"impact": ranks, "activation": ranks}, responses=responses)
     return model
 
 
-def _random_ranks(block: Block, key: mx.array) -> mx.array:
+def _whole(dense: nn.Module, group: mx.distributed.Group) -> WholeModel:
+    """The model that this one is a part of, as if the processes had equal parts of every block."""
+    count = group.size()
+    blocks = [WholeBlock.of(block) for block in find_blocks(dense)[0]]
+    blocks = [replace(b, size=count * b.size, step=count * b.step, row=np.tile(b.row, count)) for b in blocks]
+    return WholeModel(group.rank(), count, "tensor", blocks)
+
+
+def _random_ranks(block: Block | WholeBlock, key: mx.array) -> mx.array:
     return rank_by_expert(mx.random.uniform(shape=(block.size,), key=key), block.experts)
 
 

@@ -2,7 +2,8 @@
 
 It rides along with the block's own projections: the first one to read the block's input also gives z = [x P - mu P, 1],
 and the output projection adds z M, with M = [C_S W_S^T; W_S (a_S + e_S)] (``core/compensation.py``). Of routed experts
-each has an M of its own.
+each has an M of its own. M is linear in the dropped neurons: where machines share a block, each answers for those that
+it dropped itself, before their sums are added up.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..core.compensation import Response, Sums, mean_hidden
-from ..core.slicing import in_float32, is_quantised
+from ..core.slicing import adding, in_float32, is_quantised
 from .blocks import Block, Projection, carried
 
 
@@ -62,20 +63,21 @@ class Answer:
     def replacing(self, block: Block, compact: dict[str, nn.Module]) -> dict[str, Projection]:
         """The block's compact projections, with the answer in what they compute."""
         if self.directions is None:
-            return {**compact, block.output: lambda h: compact[block.output](h) + self.matrix[0].astype(h.dtype)}
+            constant = adding(compact[block.output], lambda y: y + self.matrix[0].astype(y.dtype))
+            return {**compact, block.output: constant}
         first = block.inputs[0]
         return {
             **compact,
             first: partial(self._read, compact[first]),
-            block.output: partial(self._add, compact[block.output]),
+            block.output: adding(compact[block.output], self._add),
         }
 
     def _read(self, projection: Projection, x: mx.array, *routing: mx.array, **kwargs: Any) -> mx.array:
         carried()[id(self)] = mx.addmm(self.offset.astype(x.dtype), x, self.directions.astype(x.dtype))
         return projection(x, *routing, **kwargs)
 
-    def _add(self, projection: Projection, h: mx.array, *routing: mx.array, **kwargs: Any) -> mx.array:
-        y, z = projection(h, *routing, **kwargs), carried().pop(id(self))
+    def _add(self, y: mx.array, *routing: mx.array, **kwargs: Any) -> mx.array:
+        z = carried().pop(id(self))
         if routing:
             return y + mx.gather_mm(z.astype(y.dtype), self.matrix.astype(y.dtype), rhs_indices=routing[0], **kwargs)
         return mx.addmm(y, z.reshape(*y.shape[:-1], -1).astype(y.dtype), self.matrix.astype(y.dtype))

@@ -23,11 +23,12 @@ from .blocks import Block, recording, run_with
 from .compacting import make_compact
 from .config import GlassConfig
 from .memory import SessionMemory
+from .part import ModelPart, WholeModel
 from .plan import Plan
 from .quality import QualityPoint
 from .saved_cache import check_entries
 from .saved_session import check_restored, restore
-from .session import Phase, Session
+from .session import Phase, Session, call_length
 
 logger = logging.getLogger("glass_mlx")
 
@@ -55,6 +56,7 @@ class GlassModel(nn.Module):
         path: Path | None = None,
         max_session_memory: int | None = None,
         low_memory: bool = False,
+        whole: WholeModel | None = None,
     ):
         """
         Args:
@@ -67,6 +69,7 @@ class GlassModel(nn.Module):
                 are dropped, and made again when needed. Default: ``memory.default_limit``.
             low_memory (bool): let go of the dense FFN weights while decoding, and read them from the model's files
                 again for the next prompt.
+            whole (WholeModel, optional): what this is a part of (``model/part.py``); global ranks are then the whole's.
 
         Raises:
             GlassError: the model has no FFN block that can be sparsified, or it is a GlassModel.
@@ -76,7 +79,7 @@ class GlassModel(nn.Module):
             raise GlassError("This model is wrapped already; give its dense model, model.dense.")
         self.dense = dense
         self.config = config or GlassConfig()
-        self._plan = Plan.make(dense, path, max_session_memory)
+        self._plan = Plan.make(dense, path, max_session_memory, whole)
         if low_memory:
             self.let_go_of_dense_weights()
         self.set_global_ranks(global_ranks)
@@ -85,6 +88,11 @@ class GlassModel(nn.Module):
     def blocks(self) -> list[Block]:
         """The FFN blocks that decode sparsely, in the model's order, as the last prefill found them."""
         return self._plan.blocks
+
+    @property
+    def part(self) -> ModelPart | None:
+        """Which part of a model this is, if several processes share it."""
+        return self._plan.part
 
     @property
     def left_dense(self) -> dict[str, str]:
@@ -100,10 +108,10 @@ class GlassModel(nn.Module):
         """From the next choice of neurons on, as ``low_memory`` of the constructor.
 
         Raises:
-            GlassError: the model's directory is not known.
+            GlassError: the model's directory is not known, or this is only a part of it.
         """
-        if self.path is None:
-            raise GlassError("low_memory needs the model's directory, to read its weights again.")
+        if self.path is None or self.part is not None:
+            raise GlassError("low_memory needs the model's directory, to read its weights again, and a whole model.")
         self._plan.let_go()
 
     @property
@@ -165,9 +173,8 @@ class GlassModel(nn.Module):
 
     def update(self, parameters: dict[str, Any], strict: bool = True) -> GlassModel:
         """As ``nn.Module.update``, with the names of ``parameters()``."""
-        if set(parameters) != {"dense"}:
-            parameters = {"dense": parameters}
-        return super().update(parameters, strict=strict)
+        named = parameters if set(parameters) == {"dense"} else {"dense": parameters}
+        return super().update(named, strict=strict)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -255,7 +262,7 @@ class GlassModel(nn.Module):
         if session is None:
             self._plan.bring_here(self.dense)
             return self.dense(inputs, cache=cache, **kwargs)
-        return self.run_phase(session.infer_phase(_length(inputs, kwargs)), inputs, cache, **kwargs)
+        return self.run_phase(session.infer_phase(call_length(inputs, kwargs)), inputs, cache, **kwargs)
 
     def run_phase(self, phase: Phase, inputs: mx.array, cache: list[Any], **kwargs: Any) -> mx.array:
         """The call that a phase names; before decoding, neurons are chosen where they are not yet."""
@@ -268,7 +275,7 @@ class GlassModel(nn.Module):
         sparsely is read again first, so that the cache holds what the dense model would have written."""
         self._plan.follow(self.dense)
         session, entries = self.session(cache), cache[:-1]
-        length = _length(inputs, kwargs)
+        length = call_length(inputs, kwargs)
         # how many tokens of the answer are read in one call with the prompt
         pending = self._reread(session, entries, 0 if "input_embeddings" in kwargs else _REREAD)
         if pending is not None:
@@ -308,8 +315,7 @@ class GlassModel(nn.Module):
         plan.bring_here(self.dense)
         kept = self._choose(session)
         known = plan.known(session) if session.config.compensation else None
-        reserve = partial(plan.memory.use, session)
-        compact = make_compact(plan.blocks, kept, known, plan.files, reserve)
+        compact = make_compact(plan.blocks, kept, known, plan.files, partial(plan.memory.use, session))
         if plan.files is not None:
             plan.accept(self.dense)  # dense weights were let go
         session.hold(compact, time.perf_counter() - start)
@@ -320,7 +326,7 @@ class GlassModel(nn.Module):
         logits = self._sparse(session, inputs, cache, kwargs)
         # Densely decoded tokens wait too where they follow sparse ones: what is read again is the cache's end.
         exact = self.keeps_all(session.config) and not session.pending_reread
-        session.advance(_length(inputs, kwargs), None if exact or "input_embeddings" in kwargs else inputs)
+        session.advance(call_length(inputs, kwargs), None if exact or "input_embeddings" in kwargs else inputs)
         return logits
 
     # Verified decoding: tokens are drafted sparsely and checked by the dense model.
@@ -361,7 +367,7 @@ class GlassModel(nn.Module):
             counted[:, 0] = 0  # BOS, whose activations are huge
         logits, evidence = recording(self.blocks, norms, counted, self.dense, inputs, cache=entries, **kwargs)
         session.record(evidence, length, prompt)
-        mx.async_eval(session.evidence)  # an array that is not evaluated belongs to this thread
+        mx.async_eval(session.evidence, self._plan.passed_on(entries))  # else an array would belong to this thread
         if choose:
             session.drop_choice()
         return logits
@@ -392,9 +398,3 @@ class GlassModel(nn.Module):
             check_restored(restored, cache[:-1], self._plan.layout, self._plan.selector, self.dense)
             cache[-1] = restored
         return restored
-
-
-def _length(inputs: mx.array, kwargs: dict[str, Any]) -> int:
-    """How many tokens a call has; embeddings count where they are given."""
-    embeddings = kwargs.get("input_embeddings")
-    return (inputs if embeddings is None else embeddings).shape[1]

@@ -18,6 +18,7 @@ from .context import context_of
 from .discovery import find_blocks, signature, summarise
 from .evidence import EvidenceLayout
 from .memory import SessionMemory, WeightFiles, default_limit
+from .part import ModelPart, WholeModel
 from .quality import QualityPoint
 from .selection import BlockShape, NeuronSelector
 from .session import Session
@@ -42,6 +43,7 @@ class Plan:
         context_length: the longest text in tokens that the model was made for; None where it does not say.
         made_for: the projections and weights that the plan is for (``discovery.signature``).
         draft_schedulers: what verified decoding has learnt, by density.
+        part: which part of a model it is that several processes share; None of a whole model.
     """
 
     blocks: list[Block]
@@ -55,22 +57,26 @@ class Plan:
     responses: list[Response | None] | None = None
     quality: list[QualityPoint] = field(default_factory=list)
     draft_schedulers: dict[float, Any] = field(default_factory=dict)
+    part: ModelPart | None = None
     _norms: list[mx.array] = field(default_factory=list)
 
     @classmethod
-    def make(cls, dense: nn.Module, path: Path | None, max_session_memory: int | None) -> Plan:
+    def make(
+        cls, dense: nn.Module, path: Path | None, max_session_memory: int | None, whole: WholeModel | None = None
+    ) -> Plan:
         """Find the model's blocks; arguments as for :class:`~glass_mlx.GlassModel`.
 
         Raises:
-            GlassError: there is none.
+            GlassError: there is none, or a block is no part of the whole model's.
         """
         blocks, left_dense = find_blocks(dense)
         for message in summarise(left_dense):
             logger.warning(message)
         limit = default_limit(dense) if max_session_memory is None else max_session_memory
-        selector = NeuronSelector(_shapes(blocks))
         context, made_for = context_of(dense, path), signature(dense, blocks)
-        return cls(blocks, left_dense, path, selector, SessionMemory(limit), context, made_for)
+        selector, memory = NeuronSelector(_shapes(blocks)), SessionMemory(limit)
+        part = None if whole is None else ModelPart(whole, blocks)
+        return cls(blocks, left_dense, path, selector, memory, context, made_for, part=part)
 
     def let_go(self) -> None:
         """Let go of the dense FFN weights while decoding."""
@@ -78,15 +84,23 @@ class Plan:
 
     def set_statistics(self, responses: list[Response | None] | None, *statistics: Any) -> None:
         """Choose neurons by these: ``ranks``, ``domains`` and ``sensitivity`` of :class:`NeuronSelector`; and answer by
-        these responses for those that are dropped."""
+        these responses for those that are dropped. All of them are the whole model's."""
+        responses = responses if self.part is None else self.part.responses(responses)
         shares = [getattr(response, "unpredictable", None) for response in responses or []]
-        self.selector = NeuronSelector(_shapes(self.blocks), *statistics, unpredictable=shares or None)
+        make = NeuronSelector if self.part is None else self.part.selector
+        self.selector = make(_shapes(self.blocks), *statistics, unpredictable=shares or None)
         self.responses = responses
 
     @property
     def layout(self) -> EvidenceLayout:
         """How evidence is laid out."""
         return EvidenceLayout.of(self.blocks)
+
+    def passed_on(self, entries: list[Any]) -> list[Any]:
+        """What must be evaluated of a prompt cache with a dense call: of a pipeline all of it, because mlx-lm sends the
+        hidden vectors to the next process with it, which waits for them."""
+        pipeline = self.part is not None and self.part.whole.way == "pipeline"
+        return [entry.state for entry in entries] if pipeline else []
 
     def known(self, session: Session) -> list[Known]:
         """For each block what a conversation's dropped neurons are answered for by."""
@@ -121,6 +135,7 @@ class Plan:
             return
         layout = self.layout
         self.blocks, self.left_dense = find_blocks(dense)
+        self.part = None if self.part is None else ModelPart(self.part.whole, self.blocks)
         if self.layout != layout:  # what is known is of other blocks
             self.responses, self.quality = None, []
         self.selector = self.selector.of(_shapes(self.blocks))

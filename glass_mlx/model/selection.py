@@ -57,6 +57,7 @@ class NeuronSelector:
         domains: dict[str, list[mx.array]] | None = None,
         sensitivity: list[float] | None = None,
         unpredictable: list[mx.array | None] | None = None,
+        counts: Callable[[GlassConfig], list[int]] | None = None,
     ):
         """
         Args:
@@ -67,8 +68,10 @@ class NeuronSelector:
             sensitivity (list, optional): of every block (``ranks/sensitivity.py``). Default: all alike.
             unpredictable (list, optional): of every block the share [F] of each neuron's energy that is lost with it
                 where dropped neurons are answered for (``core/compensation.py``). Default: all of it.
+            counts (callable, optional): says how many neurons each block keeps, as :meth:`counts`. Default: the blocks
+                and their sensitivity do.
         """
-        self.shapes = shapes
+        self.shapes, self._given_counts = shapes, counts
         self.ranks, self._sensitivity = ranks, sensitivity
         self._domains, self._unpredictable = domains, unpredictable
         domains = domains or {signal: [_shares(r) for r in rs] for signal, rs in (ranks or {}).items()}
@@ -86,14 +89,17 @@ class NeuronSelector:
         neurons."""
         if [(s.size, s.experts) for s in shapes] != [(s.size, s.experts) for s in self.shapes]:
             return NeuronSelector(shapes)
-        return NeuronSelector(shapes, self.ranks, self._domains, self._sensitivity, self._unpredictable)
+        known = self.ranks, self._domains, self._sensitivity, self._unpredictable
+        return NeuronSelector(shapes, *known, self._given_counts)
 
     def counts(self, config: GlassConfig) -> list[int]:
         """How many neurons each block keeps: density * F, rounded to what the block can be cut into; or, with the
         budgets ``"measured"`` and where sensitivities are known, as many in all (``core/layer_budgets.py``). Routed
         experts that are to stay dense keep all of theirs."""
         key = (config.density, config.layer_budgets, config.experts)
-        if key not in self._counts:
+        if key not in self._counts and self._given_counts is not None:
+            self._counts[key] = self._given_counts(config)
+        elif key not in self._counts:
             sparse = [i for i, s in enumerate(self.shapes) if s.experts == 1 or config.experts == "sparse"]
             self._counts[key] = self.sizes
             for i, count in zip(sparse, self._budgets(config, sparse)):

@@ -27,6 +27,12 @@ class Phase(Enum):
     DECODE = "decode"  # on the kept neurons
 
 
+def call_length(inputs: mx.array, kwargs: dict[str, Any]) -> int:
+    """How many tokens a call of a model has; embeddings count where they are given."""
+    embeddings = kwargs.get("input_embeddings")
+    return (inputs if embeddings is None else embeddings).shape[1]
+
+
 @dataclass(frozen=True)
 class EvidenceSpan:
     """Tokens ``start`` to before ``end`` of the prompt cache, read in dense calls.

@@ -166,7 +166,8 @@ class GlobalStatistics:
             StatsError: they are another model's; the message says why.
         """
         made_for = self.metadata.get("model") or "another model"
-        expected = [block.size for block in model.blocks]
+        blocks = model.blocks if model.part is None else model.part.whole.blocks
+        expected = [block.size for block in blocks]
         if len(self.sizes) != len(expected):
             raise StatsError(
                 f"The ranks are for {made_for} with {len(self.sizes)} FFN layers; this model has {len(expected)}."
@@ -176,13 +177,13 @@ class GlobalStatistics:
                 raise StatsError(
                     f"The ranks are for {made_for} with {got} neurons in FFN layer {i}; this model has {want}."
                 )
-        for i, (got, block) in enumerate(zip(self.experts, model.blocks)):
+        for i, (got, block) in enumerate(zip(self.experts, blocks)):
             if got != block.experts:
                 raise StatsError(
                     f"The ranks are for {made_for} with {got} routed experts in FFN layer {i}; "
                     f"this model has {block.experts}."
                 )
-        for i, (response, block) in enumerate(zip(self.responses or [], model.blocks)):
+        for i, (response, block) in enumerate(zip(self.responses or [], blocks)):
             if response is not None and len(response.input_mean) != block.input_size:
                 raise StatsError(
                     f"The ranks are for {made_for} with {len(response.input_mean)} inputs of FFN layer {i}; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from mlx.utils import tree_flatten
 from ..core.slicing import is_quantised
 
 if TYPE_CHECKING:
+    from ..model.blocks import Block
     from ..model.glass_model import GlassModel
 
 # What conversions append to a model's name: -4bit, -bf16, -MLX-8bit, -4bit-DWQ, -mxfp4, -q4, -hf, ...
@@ -29,26 +31,32 @@ _VERSION, _SAMPLE = "2-", 1 << 20
 def fingerprint(model: GlassModel) -> str:
     """A short digest of a model's FFN weights: shapes, dtypes and values of every block. Of a large array rows at equal
     distances are read, ``_SAMPLE`` bytes in all."""
-    digest = hashlib.sha256(json.dumps([block.size for block in model.blocks]).encode())
-    for block in model.blocks:
+    return fingerprints(model)[0]
+
+
+def fingerprints(model: GlassModel) -> tuple[str, ...]:
+    """A model's fingerprint, and the one that older files have of it: of the first and last block only. Those of the
+    whole model if this is a part of one."""
+    return fingerprints_of(model.blocks) if model.part is None else model.part.whole.fingerprints
+
+
+def fingerprints_of(blocks: list[Block], done: Callable[[Block], None] = lambda block: None) -> tuple[str, str]:
+    """The fingerprints of a model with these blocks; ``done`` is called with each after its weights were read."""
+    whole, ends = (hashlib.sha256(json.dumps([block.size for block in blocks]).encode()) for _ in range(2))
+    for block in blocks:
         for name in block.names:
             for key, array in sorted(tree_flatten(block.module[name].parameters())):
-                digest.update(f"{name}.{key} {array.shape} {array.dtype}".encode())
+                whole.update(f"{name}.{key} {array.shape} {array.dtype}".encode())
                 rows = array.flatten(0, -2) if array.ndim > 2 else array  # of all experts
                 sampled = rows[:: -(-array.nbytes // _SAMPLE)]
-                digest.update(np.array(sampled.reshape(-1).view(mx.uint8)).tobytes())
-    return _VERSION + digest.hexdigest()[:32]
-
-
-def fingerprints(model: GlassModel) -> tuple[str, str]:
-    """A model's fingerprint, and the one that older files have of it: of the first and last block only."""
-    digest = hashlib.sha256(json.dumps([block.size for block in model.blocks]).encode())
-    for block in (model.blocks[0], model.blocks[-1]):
-        for name in block.names:
-            weight = block.module[name].weight
-            digest.update(f"{name} {weight.shape} {weight.dtype}".encode())
-            digest.update(np.array(weight[:2].reshape(-1)[:512].view(mx.uint8)).tobytes())
-    return fingerprint(model), digest.hexdigest()[:32]
+                whole.update(np.array(sampled.reshape(-1).view(mx.uint8)).tobytes())
+        for _ in range((block is blocks[0]) + (block is blocks[-1])):
+            for name in block.names:
+                weight = block.module[name].weight
+                ends.update(f"{name} {weight.shape} {weight.dtype}".encode())
+                ends.update(np.array(weight[:2].reshape(-1)[:512].view(mx.uint8)).tobytes())
+        done(block)
+    return _VERSION + whole.hexdigest()[:32], ends.hexdigest()[:32]
 
 
 def describe(model: GlassModel) -> dict[str, str]:

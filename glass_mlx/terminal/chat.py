@@ -11,13 +11,15 @@ from typing import Any
 import mlx.core as mx
 from rich.console import Console
 
-from ..cli.options import glass_choice, sampler_maker, verify_options
+from ..cli.options import sampler_maker, verify_options
 from ..cli.values import density
 from ..decoding.conversation import Conversation
 from ..decoding.stream import GenerationResponse, context_length
 from ..errors import GlassError, printable, printable_lines
+from ..group import size
 from ..hub.names import near_miss
-from ..loading import build_statistics, load
+from ..loading import build_statistics
+from .loading import load_for
 from .messages import FENCE, line_reader, messages
 from .wrap import WordWrap
 
@@ -42,22 +44,11 @@ class Chat:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        self.interactive = sys.stdin.isatty()
+        self.interactive = sys.stdin.isatty() and size() == 1  # of several processes all must do the same
         on_terminal = self.interactive and sys.stdout.isatty()
         self.console = Console(highlight=False, stderr=not on_terminal)
         mx.random.seed(args.seed)
-        self.model, self.tokenizer = load(
-            args.model,
-            adapter_path=args.adapter_path,
-            trust_remote_code=args.trust_remote_code,
-            **glass_choice(args),
-            quality=None if args.dense else args.quality,
-            stats=args.stats,
-            stats_repo=args.stats_repo,
-            max_session_memory=args.max_session_memory,
-            low_memory=False if args.dense else args.low_memory,
-            build=args.build and not args.dense and args.global_weight != 0,
-        )
+        self.model, self.tokenizer = load_for(args, stats=args.stats)
         self.conversation = Conversation(self.model, self.tokenizer, args.system_prompt, args.max_kv_size)
         self.commands = {
             **dict.fromkeys(("r", "/reset"), self._reset),
@@ -194,4 +185,5 @@ def status_line(r: GenerationResponse) -> str:
     return (
         f"{r.generation_tokens} tokens · {speed}prompt {r.prompt_tps:.1f} tok/s · "
         f"density {r.density:g} ({r.kept_neurons:,} of {r.total_neurons:,} neurons) · peak {r.peak_memory:.2f} GB"
+        f"{r.group and f' · {r.group}'}"
     )

@@ -13,6 +13,7 @@ from prompt_toolkit.history import FileHistory
 from prompt_toolkit.output import create_output
 
 from ..cli.values import text
+from ..group import size
 
 # Begins and ends a message of several lines.
 FENCE = '"""'
@@ -61,8 +62,9 @@ def _message(read_line: Callable[[str], str]) -> str:
 
 def line_reader() -> Callable[[str], str]:
     """Reads lines: on a terminal with editing, with what was typed in earlier runs, and with what is pasted as one
-    line, however many it has; otherwise from standard input, without a prompt."""
-    if not sys.stdin.isatty():
+    line, however many it has; otherwise from standard input, without a prompt. ``mlx.launch`` passes on what is typed
+    to every process, over terminals or not."""
+    if not sys.stdin.isatty() or size() > 1:
         return _read_piped
     # On the terminal even where the answers go into a file.
     session: PromptSession[str] = PromptSession(history=_History(), output=create_output(always_prefer_tty=True))
@@ -88,6 +90,8 @@ class _History(FileHistory):
 
 
 def _read_piped(prompt: str) -> str:
+    if size() > 1:
+        print(prompt, end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline()
     if not line:
         raise EOFError

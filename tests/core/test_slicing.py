@@ -8,11 +8,23 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx.nn.layers.distributed import shard_linear
 from mlx.utils import tree_flatten
 
 from glass_mlx.core.importance import dense_weight
 from glass_mlx.core.ranking import kept_count, select
-from glass_mlx.core.slicing import UNIT, ScatterLinear, slice_columns, slice_rows, take_codes, unit_group
+from glass_mlx.core.slicing import (
+    SLICEABLE,
+    UNIT,
+    ScatterLinear,
+    adding,
+    in_float32,
+    own_part,
+    slice_columns,
+    slice_rows,
+    take_codes,
+    unit_group,
+)
 
 INPUTS, OUTPUTS = 256, 128
 AFFINE = [("affine", bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
@@ -144,3 +156,31 @@ def test_the_models_dtype_is_kept(quantisation, dtype):
     x, columns = mx.random.normal((1, INPUTS)).astype(dtype), chosen(layer)
     assert slice_columns(layer, columns)(x[:, columns]).dtype == layer(x).dtype == dtype
     assert slice_rows(layer, some(OUTPUTS))(x).dtype == dtype
+
+
+@pytest.mark.parametrize("group_size", [None, 32, 64], ids=["plain", "scattered", "in units"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_that_machines_share(group_size, bias):
+    """They are sliced as the plain ones are; what a machine adds comes before their sums, and the bias after, once."""
+    plain_in, plain_out = nn.Linear(64, 128, bias), nn.Linear(128, 64, bias)
+    if group_size:
+        plain_in, plain_out = (nn.QuantizedLinear.from_linear(p, group_size, 4) for p in (plain_in, plain_out))
+    shared_in, shared_out = shard_linear(plain_in, "all-to-sharded"), shard_linear(plain_out, "sharded-to-all")
+    assert type(shared_in) in SLICEABLE and type(shared_out) in SLICEABLE
+    kept = mx.concatenate([mx.arange(32, 64), mx.arange(64, 96)])
+    x, h = mx.random.normal((3, 64)), mx.random.normal((3, 64))
+    assert mx.allclose(slice_rows(shared_in, kept)(x), slice_rows(plain_in, kept)(x), atol=1e-5)
+    compact, expected = slice_columns(shared_out, kept), slice_columns(plain_out, kept)(h)
+    assert mx.allclose(compact(h), expected, atol=1e-5)
+    before = []
+
+    def more(y):
+        before.append(y)
+        return y + 1
+
+    assert mx.allclose(adding(compact, more)(h), expected + 1, atol=1e-5)
+    without = expected - plain_out.bias if bias else expected
+    assert mx.allclose(before[0], without, atol=1e-5)
+    own = own_part(shared_out)
+    assert type(own) is type(plain_out) and type(shared_out) is not type(own)
+    assert mx.allclose(in_float32(shared_out)(mx.ones((1, 128))), plain_out(mx.ones((1, 128))), atol=1e-4)

@@ -10,10 +10,21 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
 
-from glass_mlx import GlassConfig, GlassModel
-from glass_mlx.decoding.costs import DEVICES, DeviceClass, StepCosts, cache_bytes, plan, step_costs
+from glass_mlx import GlassConfig, GlassError, GlassModel
+from glass_mlx.decoding.costs import (
+    DEVICES,
+    LINKS,
+    DeviceClass,
+    LinkClass,
+    StepCosts,
+    cache_bytes,
+    exchanges,
+    plan,
+    sharing_plan,
+    step_costs,
+)
 from glass_mlx.decoding.draft_scheduler import tokens_per_pass
-from glass_mlx.evaluation.shapes import SHAPES, empty_model, random_model
+from glass_mlx.evaluation.shapes import SHAPES, empty_dense, empty_model, random_model
 from glass_mlx.evaluation.tiny_models import tiny_model
 
 
@@ -147,6 +158,46 @@ def test_plan():
         assert all(v["speedup"] >= 1 for v in row["verified"].values())  # drafting nothing is among the choices
         if row["density"] == 1:
             assert row["speedup"] == 1 and row["break_even_tokens"] is None
+
+
+@pytest.mark.parametrize("shape", ["small", "routed"])
+def test_sharing_plan(monkeypatch, shape):
+    """Machines read what adds up to the whole model's bytes but for what each has whole; and links cost time only."""
+    routed = {
+        "vocab_size": 64,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 256,
+        "hidden_size": 512,
+    }
+    monkeypatch.setitem(SHAPES, "routed", SHAPES["qwen3-30b-a3b"] | routed)
+    model = empty_model(shape, layers=1)
+    parts = {count: empty_dense(shape, layers=1) for count in (2, 4)}
+    links = [LinkClass("none", 0.0, ""), *LINKS]
+    rows = sharing_plan(model, parts, [1.0, 0.5], 64, DEVICES[:1], links)
+    assert len(rows) == 2 * 2 * len(links)
+    norms = sum(m.weight.nbytes for m in model.dense.modules() if isinstance(m, nn.RMSNorm))
+    embedding = sum(a.nbytes for a in model.dense.model.embed_tokens.values() if isinstance(a, mx.array))
+    for row in rows:
+        costs, count = step_costs(model, row["density"], 64), row["machines"]
+        extra = row["bytes"] * count - costs.sparse_step()  # read by more than one
+        routers = 4 * 512 * 2 if shape == "routed" else 0  # at 16 bits at most
+        everywhere = norms + costs.answers + (embedding if shape == "small" else 2 * embedding) + routers
+        assert 0 < extra <= (count - 1) * everywhere + count
+        assert row["exchange_ms"] == 2e3 * next(link.seconds for link in links if link.name == row["link"])
+        if row["link"] == "none" and row["density"] == 1:
+            assert 1 < row["speedup"] <= count and row["speedup_here"] == 1
+
+
+@pytest.mark.parametrize("shape, count", [("gemma-3-4b", 2), ("small", 3)])
+def test_what_cannot_be_shared(monkeypatch, shape, count):
+    monkeypatch.setitem(SHAPES, "small", SHAPES["small"] | SHAPES[shape] | {"vocab_size": 64})
+    with pytest.raises(GlassError, match=f"between {count} machines"):
+        sharing_plan(empty_model("small", layers=1), {count: empty_dense("small", layers=1)}, [1.0], 64)
+
+
+def test_one_process_exchanges_nothing():
+    assert exchanges(empty_model("small", layers=1)) == {}
 
 
 def test_routed_experts_are_read_as_far_as_a_token_is_sent_to_them():

@@ -24,6 +24,8 @@ PARAMETERS = {
     "gemma-3-4b": 3.880,
     "qwen3-30b-a3b": 30.532,
     "gpt-oss-20b": 20.915,
+    "llama-3.3-70b": 70.554,
+    "qwen3-235b-a22b": 235.094,
 }
 
 
