@@ -15,7 +15,8 @@ with y_S = W_S h_S, Cxy, for the neurons S that global ranks drop, reduced-rank 
 P = Cxx^-1 Cxy V_r, where V_r are the first eigenvectors of Cxy^T Cxx^-1 Cxy. C_S W_S^T is made for any kept set.
 Routed experts share mu and P, the layer's, which are found for all of their outputs alike. Everything else is each
 expert's own, of the tokens that are sent to it, and e is zero: a prompt sends most experts few tokens.
-The form and its constants are this project's own, and measured.
+The form and its constants are this project's own, and measured. So is ranking neurons by the energy that this leaves of
+them (:func:`unpredictable_share`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How much is measured, unless told otherwise."""
 
 # Read at most this many tokens, and stop earlier at this efficiency (``agreement.py``).
-DEFAULT_TOKENS, DEFAULT_STABLE_AT = 65536, 0.95
+DEFAULT_TOKENS, DEFAULT_STABLE_AT = 65536, 0.97
 
 # From here on ranks are worth using, where they are measured while nobody waits.
 FIRST_STABLE_AT = 0.8
