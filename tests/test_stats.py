@@ -156,12 +156,12 @@ def test_refined_later(build, monkeypatch):
     """A build of the same text goes on from what was read for the last one, and gives what one go does."""
     batches, original = [], sources.batch_generate
     monkeypatch.setattr(sources, "batch_generate", lambda *a, **k: batches.append(None) or original(*a, **k))
-    first = GlobalStatistics.read(build("--stable-at", "0.01"))
+    first = GlobalStatistics.read(build("--no-chat", "--stable-at", "0.01"))
     several = len(batches)
-    refined = GlobalStatistics.read(build("--all"))
+    refined = GlobalStatistics.read(build("--no-chat", "--all"))
     in_all = len(batches)
     assert int(first.metadata["tokens"]) < 60 <= int(refined.metadata["tokens"])
-    assert same(GlobalStatistics.read(build("--all", name="whole.safetensors")), refined)
+    assert same(GlobalStatistics.read(build("--no-chat", "--all", name="whole.safetensors")), refined)
     assert 0 < several < in_all == len(batches) - in_all
 
 
@@ -371,7 +371,7 @@ def used(monkeypatch):
 def test_first_chat(start, used, tiny):
     """Ranks are measured with progress and kept; a second start finds them at once."""
     first = start("--build")
-    assert "measuring them, once" in first.log and re.search(r"reading.*: +100%.*stable [\d.]+% of 95%", first.err)
+    assert "measuring them, once" in first.log and re.search(r"reading.*: +100%.*stable [\d.]+% of 97%", first.err)
     assert cached_file(tiny[0]).exists()
     second = start()
     assert second.err == "" and "WARNING" not in second.log
