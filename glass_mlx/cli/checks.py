@@ -55,7 +55,7 @@ class Idle(NamedTuple):
 
 
 # What says which neurons to decode with.
-CHOICE = "global_weight layer_budgets compensation signal stats stats_repo max_session_memory"
+CHOICE = "global_weight layer_budgets compensation experts signal stats stats_repo max_session_memory"
 GLASS = (Idle("density", beside="quality"), Idle("stats_repo build", beside="stats"))
 DENSE = Idle("density quality low_memory", beside="dense")
 VERIFY = Idle("draft_tokens", without="verify")
