@@ -39,7 +39,7 @@ def test_agreement():
     assert agreement_at(0.5, []) is None and agreement_at(1.0, []) == 1.0
 
 
-@pytest.mark.parametrize("quality, points, reason", [("best", POINTS, "one of high"), ("fast", [], "not measured")])
+@pytest.mark.parametrize("quality, points, reason", [("best", POINTS, "one of high"), ("fast", [], "not known")])
 def test_errors(quality, points, reason):
     with pytest.raises(GlassError, match=reason):
         density_for(quality, points)
