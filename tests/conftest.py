@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"  # before anything reads them
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # else the first request of a process may ask the Hub for something more
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's: threads that wait for each other use up the time of other workers
 os.environ["SSL_CERT_DIR"] = os.path.dirname(__file__)  # no server has a certificate, and each client of httpx's would
 os.environ.pop("SSL_CERT_FILE", None)  # take long to read those of all authorities
