@@ -81,12 +81,12 @@ class SplitEvidence:
             by_signal.append({key: float(np.mean([layer[key] for layer in layers])) for key in layers[0]})
         return {key: min(means[key] for means in by_signal) for key in by_signal[0]}
 
-    def expected_tokens(self, stable_at: float) -> float:
-        """How many tokens will have been read at a wanted efficiency, as far as is known now. What is lost by choosing
-        by half of them, 1 / efficiency - 1, falls as one over their number."""
+    def expected_tokens(self, efficiency: float, stable_at: float) -> float:
+        """How many tokens will have been read at a wanted efficiency, given that of now. What is lost by choosing by
+        half of them, 1 / efficiency - 1, falls as one over their number."""
         if self.total == 0 or stable_at == 1:
             return math.inf
-        return self.total * (1 / max(self.stability()["efficiency"], 1e-9) - 1) / (1 / stable_at - 1)
+        return self.total * (1 / max(efficiency, 1e-9) - 1) / (1 / stable_at - 1)
 
     def save(self, path: Path, identity: str) -> None:
         """Write everything to a file. ``identity`` says what was being measured, and how."""

@@ -137,13 +137,14 @@ def measure_statistics(
     empty = SplitEvidence.empty(model, len(source.domains))
     evidence = SplitEvidence.load(partial, identity, empty, vocabulary_size(model.dense))
 
-    def expected() -> int:
-        left = math.inf if stable_at is None else evidence.expected_tokens(stable_at)
-        return max(1, round(min(tokens, left)))
+    def tell(stability: dict[str, float]) -> None:
+        known = stable_at is not None
+        most = evidence.expected_tokens(stability["efficiency"], stable_at) if known else math.inf
+        phase(READING, evidence.total, max(1, round(min(tokens, most))))
 
-    def after_batch() -> None:
-        phase(READING, evidence.total, expected())
-        progress(evidence.total, evidence.stability())
+    def after_batch(stability: dict[str, float]) -> None:
+        tell(stability)
+        progress(evidence.total, stability)
         if partial is not None:
             evidence.save(partial, identity)
 
@@ -151,8 +152,9 @@ def measure_statistics(
         phase(name, 0, 1)
         return functools.partial(phase, name)
 
-    phase(READING, evidence.total, expected())
-    _read(model, source, evidence, tokens, stable_at, after_batch)
+    before = evidence.stability()
+    tell(before)
+    _read(model, source, evidence, tokens, stable_at, before, after_batch)
     if evidence.total == 0:
         raise GlassError("There is nothing to measure: the source gave no tokens.")
     read = [d for d in range(len(source.domains)) if evidence.tokens_of(d)]
@@ -194,12 +196,14 @@ def _read(
     evidence: SplitEvidence,
     tokens: int,
     stable_at: float | None,
-    after_batch: Callable[[], None],
+    agreement: dict[str, float],
+    after_batch: Callable[[dict[str, float]], None],
 ) -> None:
-    """Read batches of a source into the evidence until there are enough tokens, or the ranks are stable."""
+    """Read batches of a source into the evidence until there are enough tokens, or the ranks are stable; ``agreement``
+    is the evidence's stability so far."""
     norms = [output_norms(block.module[block.output]) for block in model.blocks]
     mx.eval(norms)
-    domains, agreement = len(source.domains), evidence.stability()
+    domains = len(source.domains)
     while evidence.batches < domains or (
         evidence.total < tokens and not (stable_at is not None and agreement["efficiency"] >= stable_at)
     ):
@@ -215,7 +219,7 @@ def _read(
         evidence.batches += 1
         agreement = evidence.stability()
         evidence.history.append([evidence.total, *(round(agreement[key], 4) for key in STABILITY)])
-        after_batch()
+        after_batch(agreement)
 
 
 def _record(
