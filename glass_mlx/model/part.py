@@ -128,15 +128,15 @@ class ModelPart:
 
         known = {"impact": ranks["impact"]} if ranks else None, {"impact": domains["impact"]} if domains else None
 
-        @cache
-        def whole(config: GlassConfig) -> list[int]:
-            return NeuronSelector(self._whole_shapes(), *known, sensitivity).counts(config)
+        @cache  # made when it is first asked, and then for all configurations
+        def whole() -> NeuronSelector:
+            return NeuronSelector(self._whole_shapes(), *known, sensitivity)
 
         def counts(config: GlassConfig) -> list[int]:
-            all_of = whole(config)
+            all_of = whole().counts(config)
             return [all_of[place.block] // self._sharing(i) for i, place in enumerate(self._places)]
 
-        self._whole_counts = whole
+        self._whole_counts = lambda config: whole().counts(config)
         return NeuronSelector(shapes, own_ranks, own_domains, unpredictable=unpredictable, counts=counts)
 
     def responses(self, responses: list[Response | None] | None) -> list[Response | None] | None:

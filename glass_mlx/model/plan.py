@@ -37,8 +37,8 @@ class Plan:
         selector: chooses neurons.
         memory: the sessions' compact weights.
         files: where dense weights that were let go are read again; None where they stay in memory.
-        responses: of every block, to answer for dropped neurons, None for routed experts; None where they were not
-            measured.
+        responses: of every block, to answer for dropped neurons, None of a block where it was not measured; None where
+            none was.
         quality: what densities cost, of the statistics.
         context_length: the longest text in tokens that the model was made for; None where it does not say.
         made_for: the projections and weights that the plan is for (``discovery.signature``).
