@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from .cli import checks
-from .cli.options import add_choice_options, add_model_or_shape, add_trust, add_verbose
+from .cli.options import add_choice_options, add_densities, add_model_or_shape, add_trust, add_verbose
 from .cli.output import print_result
 from .cli.parser import Parser
 from .cli.running import run
-from .cli.values import density, list_of, positive
+from .cli.values import list_of, positive
 from .evaluation.tables import text_table
 from .group import gather, rank, size, together
 from .hub.names import DEFAULT_MODEL
@@ -47,13 +47,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     """The options of mlx-lm's benchmark, and GLASS's."""
     parser = Parser("glass_mlx.benchmark", description="Measure the speed of GLASS against plain mlx-lm.")
     add_model_or_shape(parser)
-    parser.add_argument(
-        "--density",
-        type=list_of(density),
-        default=[0.3, 0.5, 0.7],
-        metavar="X[,X...]",
-        help="shares of the neurons to keep",
-    )
+    add_densities(parser)
     add_choice_options(parser, "global_weight", "signal", "experts")
     parser.add_argument("--prompt-tokens", "-p", type=int, default=512, help="length of the prompt")
     parser.add_argument("--generation-tokens", "-g", type=int, default=256, help="tokens to generate")

@@ -28,11 +28,18 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from .cli import checks
-from .cli.options import add_choice_options, add_float32, add_model_or_shape, add_trust, add_verbose
+from .cli.options import (
+    add_choice_options,
+    add_densities,
+    add_float32,
+    add_model_or_shape,
+    add_trust,
+    add_verbose,
+)
 from .cli.output import print_result
 from .cli.parser import Parser
 from .cli.running import run
-from .cli.values import density, list_of, one_of
+from .cli.values import list_of, one_of
 from .evaluation.names import DECODERS, DEFAULT_PROMPTS, PROMPT_SETS
 from .evaluation.shape_configs import SHAPES
 from .evaluation.tables import text_table
@@ -66,13 +73,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         metavar="A[,A...]",
         help="with --shape: simulated share of drafted tokens that are accepted (default: 0.7)",
     )
-    parser.add_argument(
-        "--density",
-        type=list_of(density),
-        default=[0.3, 0.5, 0.7],
-        metavar="X[,X...]",
-        help="shares of the neurons to keep",
-    )
+    add_densities(parser)
     parser.add_argument(
         "--draft-tokens", type=int, metavar="K", help="always draft K tokens (default: as many as pay off)"
     )

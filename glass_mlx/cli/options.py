@@ -14,7 +14,7 @@ from ..evaluation.shape_configs import BITS, SHAPES
 from ..hub.names import DEFAULT_MODEL
 from ..model.config import EXPERTS, LAYER_BUDGETS, GlassConfig
 from ..model.quality import QUALITIES
-from .values import density, global_weight, memory_size, positive, text
+from .values import density, global_weight, list_of, memory_size, positive, text
 
 
 def add_generation_options(parser: argparse.ArgumentParser, max_tokens: int, seed: int | None) -> None:
@@ -96,6 +96,17 @@ def add_choice_options(parser: argparse._ActionsContainer, *names: str) -> None:
     """Add some of the options that say how neurons are chosen, each of one value."""
     for name in names:
         parser.add_argument(f"--{name.replace('_', '-')}", default=getattr(GlassConfig, name), **_CHOICES[name])
+
+
+def add_densities(parser: argparse.ArgumentParser) -> None:
+    """Add the option for several densities to compare."""
+    parser.add_argument(
+        "--density",
+        type=list_of(density),
+        default=[0.3, 0.5, 0.7],
+        metavar="X[,X...]",
+        help="shares of the neurons to keep",
+    )
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
