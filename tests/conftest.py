@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,10 +29,14 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
 import glass_mlx
+from glass_mlx import downloads, loading
 from glass_mlx.loading import DEMO_PATH
-from glass_mlx.ranks import measure
+from glass_mlx.ranks import lookup, measure
 from glass_mlx.ranks.format import GlobalStatistics
+from glass_mlx.ranks.identity import fingerprint
+from glass_mlx.ranks.lookup import STATS_DIR
 from glass_mlx.ranks.sources import given_sequences
+from glass_mlx.serving import catalogue
 
 ROOT = Path(glass_mlx.__file__).parents[1]
 
@@ -85,9 +90,15 @@ def log_level():
 
 
 @pytest.fixture(scope="session")
-def demo():
+def trained():
     """The demo model and its tokenizer. Tests leave them as they are: what changes is in prompt caches."""
-    return glass_mlx.load("demo")
+    return glass_mlx.load(DEMO_PATH, stats=STATS_DIR / "demo.safetensors")
+
+
+@pytest.fixture(scope="session")
+def demo(trained):
+    """The same, but in modules that do with a smaller model in its place (``small_demo``)."""
+    return trained
 
 
 @pytest.fixture(scope="session")
@@ -158,6 +169,43 @@ def exact(lively_dir, rows):
     model, tokenizer = glass_mlx.load(lively_dir, stats=False)
     measure.measure_statistics(model, given_sequences("text", rows, 4), stable_at=None).use_in(model)
     return model, tokenizer
+
+
+@pytest.fixture(scope="session")
+def talker_dir(lively_dir, tmp_path_factory) -> Path:
+    """The lively model, made to end its answers after some words, as the demo does."""
+    path = shutil.copytree(lively_dir, tmp_path_factory.mktemp("talker") / "talker")
+    config, file, name = path / "config.json", path / "model.safetensors", "model.embed_tokens.weight"
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}  # as wide as MLX can quantise
+    config.write_text(json.dumps(json.loads(config.read_text()) | heads))
+    weights = mx.load(str(file))
+    vocabulary = json.loads((path / "tokenizer.json").read_text())["model"]["vocab"]
+    rest = mx.array([i for piece, i in vocabulary.items() if not re.fullmatch("▁[A-Za-z]+", piece)])
+    weights[name][rest] *= 0.01  # it says words
+    weights[name][2] = 2.5 * mx.random.normal((64,), key=mx.random.key(7)) / 8  # but not too many
+    mx.save_safetensors(str(file), weights, metadata={"format": "mlx"})
+    return path
+
+
+@pytest.fixture(scope="session")
+def talker_ranks(talker_dir, tmp_path_factory) -> Path:
+    """A directory like ``stats/``, of the talker's global statistics."""
+    path = tmp_path_factory.mktemp("stats")
+    model, tokenizer = glass_mlx.load(talker_dir, stats=False)
+    measure.build_ranks(model, tokenizer, path / "demo.safetensors", tokens=200, stable_at=None, name="demo")
+    entry = {"file": "demo.safetensors", "fingerprint": fingerprint(model)}
+    (path / "index.json").write_text(json.dumps({"models": [entry]}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def small_demo(talker_dir, talker_ranks):
+    """The talker in the place of the demo model, and its tokenizer: it costs a tenth, but talks nonsense."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (loading, downloads, catalogue):
+            patch.setattr(module, "DEMO_PATH", talker_dir)
+        patch.setattr(lookup, "STATS_DIR", talker_ranks)
+        yield glass_mlx.load("demo")
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ CHOICES = {
 }
 
 
-def tokens(model: GlassModel, tokenizer: Any, count: int = 12, **options: Any) -> list[int]:
+def tokens(model: GlassModel, tokenizer: Any, count: int = 8, **options: Any) -> list[int]:
     """What a model generates."""
     return [r.token for r in stream_generate(model, tokenizer, PROMPT, count, **options)]
 
@@ -66,8 +66,8 @@ def in_turns(model: GlassModel) -> list[float]:
     return said
 
 
-def look_at(model: GlassModel, tokenizer: Any) -> dict[str, Any]:
-    """What one model does."""
+def look_at(model: GlassModel, tokenizer: Any, verified: int = 8) -> dict[str, Any]:
+    """What one model does, with as many verified tokens. Exchanges are dear: whoever waits for the other is busy."""
     response = list(stream_generate(model, tokenizer, PROMPT, 2))[-1]
     seen = {
         "sizes": {block.path: block.size for block in model.blocks},
@@ -75,7 +75,7 @@ def look_at(model: GlassModel, tokenizer: Any) -> dict[str, Any]:
         "found": model.global_ranks is not None,
         "described": [response.kept_neurons, response.total_neurons, response.group],
         "dense": tokens(model, tokenizer, density=1.0),
-        "verified": tokens(model, tokenizer, 40, verify=True),
+        "verified": tokens(model, tokenizer, verified, verify=True),
         "drafted": tokens(model, tokenizer, verify=True, draft_tokens=3),
         "sampled": tokens(model, tokenizer, verify=True, sampler=make_sampler(1.0)),
         "steps": {name: one_step(model, choice) for name, choice in CHOICES.items()},
@@ -112,7 +112,7 @@ def work(directory: Path) -> None:
     seen: dict[str, Any] = {}
     for name in ("plain", "quantised", "moe"):
         model, tokenizer = sharded_load(directory / name, tensor_group=group)
-        seen[name] = look_at(model, tokenizer)
+        seen[name] = look_at(model, tokenizer, 40 if name == "plain" else 8)  # enough to draft as speed tells
         if name == "plain":
             seen |= {"talk": talk(model, tokenizer), "refusals": refusals(model)}
     model, tokenizer = sharded_load(directory / "moe", pipeline_group=group)

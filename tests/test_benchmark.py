@@ -14,6 +14,11 @@ from glass_mlx.evaluation.speed import break_even, compare_speed, measure_device
 MEASURED = {"prompt_tps", "generation_tps", "peak_memory"}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def demo(small_demo):
+    return small_demo
+
+
 def test_densities_are_decoded_as_asked(tiny, monkeypatch):
     model, _ = tiny
     widths = []

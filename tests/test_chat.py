@@ -26,6 +26,11 @@ STATUS = re.compile(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def demo(small_demo):
+    return small_demo
+
+
 @pytest.fixture
 def talk(monkeypatch, invoke):
     """Run the chat on lines typed at a terminal one after the other; exceptions are raised. Ends with Ctrl-D."""
@@ -117,7 +122,7 @@ def test_forget(talk, chats, answer):
 
 
 def test_density(talk):
-    done = talk("/density", "/density 0.25", HELLO, "/density 1", "Mexican food", "/density")
+    done = talk("/density", "/density 0.25", HELLO, "/density 1", HELLO, "/density")
     assert re.findall(r"^density (.*)", done.out, re.MULTILINE) == ["0.5", "0.25", "1", "1"]
     assert [float(s[0]) for s in STATUS.findall(done.out)] == [0.25, 1.0]
 
@@ -168,7 +173,7 @@ def test_interrupted_answer(talk, chats, interrupted, answer):
 
 
 def test_goes_on_after_an_interruption(talk, chats, interrupted):
-    done = talk(HELLO, "Mexican food", "/density 0.25", "Thank you")
+    done = talk(HELLO, HELLO, "/density 0.25", HELLO)
     assert done.out.count("[stopped]") == len(STATUS.findall(done.out)) == 3
     assert [m["role"] for m in chats[0].conversation.messages] == ["user", "assistant"] * 3
 
@@ -308,8 +313,9 @@ def test_an_interrupted_pipe(monkeypatch, invoke, interrupted):
     assert done.code == 130 and "stopped" not in done.out and not STATUS.search(done.err)
 
 
-def test_piped(python_m, answer):
+def test_piped(python_m, trained):
     """A process of its own, typed to through a pipe: standard output has the answers and nothing else."""
+    answer = "".join(r.text for r in Conversation(*trained).reply(HELLO, max_tokens=8))
     done = python_m("glass_mlx", "chat", "--max-tokens", 8, stdin=f"{HELLO}\n/dense\nq\n{HELLO}\n")
     assert done.code == 0
     assert done.out.startswith(f"{answer}\n") and done.out.count("\n") == 2

@@ -13,6 +13,11 @@ from glass_mlx.evaluation.names import SELECTORS
 from glass_mlx.evaluation.selectors import choose_selectors
 
 
+@pytest.fixture(scope="module", autouse=True)
+def demo(small_demo):
+    return small_demo
+
+
 @pytest.fixture
 def prompts(tmp_path):
     path = tmp_path / "prompts.txt"

@@ -22,6 +22,11 @@ PROMPT = "The old house stood at the end of the street, and"
 N = 6
 
 
+@pytest.fixture(scope="module", autouse=True)
+def demo(small_demo):
+    return small_demo
+
+
 def _tokens(stream) -> list[int]:
     return [response.token for response in stream]
 
@@ -99,8 +104,8 @@ def test_response(exact, signal):
         ([1, 3, 298, 4032, 455, 4], 0.9, 0.98),  # a dialogue
     ],
 )
-def test_auto_global_weight(demo, prompt, low, high):
-    [response] = stream_generate(*demo, prompt, 1)
+def test_auto_global_weight(trained, prompt, low, high):
+    [response] = stream_generate(*trained, prompt, 1)
     assert low <= response.global_weight <= high
 
 
@@ -315,12 +320,12 @@ def test_seed(invoke):
     assert said[0] == said[1] != said[2]
 
 
-def test_process(demo, python_m):
+def test_process(trained, python_m):
     """A process of its own: the prompt on stdin, nothing on stderr, not even a warning of Python's."""
     options = ("--ignore-chat-template", "--max-tokens", N, "--verbose", "False")
     done = python_m("glass_mlx.generate", "--prompt", "-", *options, stdin=PROMPT)
     assert (done.code, done.err) == (0, "")
-    assert done.out == generate(*demo, PROMPT, max_tokens=N) + "\n"
+    assert done.out == generate(*trained, PROMPT, max_tokens=N) + "\n"
 
 
 @pytest.mark.parametrize(

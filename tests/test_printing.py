@@ -26,6 +26,11 @@ from glass_mlx.serving.logs import log_to_file
 NASTY = "a\x1b[2J\r\a\x08\x9b31m\x7f\u202eb\u2028"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def demo(small_demo):
+    return small_demo
+
+
 def assert_clean(*texts: str) -> None:
     for text in texts:
         assert [c for c in text if not c.isprintable() and c not in "\n\t"] == []

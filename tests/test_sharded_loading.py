@@ -149,7 +149,7 @@ def test_the_processes_say_the_same(seen, way):
 def test_density_1_and_verified_decoding_are_the_whole_model(seen, alone, way):
     model, tokenizer = alone("moe" if way == "pipeline" else way)
     assert seen[0][way]["dense"] == tokens(model, tokenizer, density=1.0)
-    assert seen[0][way]["drafted"] == seen[0][way]["dense"] == seen[0][way]["verified"][:12]
+    assert seen[0][way]["drafted"] == seen[0][way]["dense"] == seen[0][way]["verified"][:8]
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -21,6 +21,11 @@ from glass_mlx.terminal.messages import FENCE, history_file, line_reader, messag
 from glass_mlx.terminal.wrap import WordWrap
 
 
+@pytest.fixture(scope="module", autouse=True)
+def demo(small_demo):
+    return small_demo
+
+
 def read(*lines: str) -> list[str]:
     """The messages in lines of input."""
     typed = iter(lines)

@@ -13,6 +13,11 @@ from glass_mlx.evaluation.tiny_models import tiny_model
 from glass_mlx.tradeoff import main
 
 
+@pytest.fixture(scope="module", autouse=True)
+def demo(small_demo):
+    return small_demo
+
+
 def test_the_command_line(invoke, tiny_dir, written, tmp_path):
     pytest.importorskip("matplotlib")
     out, picture = tmp_path / "t.json", tmp_path / "t.png"

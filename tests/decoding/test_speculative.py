@@ -25,6 +25,11 @@ FAMILIES = """llama qwen3 gemma2 gemma3_text phi3 gpt2 gpt_neox phi olmo3 cohere
     glm4 nemotron""".split()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def demo(small_demo):
+    return small_demo
+
+
 def dense(model: GlassModel, prompt: list[int], n: int = N, **options) -> list[int]:
     return [int(token) for token, _ in generate_step(mx.array(prompt), model.dense, max_tokens=n, **options)]
 
@@ -69,8 +74,8 @@ def test_max_tokens_cuts_anywhere(n):
     assert verified(model, PROMPT, n, draft_tokens=4) == dense(model, PROMPT, n)
 
 
-def test_many_prompts_on_a_trained_model(demo):
-    model, tokenizer = demo
+def test_many_prompts_on_a_trained_model(trained):
+    model, tokenizer = trained
     for text in ("The old house stood", "I want to find a restaurant"):
         expected = [r.token for r in mlx_lm.stream_generate(model.dense, tokenizer, text, max_tokens=8)]
         ours = list(stream_generate(model, tokenizer, text, 8, verify=True, draft_tokens=4))
@@ -142,9 +147,9 @@ def test_a_seed_gives_one_answer_however_much_is_drafted(k):
     assert verified(model, PROMPT, draft_tokens=k, sampler=sampler) == expected
 
 
-def test_a_next_turn_goes_on(demo):
+def test_a_next_turn_goes_on(exact):
     """The cache after a verified answer is what dense reading leaves, without what was rejected."""
-    model, tokenizer = demo
+    model, tokenizer = exact
     cache, text = model.make_cache(), []
     for turn in ("The ship sailed", " and then they", " home"):
         text = text[: model.session(cache).offset] + tokenizer.encode(turn)

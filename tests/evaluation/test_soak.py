@@ -12,6 +12,11 @@ from glass_mlx.evaluation.soak import Sample, Traffic, growth, save_tiny_model
 from glass_mlx.serving.engine import Engine, EngineOptions
 
 
+@pytest.fixture(scope="module", autouse=True)
+def demo(small_demo):
+    return small_demo
+
+
 def samples(count: int, **figures) -> list[Sample]:
     """Samples whose figures are given as functions of their number."""
     steady = dict.fromkeys(("seconds", "rss", "active", "cache", "peak", "descriptors", "threads", "objects"), 10**6)

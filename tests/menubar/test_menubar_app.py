@@ -28,6 +28,11 @@ from apps.menubar.state import Model
 from glass_mlx.errors import GlassError
 
 
+@pytest.fixture(scope="module", autouse=True)
+def demo(small_demo):
+    return small_demo
+
+
 @pytest.fixture
 def app(tmp_path, monkeypatch):
     """The app, started, with its window."""

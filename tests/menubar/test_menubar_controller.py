@@ -28,6 +28,11 @@ from glass_mlx.serving.server import Server
 REPO = "mlx-community/tiny"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def demo(small_demo):
+    return small_demo
+
+
 @pytest.fixture
 def make(tmp_path):
     """Makes a started controller; all are closed in the end."""

@@ -35,6 +35,11 @@ TOOLS = [{"type": "function", "function": function} for function in FUNCTIONS]
 PROMPT = [{"role": "user", "content": "I want to find a hotel."}]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def demo(small_demo):
+    return small_demo
+
+
 def fits(text: str) -> bool:
     value = json.loads(text)
     rooms = value["rooms"]

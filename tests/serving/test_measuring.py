@@ -22,6 +22,11 @@ from glass_mlx.serving.errors import BadRequest
 from glass_mlx.serving.measuring import Measurement, MeasuringStopped
 
 
+@pytest.fixture(scope="module", autouse=True)
+def demo(small_demo):
+    return small_demo
+
+
 @pytest.fixture
 def engine(tiny_dir, small_steps):
     made = Engine(EngineOptions(model=str(tiny_dir), load={}))

@@ -35,6 +35,11 @@ PATIENCE = 60_000  # milliseconds: a busy machine takes some
 MAC = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def demo(small_demo):
+    return small_demo
+
+
 def find_browser() -> str | None:
     """GLASS_BROWSER's, Playwright's own, or an installed Chromium that runs."""
     if sync_playwright is None:

@@ -20,6 +20,11 @@ from glass_mlx.serving.schema import MAX_ITEMS, ChatBody, CompletionBody, parse
 LONG = "The old house stood at the end of the street. " * 200_000  # 9 MB
 
 
+@pytest.fixture(scope="module", autouse=True)
+def demo(small_demo):
+    return small_demo
+
+
 class Counting:
     """A tokenizer that counts the characters it encodes."""
 

@@ -28,6 +28,11 @@ EXCLUDED = [positive_data_acceptance]
 EXAMPLES = 6
 
 
+@pytest.fixture(scope="module", autouse=True)
+def demo(small_demo):
+    return small_demo
+
+
 @pytest.fixture(scope="module")
 def engine(tiny_dir):
     engine = Engine(EngineOptions(model=str(tiny_dir), load={"stats": False}, max_prompt_tokens=200))

@@ -39,6 +39,11 @@ PLACES = ["queue", "load", "prefill", "decode", "last chunk"]
 OPTIONS = {"load": {"stats": False}, "prefill_step_size": 4}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def demo(small_demo):
+    return small_demo
+
+
 class Gate:
     """Holds the engine's thread the first time that it comes by."""
 
