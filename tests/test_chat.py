@@ -173,7 +173,7 @@ def test_interrupted_answer(talk, chats, interrupted, answer):
 
 
 def test_goes_on_after_an_interruption(talk, chats, interrupted):
-    done = talk(HELLO, HELLO, "/density 0.25", HELLO)
+    done = talk(HELLO, "And you?", "/density 0.25", HELLO)
     assert done.out.count("[stopped]") == len(STATUS.findall(done.out)) == 3
     assert [m["role"] for m in chats[0].conversation.messages] == ["user", "assistant"] * 3
 

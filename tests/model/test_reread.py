@@ -22,11 +22,6 @@ PROMPT, SAID = [3, 14, 15, 9, 26, 5, 35], [8, 97, 9, 32, 38, 46, 2, 64]
 FAMILIES = "llama qwen2 qwen3 gemma gemma2 gemma3_text phi3 gpt2 gpt_neox phi olmo2 cohere2 internlm2 exaone4".split()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def demo(small_demo):
-    return small_demo
-
-
 def read(model: GlassModel, prompt: list[int], cache: list | None = None, **config) -> list:
     cache = cache or model.make_cache(**config)
     mx.eval(model.prefill(mx.array([prompt]), cache), [entry.state for entry in cache])

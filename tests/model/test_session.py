@@ -27,11 +27,6 @@ SIZE = 5
 CALLS = (4, 3, 2)  # tokens of the prefill calls of ``filled``
 
 
-@pytest.fixture(scope="module", autouse=True)
-def demo(small_demo):
-    return small_demo
-
-
 def evidence(i: int) -> mx.array:
     """What call i recorded; other calls record something else."""
     return mx.arange(1, SIZE + 1, dtype=mx.float32) * 10.0**i

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import re
-from contextlib import contextmanager
 from dataclasses import replace
 
 import mlx.core as mx
@@ -29,7 +28,22 @@ from glass_mlx.ranks.evidence import SplitEvidence
 from glass_mlx.ranks.format import GlobalStatistics
 from glass_mlx.ranks.identity import fingerprint
 from glass_mlx.ranks.measure import build_ranks, measure_statistics
+from glass_mlx.ranks.sensitivity import sensitivity
 from glass_mlx.ranks.sources import Source, given_sequences, null_prompt
+
+
+@pytest.fixture(scope="module", autouse=True)
+def insensitive():
+    """Blocks are all as sensitive: finding out takes longest, no part of it is kept, and it is tested by itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "sensitivity", lambda model, *_: np.ones(len(model.blocks)))
+        yield
+
+
+@pytest.fixture
+def sensitive(monkeypatch):
+    """They are not, as in a real measuring."""
+    monkeypatch.setattr(module, "sensitivity", sensitivity)
 
 
 def small(model, tokenizer, **options) -> Source:
@@ -99,7 +113,7 @@ def test_not_stable(tiny):
     assert 100 <= int(ranks.metadata["tokens"]) < 100 + 4 * 9
 
 
-def test_seed(tiny):
+def test_seed(tiny, sensitive):
     first, again, other = (measure_statistics(tiny[0], small(*tiny, seed=s), 60, None) for s in (1, 1, 2))
     assert same(first, again)
     assert not mx.array_equal(first.energies["impact"][0], other.energies["impact"][0])
@@ -156,16 +170,16 @@ def whole(tiny, rows):
 def test_resume(tiny, rows, tmp_path, own, at, whole):
     """Interrupted at any batch, the result is that of one go."""
     source = small(*tiny) if own else given_sequences("text", rows, 2)
-    whole, partial = whole(own, 130), tmp_path / "new" / "partial"
+    whole, partial = whole(own, 80), tmp_path / "new" / "partial"
     source, asked = interrupted(source, at), []
     with pytest.raises(KeyboardInterrupt):
-        measure_statistics(tiny[0], source, 130, None, partial=partial)
+        measure_statistics(tiny[0], source, 80, None, partial=partial)
     assert partial.exists() == (at > 0)
     again = replace(source, batch=lambda number: asked.append(number) or source.batch(number))
-    assert same(measure_statistics(tiny[0], again, 130, None, partial=partial), whole)
+    assert same(measure_statistics(tiny[0], again, 80, None, partial=partial), whole)
     assert asked[0] == at
     assert same(
-        measure_statistics(tiny[0], Source(source.domains, lambda n: [], source.settings), 130, None, None, partial),
+        measure_statistics(tiny[0], Source(source.domains, lambda n: [], source.settings), 80, None, None, partial),
         whole,
     )
 
@@ -251,20 +265,11 @@ DAMAGE = {
 }
 
 
-@contextmanager
-def insensitive():
-    """Blocks are all as sensitive: finding out takes longest, and no part of it is kept."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "sensitivity", lambda model, *_: np.ones(len(model.blocks)))
-        yield
-
-
 @pytest.fixture(scope="module")
 def measured(tiny, rows, tmp_path_factory) -> tuple[GlobalStatistics, bytes]:
     """Statistics, and the file that was kept meanwhile."""
     partial = tmp_path_factory.mktemp("partial") / "partial"
-    with insensitive():
-        whole = measure_statistics(tiny[0], given_sequences("text", rows[:3], 2), 20, None, partial=partial)
+    whole = measure_statistics(tiny[0], given_sequences("text", rows[:3], 2), 20, None, partial=partial)
     return whole, partial.read_bytes()
 
 
@@ -274,12 +279,11 @@ def test_damaged_partial(tiny, rows, tmp_path, damage, measured):
     whole, data = measured
     partial.write_bytes(data)
     DAMAGE[damage](partial)
-    with insensitive():
-        if damage == "directory":
-            with pytest.raises(GlassError, match="Cannot write"):
-                measure_statistics(tiny[0], source, 20, None, None, partial)
-        else:
-            assert same(measure_statistics(tiny[0], source, 20, None, None, partial), whole)
+    if damage == "directory":
+        with pytest.raises(GlassError, match="Cannot write"):
+            measure_statistics(tiny[0], source, 20, None, None, partial)
+    else:
+        assert same(measure_statistics(tiny[0], source, 20, None, None, partial), whole)
 
 
 def test_model_stays_as_it_is(tiny, rows):
@@ -329,7 +333,7 @@ def bars(capsys, monkeypatch, build) -> list[tuple[str, int, int]]:
     return shown
 
 
-def test_progress(tiny, tmp_path, monkeypatch, capsys):
+def test_progress(tiny, sensitive, tmp_path, monkeypatch, capsys):
     """It moves with every token that the model generates, in its phases' order, and each phase comes to its end."""
     told = []
     source, out = small(*tiny), tmp_path / "x.safetensors"

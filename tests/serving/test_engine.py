@@ -117,7 +117,7 @@ def test_settings_of_a_request(demo_engine, demo):
         "activation",
     )
     last(demo_engine.submit(ask("Hello " * 40, layer_budgets="uniform")))
-    kept = demo_engine.call(lambda *_: demo_engine._worker.store._conversations).result()  # after the answer is stored
+    kept = demo_engine.call(lambda *_: demo_engine._worker.store._conversations).result()  # once it is stored
     assert kept[-1].session.config.layer_budgets == "uniform"
     assert 0 < last(demo_engine.submit(ask("Hello", quality="fast"))).usage.density < 0.5
     usage = last(demo_engine.submit(ask("Hello", density=1.0))).usage
@@ -597,7 +597,8 @@ def test_quantised_kv(make, start):
     engine, fresh = make(**kinds), make(**kinds, max_conversations=0)
     question = "Hello, I need a train. " * 5
     answer = text(engine.submit(ask(question)))
-    following = Request(messages=turns(question, answer, "To London."), max_tokens=3, logprobs=True)
+    options = {"max_tokens": 3, "logprobs": True, "logit_bias": {2: -100.0}}
+    following = Request(messages=turns(question, answer, "To London."), **options)
     chunks, expected = list(engine.submit(following)), list(fresh.submit(following))
     assert chunks[-1].usage.cached_tokens > 0
     assert [c.token.logprob for c in chunks] == [c.token.logprob for c in expected]
