@@ -80,6 +80,15 @@ def isolation(tmp_path, monkeypatch):
     monkeypatch.delenv("GLASS_STATS_REPO", raising=False)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def left_alone():
+    """Nor need it look at what a module's tests have imported and made for the session: late in a run, a single
+    ``gc.collect()`` would take half a second."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def log_level():
     """A command may silence the package's warnings; the next test finds them on again."""
@@ -90,15 +99,15 @@ def log_level():
 
 
 @pytest.fixture(scope="session")
-def trained():
+def real_demo():
     """The demo model and its tokenizer. Tests leave them as they are: what changes is in prompt caches."""
     return glass_mlx.load(DEMO_PATH, stats=STATS_DIR / "demo.safetensors")
 
 
 @pytest.fixture(scope="session")
-def demo(trained):
+def demo(real_demo):
     """The same, but in modules that do with a smaller model in its place (``small_demo``)."""
-    return trained
+    return real_demo
 
 
 @pytest.fixture(scope="session")
@@ -221,14 +230,14 @@ def written(ranks, tmp_path_factory) -> Path:
 def small_builds(monkeypatch):
     """Ranks that are built where a model has none are measured on few tokens."""
     monkeypatch.setattr(measure, "null_prompt", partial(measure.null_prompt, sequences=4, length=8))
-    monkeypatch.setattr(measure, "build_ranks", partial(measure.build_ranks, tokens=60))
+    monkeypatch.setattr(measure, "build_ranks", partial(measure.build_ranks, tokens=40))
 
 
 @pytest.fixture
 def small_steps(monkeypatch):
     """Ranks that are measured take several small steps."""
     monkeypatch.setattr(measure, "null_prompt", partial(measure.null_prompt, sequences=2, length=4))
-    monkeypatch.setattr(measure, "build_ranks", partial(measure.build_ranks, tokens=60, stable_at=None))
+    monkeypatch.setattr(measure, "build_ranks", partial(measure.build_ranks, tokens=30, stable_at=None))
 
 
 @pytest.fixture

@@ -89,9 +89,9 @@ def talk(model: GlassModel, tokenizer: Any) -> list[str]:
     """A conversation whose answers are read again."""
     conversation = Conversation(model, tokenizer)
     for message in ("Tell me of the sea.", "And of ships?"):
-        list(conversation.reply(message, max_tokens=6))
+        list(conversation.reply(message, max_tokens=3))
     conversation.read_ahead()
-    list(conversation.reply("And then?", max_tokens=6))
+    list(conversation.reply("And then?", max_tokens=3))
     return [message["content"] for message in conversation.messages]
 
 
@@ -112,7 +112,7 @@ def work(directory: Path) -> None:
     seen: dict[str, Any] = {}
     for name in ("plain", "quantised", "moe"):
         model, tokenizer = sharded_load(directory / name, tensor_group=group)
-        seen[name] = look_at(model, tokenizer, 40 if name == "plain" else 8)  # enough to draft as speed tells
+        seen[name] = look_at(model, tokenizer, 24 if name == "plain" else 8)  # enough to draft as speed tells
         if name == "plain":
             seen |= {"talk": talk(model, tokenizer), "refusals": refusals(model)}
     model, tokenizer = sharded_load(directory / "moe", pipeline_group=group)

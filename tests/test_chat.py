@@ -313,9 +313,9 @@ def test_an_interrupted_pipe(monkeypatch, invoke, interrupted):
     assert done.code == 130 and "stopped" not in done.out and not STATUS.search(done.err)
 
 
-def test_piped(python_m, trained):
+def test_piped(python_m, real_demo):
     """A process of its own, typed to through a pipe: standard output has the answers and nothing else."""
-    answer = "".join(r.text for r in Conversation(*trained).reply(HELLO, max_tokens=8))
+    answer = "".join(r.text for r in Conversation(*real_demo).reply(HELLO, max_tokens=8))
     done = python_m("glass_mlx", "chat", "--max-tokens", 8, stdin=f"{HELLO}\n/dense\nq\n{HELLO}\n")
     assert done.code == 0
     assert done.out.startswith(f"{answer}\n") and done.out.count("\n") == 2

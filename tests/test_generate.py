@@ -104,8 +104,8 @@ def test_response(exact, signal):
         ([1, 3, 298, 4032, 455, 4], 0.9, 0.98),  # a dialogue
     ],
 )
-def test_auto_global_weight(trained, prompt, low, high):
-    [response] = stream_generate(*trained, prompt, 1)
+def test_auto_global_weight(real_demo, prompt, low, high):
+    [response] = stream_generate(*real_demo, prompt, 1)
     assert low <= response.global_weight <= high
 
 
@@ -320,12 +320,12 @@ def test_seed(invoke):
     assert said[0] == said[1] != said[2]
 
 
-def test_process(trained, python_m):
+def test_process(real_demo, python_m):
     """A process of its own: the prompt on stdin, nothing on stderr, not even a warning of Python's."""
     options = ("--ignore-chat-template", "--max-tokens", N, "--verbose", "False")
     done = python_m("glass_mlx.generate", "--prompt", "-", *options, stdin=PROMPT)
     assert (done.code, done.err) == (0, "")
-    assert done.out == generate(*trained, PROMPT, max_tokens=N) + "\n"
+    assert done.out == generate(*real_demo, PROMPT, max_tokens=N) + "\n"
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def test_sharing_plan(monkeypatch, shape):
 
 @pytest.mark.parametrize("shape, count", [("gemma-3-4b", 2), ("small", 3)])
 def test_what_cannot_be_shared(monkeypatch, shape, count):
-    monkeypatch.setitem(SHAPES, "small", SHAPES["small"] | SHAPES[shape] | {"vocab_size": 64})
+    monkeypatch.setitem(SHAPES, "small", SHAPES["small"] | SHAPES[shape] | {"vocab_size": 64, "intermediate_size": 512})
     with pytest.raises(GlassError, match=f"between {count} machines"):
         sharing_plan(empty_model("small", layers=1), {count: empty_dense("small", layers=1)}, [1.0], 64)
 

@@ -74,8 +74,8 @@ def test_max_tokens_cuts_anywhere(n):
     assert verified(model, PROMPT, n, draft_tokens=4) == dense(model, PROMPT, n)
 
 
-def test_many_prompts_on_a_trained_model(trained):
-    model, tokenizer = trained
+def test_many_prompts_on_a_trained_model(real_demo):
+    model, tokenizer = real_demo
     for text in ("The old house stood", "I want to find a restaurant"):
         expected = [r.token for r in mlx_lm.stream_generate(model.dense, tokenizer, text, max_tokens=8)]
         ours = list(stream_generate(model, tokenizer, text, 8, verify=True, draft_tokens=4))
@@ -126,7 +126,7 @@ def test_a_sampled_answer_follows_the_dense_distribution():
         logits = model.dense(mx.array([[*PROMPT, *pair]]))[0, len(PROMPT) - 1 :]
         p = np.array(mx.softmax(2 * logits[:, :few], axis=-1))
         exact += p[0, pair[0]] * p[1, pair[1]] * p[2]
-    runs, counts = 150, np.zeros(few)
+    runs, counts = 100, np.zeros(few)
     mx.random.seed(1)
     options = {"sampler": make_sampler(temp=1.0), "logits_processors": [only_few], "draft_tokens": 2}
     for _ in range(runs):

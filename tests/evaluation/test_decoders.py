@@ -29,7 +29,7 @@ def model() -> GlassModel:
 @pytest.fixture(scope="module", params=[0.0, 1.0])
 def found(request, model):
     return measure_decoders(
-        model, PROMPTS, standard_decoders([0.25, 1.0], draft_tokens=2), tokens=18, temperature=request.param
+        model, PROMPTS, standard_decoders([0.25, 1.0], draft_tokens=2), tokens=10, temperature=request.param
     )
 
 

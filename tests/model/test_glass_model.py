@@ -171,12 +171,12 @@ def expected_of_the_dropped(
     return lambda inputs: a + e + (inputs - mu) @ p @ c
 
 
-def without_dropped(model: GlassModel, cache: list, prompt: list[int]) -> Callable[..., mx.array]:
-    """For ``watched``: the hidden values of the neurons that a conversation dropped are those to expect of them, or 0
-    without compensation and in routed experts without a response."""
+def without_dropped(
+    model: GlassModel, cache: list, prompt: list[int], seen: dict[str, Seen]
+) -> Callable[..., mx.array]:
+    """For ``watched``: the hidden values of the neurons that a conversation dropped are those to expect of them after
+    a prompt of which this was ``seen``, or 0 without compensation and in routed experts without a response."""
     masks = [np.isin(np.arange(b.size), kept) for b, kept in zip(model.blocks, model.kept_neurons(cache).values())]
-    with watched(model) as seen:
-        run(model.dense, make_prompt_cache(model.dense), prompt)
     responses = model.responses or [None] * len(masks)
     expect = [
         expected_of_the_dropped(r, None if block.experts else seen[block.path], len(prompt))
@@ -240,11 +240,13 @@ def steps(tokens: list[int]) -> list[list[int]]:
 def assert_masked_dense(model: GlassModel, prompt: list[int] = PROMPT, **config) -> None:
     """Sparse decoding equals the dense model with other hidden values for the dropped neurons."""
     cache, reference = model.make_cache(density=0.5, **config), make_prompt_cache(model.dense)
-    (read,), (expected,) = run(model, cache, prompt), run(model.dense, reference, prompt)
+    (read,) = run(model, cache, prompt)
+    with watched(model) as seen:
+        (expected,) = run(model.dense, reference, prompt)
     assert mx.array_equal(read, expected)  # prefill is dense to the bit
     dense = copy.deepcopy(reference)
     sparse = decoded(model, cache, *STEPS[:2])
-    with watched(model, without_dropped(model, cache, prompt)):
+    with watched(model, without_dropped(model, cache, prompt, seen)):
         expected = run(model.dense, reference, *steps(STEPS[:2]))
     assert all(map(close, sparse, expected))
     assert not close(sparse[0], *run(model.dense, dense, STEPS[:1]), tolerance=1e-2)

@@ -201,8 +201,8 @@ def test_an_answer_depends_on_its_request_alone(make, tiny_dir):
         {"density": 0.5, "seed": 3, "temperature": 1.0},
     ]
     openings = [f"{'Read this first. ' * 9} What of the {thing}?" for thing in ("sea", "hill")]
-    openings += ["one two three four " * 30]
     conversations = [(opening, options) for opening in openings for options in settings]
+    conversations += [("one two three four " * 30, settings[0])]
     kinds = {"model": str(tiny_dir), "load": {"stats": False}, "prefill_step_size": 64}
 
     def answer(engine: Engine, i: int, said: list[str]) -> tuple:

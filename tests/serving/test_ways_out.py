@@ -140,8 +140,7 @@ def reach(server, gate: Gate, place: str, path: str, **body) -> list[socket.sock
     return connections
 
 
-@pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("path", "stream"), [*((path, True) for path in PATHS), (CHAT, False)])
 @pytest.mark.parametrize("place", PLACES)
 def test_the_client_leaves(served, answers, gate, place, path, stream, caplog):
     engine = served.engine
