@@ -4,8 +4,8 @@ MLX is lazy, so the graph that is about to be evaluated can be read first, with 
 ``enforce`` stands before every evaluation that Python code can ask for (``mx.eval``, ``.item()``, ``np.array(...)``,
 ``mx.save...``), lists the graph's primitives with ``mx.export_function`` and holds each against ``RULES``. A graph is
 listed only if something in it looks new (``_pieces``): ``mx.export_to_dot`` takes a tenth of the time. Nor is every
-graph drawn that a loop makes: of those that the same lines of code evaluate within a test, the first two and then
-every 32nd are.
+graph drawn that a loop makes: of those that the same lines of code evaluate within a test, the first two and every
+eighth are.
 
 Not seen: what a subprocess evaluates; arrays that reach C code through the buffer protocol alone; and graphs of
 compiled functions, which is why MLX's compiler is off while the rules are on.
@@ -214,7 +214,7 @@ def _often(arrays: list[mx.array]) -> bool:
         frame = frame.f_back
     asked = hash((*lines, *((a.shape, a.dtype) for a in arrays)))
     _asked[asked] += 1
-    return _asked[asked] > 2 and _asked[asked] % 32 > 0
+    return _asked[asked] > 2 and _asked[asked] % 8 > 0
 
 
 def _list(arrays: list[mx.array]) -> None:

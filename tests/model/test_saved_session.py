@@ -129,7 +129,7 @@ json_values = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_header_is_sound_or_refused(model, file, data):
     cache, values = loaded(file)

@@ -136,7 +136,7 @@ class Conversation(RuleBasedStateMachine):
 TestConversation = Conversation.TestCase
 TestConversation.settings = settings(
     deadline=None,
-    max_examples=20,
+    max_examples=12,
     stateful_step_count=10,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )

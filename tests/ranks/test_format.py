@@ -219,7 +219,7 @@ def scratch(tmp_path_factory):
     return tmp_path_factory.mktemp("fuzz") / "x.safetensors"
 
 
-FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @FUZZ

@@ -25,7 +25,7 @@ from glass_mlx.serving.sockets import parse_origin
 
 # what the model cannot take (unknown tokens, a call's arguments that are no JSON) is valid by the document
 EXCLUDED = [positive_data_acceptance]
-EXAMPLES = 6
+EXAMPLES = 4
 
 
 @pytest.fixture(scope="module", autouse=True)
