@@ -67,6 +67,7 @@ def test_the_same_seed_gives_the_same(evaluated):
 def test_sweeps(evaluated, tmp_path, drawn):
     out, picture = tmp_path / "new" / "a.json", tmp_path / "a.png"
     options = ["--density", "0.3,0.6", "--global-weight", "0,0.5,auto", "--prompt-tokens", "2,7", "--free"]
+    options += ["--arms", "griffin,glass,glass-a,glass-i"]
     text = evaluated(*options, "--json", out, "--plot", picture)
     result = json.loads(out.read_text())
     assert list(result["prompt_tokens"]) == ["2", "7"] and result["arms"] == result["prompt_tokens"]["2"]

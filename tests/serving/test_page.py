@@ -1,4 +1,4 @@
-"""The chat page: its files, and in a headless Chromium what it does with a real server on the demo model."""
+"""The chat page: its files, and in a headless Chromium what it does with a real server on a small model in the place of the demo."""
 
 from __future__ import annotations
 
@@ -285,7 +285,7 @@ def answer_with(visit: Visit, status: int = 200, body: str | dict = "") -> None:
 
 
 def endless(visit: Visit) -> None:
-    """Have answers of the server go on for a long time: the demo model is not let end them."""
+    """Have answers of the server go on for a long time: the model is not let end them."""
 
     def longer(route: Route):
         body = {**json.loads(route.request.post_data), "logit_bias": {"2": -100}, "max_tokens": 1900}
