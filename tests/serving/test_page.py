@@ -1,4 +1,4 @@
-"""The chat page: its files, and in a headless Chromium what it does with a real server on a small model in the place of the demo."""
+"""The chat page: its files, and in a headless Chromium what it does with a real server on a small model."""
 
 from __future__ import annotations
 
