@@ -20,7 +20,7 @@ import mlx.core as mx
 import pytest
 
 import glass_mlx
-from glass_mlx.serving import model_loading, worker
+from glass_mlx.serving import model_loading, operations, worker
 from glass_mlx.serving.engine import Engine, EngineOptions
 from glass_mlx.serving.errors import BadRequest, EngineFailed, QueueFull, UnknownModel
 from glass_mlx.serving.queue import RoundRobinQueue
@@ -320,7 +320,7 @@ def tool_model(model_copy):
 def test_tool_calls(make, tool_model, monkeypatch):
     """The tools reach the template, and what the model then says of them is told from its text."""
     said = ["Well. <tool", '_call>{"name": "weather", "argu', 'ments": {"city": "Ulm"}}</tool_call>', "", ""]
-    inner = worker.stream_generate
+    inner = operations.stream_generate
 
     def scripted(*args, **kwargs):
         for text, response in zip(said, inner(*args, **kwargs)):
@@ -329,7 +329,7 @@ def test_tool_calls(make, tool_model, monkeypatch):
 
     engine = make(model=str(tool_model), load={"stats": False})
     without = last(engine.submit(ask("x"))).usage.prompt_tokens
-    monkeypatch.setattr(worker, "stream_generate", scripted)
+    monkeypatch.setattr(operations, "stream_generate", scripted)
     tools = [{"type": "function", "function": {"name": "weather"}}]
     chunks = list(engine.submit(ask("x", tools=tools)))
     assert chunks[-1].usage.prompt_tokens > without
@@ -525,8 +525,8 @@ def test_a_crash_fails_its_request_only(demo_engine, monkeypatch):
         yield from list(inner(*args, **kwargs))[:2]
         raise RuntimeError("[metal] /Users/me/secret out of memory")
 
-    inner = worker.stream_generate
-    monkeypatch.setattr(worker, "stream_generate", crash)
+    inner = operations.stream_generate
+    monkeypatch.setattr(operations, "stream_generate", crash)
     with pytest.raises(EngineFailed, match="^Generation failed: RuntimeError. See the log.$"):
         text(demo_engine.submit(ask("Hello")))
     monkeypatch.undo()
