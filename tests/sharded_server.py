@@ -35,7 +35,7 @@ def fail_where_asked() -> None:
 if __name__ == "__main__":
     model, *options = sys.argv[1:]
     if options:
-        sys.argv[1:] = ["--model", model, "--prompt", PROMPT, "--ignore-chat-template", "--max-tokens", "12", "--json"]
+        sys.argv[1:] = ["--model", model, "--prompt", PROMPT, "--ignore-chat-template", "--max-tokens", "8", "--json"]
         generate()
         fail_where_asked()
     sys.argv[1:] = ["--port", "0", "--log-dir", ".", *(("--model", model) if options else ()), *options]

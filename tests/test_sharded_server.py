@@ -6,6 +6,7 @@ import json
 import re
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from servers import CHAT
 from sharded_server import POISON, PROMPT, WRONG
 
 import glass_mlx
-from glass_mlx.serving.engine import Engine, EngineOptions
 
 PROGRAM = Path(__file__).parent / "sharded_server.py"
 TEXT = "/v1/completions"
@@ -35,7 +35,7 @@ class Served:
     processes: list[Running]
 
     def ask(self, path: str = CHAT, **body) -> dict:
-        body = {"max_tokens": 12} | ({"messages": [OPENING]} if path == CHAT else {"prompt": PROMPT}) | body
+        body = {"max_tokens": 8} | ({"messages": [OPENING]} if path == CHAT else {"prompt": PROMPT}) | body
         response = self.client.post(path, json=body)
         assert response.status_code == 200, response.text
         return response.json()
@@ -56,16 +56,9 @@ def served(lively_dir, tmp_path_factory) -> Iterator[Served]:
         yield Served(client, processes)
 
 
-@pytest.fixture(scope="module")
-def alone(lively_dir) -> Iterator[Engine]:
-    engine = Engine(EngineOptions(str(lively_dir), load={"stats": False}))
-    yield engine
-    engine.close()
-
-
 def test_the_dense_answer_is_one_machines(served, lively_dir):
     model, tokenizer = glass_mlx.load(lively_dir, stats=False)
-    expected = glass_mlx.generate(model, tokenizer, PROMPT, max_tokens=12, density=1.0)
+    expected = glass_mlx.generate(model, tokenizer, PROMPT, max_tokens=8, density=1.0)
     assert served.text(TEXT, density=1.0).strip() == expected.strip() != ""
     assert served.text(TEXT, verify=True).strip() == expected.strip()
 
@@ -89,19 +82,18 @@ def test_a_sampled_answer_is_its_seeds(served):
 def test_the_form_of_an_answer(served):
     schema = {"type": "object", "properties": {"n": {"enum": [3]}}, "required": ["n"]}
     form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
-    for verify in (False, True):
-        assert json.loads(served.text(response_format=form, max_tokens=60, verify=verify)) == {"n": 3}
+    assert json.loads(served.text(response_format=form, max_tokens=60)) == {"n": 3}
 
 
 def test_words_that_end_an_answer(served):
-    whole = served.text(max_tokens=30)
-    assert served.text(max_tokens=30, stop=whole[4:7]) == whole[: whole.index(whole[4:7])]
+    whole = served.text(max_tokens=20)
+    assert served.text(max_tokens=20, stop=whole[4:7]) == whole[: whole.index(whole[4:7])]
     (choice,) = served.ask(logprobs=True, top_logprobs=2)["choices"]
     assert all(token["logprob"] <= 0 and len(token["top_logprobs"]) == 2 for token in choice["logprobs"]["content"])
 
 
-def test_the_next_turn_goes_on_with_what_was_read(served, alone):
-    """Bit by bit, as one machine's does; the answer was read ahead."""
+def test_the_next_turn_goes_on_with_what_was_read(served):
+    """It answers as if it had read all itself."""
     answer = served.text()
     turns = [OPENING, {"role": "assistant", "content": answer}, {"role": "user", "content": "And then?"}]
     again = served.ask(messages=turns)
@@ -109,11 +101,11 @@ def test_the_next_turn_goes_on_with_what_was_read(served, alone):
     served.client.post("/v1/unload")
     afresh = served.ask(messages=turns)
     assert afresh["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
-    assert again["choices"] == afresh["choices"] or again["choices"][0]["message"] == afresh["choices"][0]["message"]
+    assert again["choices"] == afresh["choices"]
 
 
 def test_streams_and_responses(served):
-    body = {"messages": [OPENING], "max_tokens": 12, "stream": True}
+    body = {"messages": [OPENING], "max_tokens": 8, "stream": True}
     with served.client.stream("POST", CHAT, json=body) as response:
         events = [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {")]
     said = "".join(event["choices"][0]["delta"].get("content", "") for event in events if event["choices"])
@@ -125,12 +117,13 @@ def test_streams_and_responses(served):
 def test_a_client_that_leaves(served):
     """While it is answered, and while its long prompt is read; the next one finds all processes in step."""
     expected = served.text()
-    for body in ({"messages": [OPENING]}, {"messages": [OPENING | {"content": "sea " * 3000}]}):
-        body |= {"max_tokens": 100_000, "stream": True, "logit_bias": {"2": -100}}
-        with served.client.stream("POST", CHAT, json=body) as response:
-            if len(body["messages"][0]["content"]) < 1000:
-                next(response.iter_lines())
-        assert served.text() == expected
+    endless = {"max_tokens": 100_000, "stream": True, "logit_bias": {"2": -100}}
+    with served.client.stream("POST", CHAT, json={"messages": [OPENING], **endless}) as response:
+        next(response.iter_lines())
+    assert served.text() == expected
+    with suppress(httpx.TimeoutException):
+        served.client.post(TEXT, json={"prompt": [5] * 5000, **endless}, timeout=0.5)
+    assert served.text() == expected
 
 
 def test_errors(served):
@@ -142,7 +135,7 @@ def test_errors(served):
         (CHAT, {"messages": [OPENING], "model": "not-there"}, 404),
         (TEXT, {"prompt": [1, 99999]}, 400),
     ):
-        assert served.client.post(path, json={"max_tokens": 12} | body).status_code == status
+        assert served.client.post(path, json={"max_tokens": 8} | body).status_code == status
         assert served.text() == expected
     refused = served.client.post("/v1/measure")
     assert refused.status_code == 400 and "on one machine" in refused.text
