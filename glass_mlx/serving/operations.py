@@ -265,7 +265,7 @@ def follow(options: EngineOptions) -> None:
         try:
             told = group.hear()
         except GlassError as e:
-            raise GlassError(f"{e}; the last error here: {error or 'none'}") from error
+            raise GlassError(f"{e}; the last error here: {error!r}" if error else str(e)) from error
         if told == _END:
             return
         if told is None:
