@@ -1,4 +1,4 @@
-"""What each process of the tests of shared servers does: it generates as the command does, and serves. Some requests
+"""What each process of the tests of shared servers does: it may generate as the command does, and serves. Some requests
 make it fail: POISON in their prompt in all processes, as many rivals as WRONG in the first one only."""
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ def fail_where_asked() -> None:
 
 
 if __name__ == "__main__":
-    model, *options = sys.argv[1:]
-    if options:
-        sys.argv[1:] = ["--model", model, "--prompt", PROMPT, "--ignore-chat-template", "--max-tokens", "8", "--json"]
+    first, model, *options = sys.argv[1:]
+    if first == "generate":
+        asked = ["--prompt", PROMPT, "--ignore-chat-template", "--max-tokens", "8", "--json"]
+        sys.argv[1:] = ["--model", model, *asked]
         generate()
-        fail_where_asked()
-    sys.argv[1:] = ["--port", "0", "--log-dir", ".", *(("--model", model) if options else ()), *options]
+    fail_where_asked()
+    sys.argv[1:] = ["--model", model, "--port", "0", "--log-dir", ".", *options]
     serve()

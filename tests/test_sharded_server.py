@@ -13,8 +13,10 @@ from pathlib import Path
 import httpx
 import pytest
 from launching import Ended, Running, launched
+from mlx_lm.models import qwen3_moe
 from servers import CHAT
 from sharded_server import POISON, PROMPT, WRONG
+from test_sharded_loading import MOE, livelier, written
 
 import glass_mlx
 
@@ -50,17 +52,22 @@ def served(lively_dir, tmp_path_factory) -> Iterator[Served]:
     directory = tmp_path_factory.mktemp("served")
     options = ("--density", 0.5, "--allow-path", lively_dir.parent.parent)
     with (
-        launched(directory, PROGRAM, lively_dir, *options, until=url) as processes,
+        launched(directory, PROGRAM, "generate", lively_dir, *options, until=url) as processes,
         httpx.Client(base_url=url(processes[0].so_far), timeout=300) as client,
     ):
         yield Served(client, processes)
 
 
+def in_one_process(path: Path) -> str:
+    """The dense answer of a whole model."""
+    model, tokenizer = glass_mlx.load(path, stats=False)
+    return glass_mlx.generate(model, tokenizer, PROMPT, max_tokens=8, density=1.0).strip()
+
+
 def test_the_dense_answer_is_one_machines(served, lively_dir):
-    model, tokenizer = glass_mlx.load(lively_dir, stats=False)
-    expected = glass_mlx.generate(model, tokenizer, PROMPT, max_tokens=8, density=1.0)
-    assert served.text(TEXT, density=1.0).strip() == expected.strip() != ""
-    assert served.text(TEXT, verify=True).strip() == expected.strip()
+    expected = in_one_process(lively_dir)
+    assert served.text(TEXT, density=1.0).strip() == expected != ""
+    assert served.text(TEXT, verify=True).strip() == expected
 
 
 def test_the_sparse_answer_is_the_commands(served):
@@ -159,11 +166,16 @@ def test_all_end_with_the_first_one(served):
     assert [(process.code, process.errors) for process in ended] == [(0, []), (0, [])]
 
 
-def test_a_process_that_dies_ends_an_idle_server(tmp_path):
-    with launched(tmp_path, PROGRAM, "demo", until=url) as processes:
+def test_layers_by_machine_and_a_process_that_dies(lively_dir, tmp_path):
+    """With --pipeline. The first process says in one line that another one has ended, also while it waits."""
+    model = livelier(qwen3_moe.Model(qwen3_moe.ModelArgs.from_dict(MOE)))
+    written(tmp_path / "moe", lively_dir, MOE, model)
+    with launched(tmp_path, PROGRAM, "serve", tmp_path / "moe", "--pipeline", until=url) as processes:
+        with httpx.Client(base_url=url(processes[0].so_far), timeout=300) as client:
+            served = Served(client, processes)
+            assert served.text(TEXT, density=1.0).strip() == in_one_process(tmp_path / "moe") != ""
+            assert served.text(TEXT, density=0.5, stop="zzz") == served.text(TEXT, density=0.5)
         processes[1].process.kill()
         first = processes[0].ended()
     assert first.code == 1
-    assert first.errors == [
-        "error: rank 1 has ended or cannot be reached, so the others end too. Its own output says why."
-    ]
+    assert [line[:38] for line in first.errors] == ["error: rank 1 has ended or cannot be r"]
