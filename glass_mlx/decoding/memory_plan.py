@@ -25,6 +25,7 @@ class MemoryPlan:
         context: how many tokens are in the cache.
         available: what the device has: on Apple's GPU its recommended working set, elsewhere the machine's memory.
         low_memory: whether the dense FFN weights are let go of while decoding.
+        making: compact weights that are there before the first dense ones are let go of.
     """
 
     model: int
@@ -35,12 +36,13 @@ class MemoryPlan:
     context: int
     available: int
     low_memory: bool = False
+    making: int = 0
 
     @property
     def needed(self) -> int:
         """The most at any time. Other conversations' compact weights give way (``SessionMemory``)."""
-        decoding = self.compact - (self.ffn if self.low_memory else 0)
-        return self.model + self.cache + max(self.prefill, decoding)
+        sparse = max(self.making, self.compact - self.ffn) if self.low_memory else self.compact
+        return self.model + self.cache + max(self.prefill, sparse)
 
     @property
     def fits(self) -> bool:
@@ -63,11 +65,10 @@ def plan_memory(model: GlassModel, context: int | None = None) -> MemoryPlan:
     """
     context = context or min(CONTEXT, model.context_length or CONTEXT)
     density = model.config.density
-    compact = ffn = 0
-    for block, k in zip(model.blocks, model.kept_counts(density)):
-        if k < block.size:
-            compact += block.compact_bytes(k)
-            ffn += block.nbytes
+    sparse = [(block, k) for block, k in zip(model.blocks, model.kept_counts(density)) if k < block.size]
+    sizes = [block.compact_bytes(k) for block, k in sparse]
+    compact, ffn = sum(sizes), sum(block.replaced_bytes(k) for block, k in sparse)
+    making = max(sizes, default=0)
     # per token: gate, up, their product and the hidden vector; the latter once more in float32, and its square; and
     # about a dozen vectors around attention
     widest = max(model.blocks, key=lambda block: block.width * block.active)
@@ -75,7 +76,8 @@ def plan_memory(model: GlassModel, context: int | None = None) -> MemoryPlan:
     token = neurons * (4 * widest.dtype.size + 8) + 12 * widest.input_size * widest.dtype.size
     cache = cache_bytes(model, context)
     available = available_memory()
-    return MemoryPlan(model_bytes(model.dense), ffn, compact, cache, STEP * token, context, available, model.low_memory)
+    dense, prefill = model_bytes(model.dense), STEP * token
+    return MemoryPlan(dense, ffn, compact, cache, prefill, context, available, model.low_memory, making)
 
 
 def _gb(size: int) -> str:

@@ -11,7 +11,7 @@ after an exception, wherever it came, the model is as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -25,6 +25,7 @@ from mlx.utils import tree_flatten
 from ..core.importance import energy, expert_energy
 from ..core.slicing import (
     UNIT,
+    ScatterLinear,
     fast_inputs,
     input_size,
     is_quantised,
@@ -176,10 +177,18 @@ class Block:
         experts = self.experts or 1
         return self.joined(mx.broadcast_to(mx.arange(k // experts, dtype=mx.int32), (experts, k // experts)))
 
+    def replaced_bytes(self, k: int) -> int:
+        """Size of its own weights that compact ones for k neurons do without. Nothing is evaluated."""
+        compact = self.compact(self.first(k))
+        return self._bytes([name for name in self.names if not isinstance(compact[name], ScatterLinear)])
+
     @property
     def nbytes(self) -> int:
         """Size of its own weights."""
-        return sum(array.nbytes for name in self.names for _, array in tree_flatten(self.module[name].parameters()))
+        return self._bytes(self.names)
+
+    def _bytes(self, names: Iterable[str]) -> int:
+        return sum(array.nbytes for name in names for _, array in tree_flatten(self.module[name].parameters()))
 
     def compact_bytes(self, k: int) -> int:
         """Size of its compact weights for k neurons. Nothing is evaluated."""
