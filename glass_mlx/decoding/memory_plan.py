@@ -41,8 +41,13 @@ class MemoryPlan:
     @property
     def needed(self) -> int:
         """The most at any time. Other conversations' compact weights give way (``SessionMemory``)."""
-        sparse = max(self.making, self.compact - self.ffn) if self.low_memory else self.compact
-        return self.model + self.cache + max(self.prefill, sparse)
+        least = self.making if self.low_memory else 0
+        return max(self.decoding, self.model + self.cache + max(self.prefill, least))
+
+    @property
+    def decoding(self) -> int:
+        """What is held while an answer is decoded."""
+        return self.model + self.cache + self.compact - (self.ffn if self.low_memory else 0)
 
     @property
     def fits(self) -> bool:
@@ -56,15 +61,16 @@ class MemoryPlan:
         )
 
 
-def plan_memory(model: GlassModel, context: int | None = None) -> MemoryPlan:
-    """The memory plan of a model at its own density.
+def plan_memory(model: GlassModel, context: int | None = None, density: float | None = None) -> MemoryPlan:
+    """The memory plan of a model.
 
     Args:
         model (GlassModel): the model.
         context (int, optional): tokens in the prompt cache. Default: ``CONTEXT``, or the model's context if shorter.
+        density (float, optional): default: the model's own.
     """
     context = context or min(CONTEXT, model.context_length or CONTEXT)
-    density = model.config.density
+    density = model.config.density if density is None else density
     sparse = [(block, k) for block, k in zip(model.blocks, model.kept_counts(density)) if k < block.size]
     sizes = [block.compact_bytes(k) for block, k in sparse]
     compact, ffn = sum(sizes), sum(block.replaced_bytes(k) for block, k in sparse)
