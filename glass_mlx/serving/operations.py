@@ -146,7 +146,7 @@ class Operations:
             max_tokens,
             prompt_cache=conversation.cache,
             sampler=steps.shared(sampler),
-            logits_processors=[steps.guarded(processor) for processor in processors],
+            logits_processors=[steps.guarded(processor, lambda tokens, logits: logits) for processor in processors],
             prefill_step_size=self.options.prefill_step_size,
             **verify,
             **self.options.kv,
@@ -185,7 +185,7 @@ class _Steps:
 
     Attributes:
         over: whether this process wants no more.
-        error: why, if a logits processor has failed.
+        error: why, if something that is this process's own has failed.
     """
 
     def __init__(self) -> None:
@@ -201,31 +201,34 @@ class _Steps:
         if group.size() == 1:
             return self.over
         while len(self._told) > 1:
-            self._known_over |= bool(self._told.popleft()[-1].item())
+            self._known_over |= bool(self._told.popleft().tolist()[-1])
         return self._known_over
 
     def shared(self, sampler: Sampler | None) -> Sampler | None:
         """A sampler that gives all processes the first one's tokens."""
         if group.size() == 1:
             return sampler
-        sample = sampler or greedy_sampler
+        sample = self.guarded(sampler or greedy_sampler, greedy_sampler)
 
         def shared(logprobs: mx.array) -> mx.array:
-            word = mx.concatenate([sample(logprobs).astype(mx.uint32), mx.array([self.over], mx.uint32)])
+            tokens = sample(logprobs).astype(mx.uint32)
+            word = mx.concatenate([tokens, mx.array([self.over], mx.uint32)])
             self._told.append(group.share_in_graph(word, logprobs))
             return self._told[-1][:-1]
 
         return shared
 
-    def guarded(self, processor: Processor) -> Processor:
-        """A processor of this process's own, whose error ends the answer, but not before all know."""
+    def guarded(self, own: Callable[..., mx.array], otherwise: Callable[..., mx.array]) -> Callable[..., mx.array]:
+        """What this process alone computes in a step. An error ends the answer, but not before all know; until then
+        ``otherwise`` takes its place."""
 
-        def guarded(tokens: mx.array, logits: mx.array) -> mx.array:
-            try:
-                return logits if self.error else processor(tokens, logits)
-            except Exception as e:
-                self.error, self.over = e, True
-                return logits
+        def guarded(*arguments: mx.array) -> mx.array:
+            if self.error is None:
+                try:
+                    return own(*arguments)
+                except Exception as e:
+                    self.error, self.over = e, True
+            return otherwise(*arguments)
 
         return guarded
 
@@ -260,12 +263,12 @@ def follow(options: EngineOptions) -> None:
         GlassError: this process is not at the same point any more.
     """
     operations = Operations(Catalogue(options.model, options.allow_paths, options.allow_download), options)
-    error: Exception | None = None
+    error = ""
     while True:
         try:
             told = group.hear()
         except GlassError as e:
-            raise GlassError(f"{e}; the last error here: {error!r}" if error else str(e)) from error
+            raise GlassError(f"{e}{error}") from e
         if told == _END:
             return
         if told is None:
@@ -276,7 +279,7 @@ def follow(options: EngineOptions) -> None:
             for _ in result if isinstance(result, Iterator) else ():
                 pass
         except Exception as e:  # the first process has it, too, or will find that this one is elsewhere
-            error = e
+            error = f"; the last error here: {type(e).__name__}: {e}"
             logger.debug("%s failed", name, exc_info=True)
         finally:
             result = None

@@ -151,8 +151,8 @@ def test_limits_are_the_first_ones(wire, monkeypatch):
     assert len(first.store) == 1
 
 
-def test_an_error_of_a_processor(wire, first, monkeypatch):
-    """It is the first process's alone, and no reason to leave the others waiting."""
+def test_an_error_of_a_processor_or_a_sampler(wire, first, monkeypatch):
+    """They are the first process's alone, and no reason to leave the others waiting."""
     said, processor, calls = answer(first), first.grammars.processor, []
 
     def failing(request, prompt):
@@ -171,6 +171,8 @@ def test_an_error_of_a_processor(wire, first, monkeypatch):
     with pytest.raises(ValueError, match="broken"):
         answer(first, schema={"type": "array", "items": {"type": "integer"}, "minItems": 40}, max_tokens=100)
     monkeypatch.setattr(first.grammars, "processor", processor)
+    with pytest.raises(ValueError, match="threshold"):
+        answer(first, temperature=1.0, xtc_probability=1.0, xtc_threshold=0.9)
     assert answer(first) == said
     assert contents(followed(wire, monkeypatch).store) == contents(first.store)
 
