@@ -1,23 +1,28 @@
 """What each process of the tests of shared servers does: it may generate as the command does, and serves. Some requests
-make it fail: POISON in their prompt in all processes, as many rivals as WRONG in the first one only."""
+make it fail: POISON in their prompt in all processes, as many rivals as WRONG in the first one, the model LACKED
+in the second one, which lacks it."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import mlx.core as mx
 
 from glass_mlx.generate import main as generate
+from glass_mlx.group import rank
 from glass_mlx.model.glass_model import GlassModel
 from glass_mlx.server import main as serve
+from glass_mlx.serving.catalogue import Catalogue
+from glass_mlx.serving.errors import UnknownModel
 from glass_mlx.serving.worker import Worker
 
 PROMPT = "The old house stood"
-POISON, WRONG = 3999, 3
+POISON, WRONG, LACKED = 3999, 3, "lacked"
 
 
 def fail_where_asked() -> None:
-    prefill, token = GlassModel.prefill, Worker.token
+    prefill, token, resolve = GlassModel.prefill, Worker.token, Catalogue.resolve
 
     def poisoned(self, inputs, *args, **options):
         if mx.any(inputs == POISON).item():
@@ -29,7 +34,12 @@ def fail_where_asked() -> None:
             raise RuntimeError("wrong")
         return token(self, id, logprob, top)
 
-    GlassModel.prefill, Worker.token = poisoned, wrong
+    def lacking(self, name):
+        if name == LACKED and rank() == 1:
+            raise UnknownModel("It is not here.")
+        return replace(resolve(self, "demo" if name == LACKED else name), name=name)
+
+    GlassModel.prefill, Worker.token, Catalogue.resolve = poisoned, wrong, lacking
 
 
 if __name__ == "__main__":

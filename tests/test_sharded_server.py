@@ -15,7 +15,7 @@ import pytest
 from launching import Ended, Running, launched
 from mlx_lm.models import qwen3_moe
 from servers import CHAT
-from sharded_server import POISON, PROMPT, WRONG
+from sharded_server import LACKED, POISON, PROMPT, WRONG
 from test_sharded_loading import MOE, livelier, written
 
 import glass_mlx
@@ -49,6 +49,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(lively_dir, tmp_path_factory) -> Iterator[Served]:
+    """All processes end with the first one in good order, also if a terminal's Ctrl-C reaches every one."""
     directory = tmp_path_factory.mktemp("served")
     options = ("--density", 0.5, "--allow-path", lively_dir.parent.parent)
     with (
@@ -56,6 +57,10 @@ def served(lively_dir, tmp_path_factory) -> Iterator[Served]:
         httpx.Client(base_url=url(processes[0].so_far), timeout=300) as client,
     ):
         yield Served(client, processes)
+        processes[1].process.send_signal(signal.SIGINT)
+        processes[0].process.send_signal(signal.SIGTERM)
+        ended = [process.ended() for process in processes]
+        assert [(process.code, process.errors) for process in ended] == [(0, []), (0, [])]
 
 
 def in_one_process(path: Path) -> str:
@@ -134,16 +139,21 @@ def test_a_client_that_leaves(served):
 
 
 def test_errors(served):
-    """In all processes, in the first one only, and of the request."""
+    """In all processes, in one only, and of the request."""
     expected = served.text()
+    told = []
     for path, body, status in (
         (TEXT, {"prompt": [1, POISON, 5]}, 500),
         (CHAT, {"messages": [OPENING], "logprobs": True, "top_logprobs": WRONG}, 500),
         (CHAT, {"messages": [OPENING], "model": "not-there"}, 404),
+        (CHAT, {"messages": [OPENING], "model": LACKED}, 500),
         (TEXT, {"prompt": [1, 99999]}, 400),
     ):
-        assert served.client.post(path, json={"max_tokens": 8} | body).status_code == status
+        response = served.client.post(path, json={"max_tokens": 8} | body)
+        assert response.status_code == status
+        told.append(response.json()["error"]["message"])
         assert served.text() == expected
+    assert told[3] == "demo cannot be loaded: rank 1: It is not here."
     refused = served.client.post("/v1/measure")
     assert refused.status_code == 400 and "on one machine" in refused.text
 
@@ -156,14 +166,6 @@ def test_other_models(served, tiny_dir):
     facts = served.client.get("/v1/status").json()["facts"]
     assert facts["group"] == "2 ranks, tensor parallel"
     assert served.text(model="default_model")
-
-
-def test_all_end_with_the_first_one(served):
-    """In good order, also if a terminal's Ctrl-C reaches all of them. It is the last test of these processes."""
-    served.processes[1].process.send_signal(signal.SIGINT)
-    served.processes[0].process.send_signal(signal.SIGTERM)
-    ended = [process.ended() for process in served.processes]
-    assert [(process.code, process.errors) for process in ended] == [(0, []), (0, [])]
 
 
 def test_layers_by_machine_and_a_process_that_dies(lively_dir, tmp_path):
