@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from .group import gather, rank, size, together
 from .hub.names import DEFAULT_MODEL
 
 if TYPE_CHECKING:
+    from .decoding.memory_plan import MemoryPlan
     from .model.glass_model import GlassModel
 
 IDLE = (
@@ -156,6 +158,7 @@ def _plan(args: argparse.Namespace) -> None:
         _plan_sharing(args)
         return
     from .decoding.costs import DEVICES, plan
+    from .decoding.memory_plan import plan_memory
     from .evaluation.machine import backend
     from .evaluation.shapes import empty_model, shape_label
     from .evaluation.speed import measure_device
@@ -176,8 +179,20 @@ def _plan(args: argparse.Namespace) -> None:
         "context": context,
         "devices": {d.name: {"bandwidth": d.bandwidth, "rows": d.rows, "source": d.source} for d in devices},
         "plan": plan(model, args.density, context, devices=devices),
+        "memory": {f"{d:g}": _memory(plan_memory(model, context, d)) for d in args.density},
     }
     print_result(result, plan_table, args.json)
+
+
+def _memory(plan: MemoryPlan) -> dict[str, int]:
+    """Bytes at most and while decoding, as the dense FFN weights stay or not."""
+    usual, low = (replace(plan, low_memory=low_memory) for low_memory in (False, True))
+    return {
+        "needed": usual.needed,
+        "decoding": usual.decoding,
+        "low_memory_needed": low.needed,
+        "low_memory_decoding": low.decoding,
+    }
 
 
 def _plan_sharing(args: argparse.Namespace) -> None:
@@ -236,6 +251,12 @@ def plan_table(result: dict[str, Any]) -> str:
         "choice: choosing neurons and compacting, in dense steps; even at: the tokens that make it good",
         "reread: what a token of an answer costs when the next prompt reads it again, in dense steps",
         "verified: by the probability that a draft is accepted, how many tokens to draft, and the speed-up",
+        "",
+        "memory in GB, at most and while decoding, and with --low-memory:",
+        *text_table(
+            ("density", "needed", "decoding", "--low-memory", "decoding"),
+            [(d, *(f"{size / 1e9:.1f}" for size in sizes.values())) for d, sizes in result["memory"].items()],
+        ),
         "",
         "the time of a call by its rows, relative to one row:",
     ]

@@ -4,6 +4,8 @@ Every process runs the same command on its part of the model and takes the same 
 nothing is exchanged but what the model's own layers add up. The exceptions are here: what could differ between machines
 is compared once (:func:`agree`), or taken from the first process (:func:`share`). Only the first one, rank 0, prints.
 
+Where only the first one knows what is next, it says so (:func:`tell`), and the others listen (:func:`hear`).
+
 MLX's ring says once that a peer was lost, and then waits for it for ever. So a thread of each process looks after its
 neighbours (:class:`_Watch`). Other backends say nothing: there ``mlx.launch`` ends the others.
 """
@@ -11,9 +13,11 @@ neighbours (:class:`_Watch`). Other backends say nothing: there ``mlx.launch`` e
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
+import select
 import socket
 import sys
 import threading
@@ -21,7 +25,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from functools import cache
 from pathlib import Path
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
@@ -33,6 +39,12 @@ PIPELINE = "under mlx.launch: each machine has some of the layers, not a part of
 # How often to look after the neighbours, and how long another process may say first why all of them end; seconds.
 _INTERVAL, _GRACE = 0.5, 4.0
 _ending = threading.Lock()
+
+_Any = TypeVar("_Any")
+_MARK = 0x61A55  # what a message begins with
+_messages = itertools.count()  # all processes count those that were told
+_GIVING_UP = "giving up"
+_excused = threading.Event()  # whether the first process has said that it is about to end
 
 
 def rank() -> int:
@@ -71,6 +83,95 @@ def gather(values: list[int]) -> list[list[int]]:
         return [values]
     settle()
     return mx.distributed.all_gather(mx.array([values], mx.int64), stream=mx.cpu).tolist()
+
+
+def share_in_graph(values: mx.array, after: mx.array) -> mx.array:
+    """The first process's values, as part of a graph, which exchanges them when it has come to ``after``. Every process
+    must call this at the same point, in the stream in which the model's layers add up."""
+    if rank() > 0:
+        values = mx.depends(mx.zeros_like(values), after)
+    return mx.distributed.all_sum(values)
+
+
+def decided(value: bool) -> bool:
+    """What the first process has decided. Every process must call this at the same point."""
+    return value if size() == 1 else bool(share(mx.array([value], mx.int32)).item())
+
+
+def all_of(value: bool) -> bool:
+    """Whether it is so in every process. Each must call this at the same point."""
+    return all(here for (here,) in gather([int(value)]))
+
+
+def attempt(work: Callable[[], _Any]) -> _Any:
+    """Do what may fail on one machine alone; then it fails on all. Every process must call this at the same point.
+
+    Raises:
+        GlassError: in every process: its own, or else why another one failed.
+    """
+    if size() == 1:
+        return work()
+    result, error = None, None
+    try:
+        result = work()
+    except GlassError as e:
+        error = e
+    reasons = _gather_texts(str(error) if error else "")
+    if error is not None:
+        raise error
+    for i, reason in enumerate(reasons):
+        if reason:
+            raise GlassError(f"rank {i}: {reason}")
+    return result
+
+
+def _gather_texts(text: str) -> list[str]:
+    data = text.encode()
+    lengths = [length for (length,) in gather([len(data)])]
+    if not any(lengths):
+        return [""] * len(lengths)
+    padded = mx.array([list(data.ljust(max(lengths)))], mx.uint8)
+    rows = mx.distributed.all_gather(padded, stream=mx.cpu).tolist()
+    return [bytes(row[:length]).decode() for row, length in zip(rows, lengths)]
+
+
+def tell(message: Any) -> None:
+    """Say a plain value, as JSON has them, to the other processes, which must be about to ``hear`` it.
+
+    The process ends if they are not: whatever they do next would mix with what this one does.
+    """
+    if size() == 1:
+        return
+    data = json.dumps(message).encode()
+    header = mx.array([_MARK, next(_messages), len(data)], mx.int32)
+    if share(header).tolist() != header.tolist():
+        _end("the processes of the group are not at the same point any more, so all end. Their output may say why.")
+    share(mx.array(list(data), mx.uint8))
+
+
+def hear() -> Any:
+    """Wait for what the first process says next; for hours, if it must be, without taking up a core.
+
+    Raises:
+        GlassError: what comes is no message: the other processes are at another point.
+    """
+    connections = [connection for _, connection in _neighbours()]
+    if connections:  # MLX's ring asks again and again whether something has come
+        select.select(connections, [], [])
+    mark, number, length = share(mx.zeros((3,), mx.int32)).tolist()
+    if (mark, number) != (_MARK, next(_messages)):
+        raise GlassError("the other processes of the group are not at the same point any more")
+    message = json.loads(bytes(share(mx.zeros((length,), mx.uint8)).tolist()))
+    if message == _GIVING_UP:
+        _excused.set()
+        threading.Event().wait()  # the watch ends this process when the first one has ended
+    return message
+
+
+def give_up() -> None:
+    """Before this process, the first one, ends with an error, which it says itself: the others ``hear``, and are silent
+    when they end because of it."""
+    tell(_GIVING_UP)
 
 
 def agree(facts: Mapping[str, object]) -> None:
@@ -154,7 +255,7 @@ class _Watch(threading.Thread):
     def __init__(self):
         super().__init__(daemon=True)
         self._stopped = threading.Event()
-        self._neighbours = list(_neighbours())
+        self._neighbours = _neighbours()
 
     def run(self) -> None:
         while not self._stopped.wait(_INTERVAL):
@@ -170,7 +271,7 @@ class _Watch(threading.Thread):
         if not self._gone():
             return
         gone = min(self._gone())
-        if rank() == 0 or (rank() == 1 and gone == 0):  # whoever sees it, one process says it
+        if rank() == 0 or (rank() == 1 and gone == 0 and not _excused.is_set()):  # whoever sees it, one process says it
             _end(f"rank {gone} has ended or cannot be reached, so the others end too. Its own output says why.")
         os._exit(1)
 
@@ -201,6 +302,7 @@ def _end(message: str) -> None:
     os._exit(1)
 
 
+@cache
 def _neighbours() -> list[tuple[int, socket.socket]]:
     """The ranks beside this one in MLX's ring, with the connections to them: those that end in a port of the ring's."""
     hosts = os.environ.get("MLX_HOSTFILE")

@@ -19,6 +19,7 @@ from .cli.parser import Parser
 from .cli.running import run
 from .cli.values import adapter_directory, list_of, memory_size, template_args
 from .errors import GlassError
+from .group import PIPELINE, give_up, rank, size, together
 from .hub.names import DEFAULT_MODEL
 from .model.config import GlassConfig
 from .serving.logs import log_to_file
@@ -47,7 +48,6 @@ NOT_SERVED = {
     "--use-default-chat-template": "transformers no longer has default templates; give one with --chat-template",
     "--decode-concurrency": "answers are given one at a time; clients take turns",
     "--prompt-concurrency": "prompts are read one at a time; clients take turns",
-    "--pipeline": "the server runs on one machine",
 }
 
 
@@ -82,6 +82,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     _add_serving_options(parser)
     add_glass_options(parser, build=False)
     add_verify_options(parser)
+    parser.add_argument("--pipeline", action="store_true", help=PIPELINE)
     add_verbose(parser)
     for option, reason in NOT_SERVED.items():
         parser.add_argument(option, nargs="?", action=_Refuse, const=reason, help=argparse.SUPPRESS)
@@ -181,18 +182,37 @@ def main() -> None:
         parser.error("--max-tokens must be at least 1")
     checks.check_numbers(parser, args)
     checks.check_together(parser, args, IDLE)
-    run(lambda: serve(args), args.verbose)
+    run(together(lambda: serve(args)), args.verbose)
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Serve until Ctrl-C or SIGTERM."""
+    """Serve until Ctrl-C or SIGTERM. Under ``mlx.launch`` the first process does, and the others do what it says."""
     try:
-        from .serving.engine import Engine
-        from .serving.server import Server
+        from .serving.operations import end, follow
+        from .serving.server import Server  # noqa: F401  only to see that it can be
     except ModuleNotFoundError as e:
         if e.name not in ("uvicorn", "starlette", "pydantic", "h11"):
             raise
         raise GlassError(f"the server needs {e.name}: pip install 'glass_mlx[server]'") from e
+    from .terminal.loading import check_group
+
+    check_group(args)
+    if rank() > 0:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's goes to all processes; the first one says what next
+        follow(engine_options(args))
+        return
+    try:
+        _serve(args)
+    except GlassError:
+        give_up()
+        raise
+    end()
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from .serving.engine import Engine
+    from .serving.server import Server
+
     log = log_to_file(directory=args.log_dir, level=args.log_level)
     engine = Engine(engine_options(args))
     server = Server(engine, args.host, args.port, api_options(args))
@@ -208,7 +228,7 @@ def serve(args: argparse.Namespace) -> None:
             pass
     finally:
         server.stop()
-        engine.close()
+        engine.close(10 if size() == 1 else None)  # others would be left in the middle of an operation
     if not stopped.is_set():
         raise GlassError("The server has stopped unexpectedly. See its log.")
 
@@ -242,6 +262,7 @@ def engine_options(args: argparse.Namespace) -> EngineOptions:
             "max_session_memory": args.max_session_memory,
             "low_memory": False if args.dense else args.low_memory,
         },
+        pipeline=args.pipeline,
         template_args=args.chat_template_args,
         allow_paths=tuple(args.allow_path),
         allow_download=args.allow_download,

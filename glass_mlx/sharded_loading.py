@@ -65,11 +65,15 @@ def sharded_load(
         GlassError: as in :func:`glass_mlx.load`; or mlx-lm cannot share this model, or the machines differ.
     """
     config = GlassConfig(**choice)
-    path = resolve_model(path_or_hf_repo, revision)
-    check_model(path)
     if pipeline_group is tensor_group is None:
         tensor_group = mx.distributed.init()
-    whole = _whole_model(path, pipeline_group, tensor_group, trust_remote_code)
+
+    def find() -> tuple[Path, WholeModel]:
+        path = resolve_model(path_or_hf_repo, revision)
+        check_model(path)
+        return path, _whole_model(path, pipeline_group, tensor_group, trust_remote_code)
+
+    path, whole = group.attempt(find)
     versions = f"glass_mlx {__version__}, MLX {mx.__version__}"
     group.agree({"the installed versions": versions, "the model's weights": whole.fingerprints[0]})
     dense, tokenizer, model_config = _mlx_lm(
@@ -82,8 +86,12 @@ def sharded_load(
         tokenizer_config={"trust_remote_code": trust_remote_code, **(tokenizer_config or {})},
         trust_remote_code=trust_remote_code,
     )
-    model = GlassModel(dense, config, path=path, max_session_memory=max_session_memory, whole=whole)
-    statistics = find_statistics(model, stats, stats_repo)
+
+    def wrap() -> tuple[GlassModel, GlobalStatistics | None]:
+        model = GlassModel(dense, config, path=path, max_session_memory=max_session_memory, whole=whole)
+        return model, find_statistics(model, stats, stats_repo)
+
+    model, statistics = group.attempt(wrap)
     group.agree({"the global ranks": _brief(statistics)})
     use_statistics(model, statistics, stats is not False)
     choose_density(model, quality)

@@ -8,8 +8,11 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from conftest import ROOT
 
@@ -20,9 +23,9 @@ _PATIENCE = 300  # seconds, for machines that are very busy
 
 @dataclass
 class Ended:
-    """How a process of the group ended."""
+    """How a process of the group ended; without a code, what it has written by now."""
 
-    code: int
+    code: int | None
     out: str
     err: str
 
@@ -32,16 +35,48 @@ class Ended:
         return [line for line in self.err.splitlines() if line.startswith("error: ")]
 
 
+@dataclass
+class Running:
+    """A process of the group, and what it has written by now."""
+
+    process: subprocess.Popen
+    streams: list[IO[str]]
+
+    @property
+    def so_far(self) -> Ended:
+        return Ended(self.process.poll(), *map(_read, self.streams))
+
+    def ended(self) -> Ended:
+        """Wait for it."""
+        self.process.wait(_PATIENCE)
+        return self.so_far
+
+
 def launch(directory: Path, *args: object, count: int = 2, **env: str) -> list[Ended]:
     """Run ``python *args`` in as many processes, which find each other; returns how each has ended, by rank."""
-    for _ in range(5):
-        ended = _launch(directory, list(map(str, args)), count, env)
-        if not any(sign in process.err for process in ended for sign in _TAKEN):
-            break
-    return ended
+    with launched(directory, *args, until=lambda first: False, count=count, **env) as processes:
+        return [process.ended() for process in processes]
 
 
-def _launch(directory: Path, args: list[str], count: int, env: dict[str, str]) -> list[Ended]:
+@contextlib.contextmanager
+def launched(
+    directory: Path, *args: object, until: Callable[[Ended], object], count: int = 2, **env: str
+) -> Iterator[list[Running]]:
+    """The same while they run. They have started when ``until`` says so of the first one, or one has ended."""
+    for attempt in range(5):
+        with _started(directory, list(map(str, args)), count, env) as processes:
+            deadline = time.monotonic() + _PATIENCE
+            while not until(processes[0].so_far) and all(process.so_far.code is None for process in processes):
+                assert time.monotonic() < deadline, [process.so_far for process in processes]
+                time.sleep(0.05)
+            taken = any(sign in process.so_far.err for process in processes for sign in _TAKEN)
+            if not taken or attempt == 4:
+                yield processes
+                return
+
+
+@contextlib.contextmanager
+def _started(directory: Path, args: list[str], count: int, env: dict[str, str]) -> Iterator[list[Running]]:
     hosts = directory / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(count)]))
     paths = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
@@ -49,20 +84,18 @@ def _launch(directory: Path, args: list[str], count: int, env: dict[str, str]) -
     with contextlib.ExitStack() as stack:
         started = []
         for rank in range(count):
-            streams = {name: stack.enter_context((directory / f"{name}-{rank}").open("w+")) for name in ("out", "err")}
+            streams = [stack.enter_context((directory / f"{name}-{rank}").open("w+")) for name in ("out", "err")]
             process = subprocess.Popen(
                 [sys.executable, *args],
                 cwd=directory,
                 env=env | {"MLX_RANK": str(rank)},
                 stdin=subprocess.PIPE,  # it never ends, as under mlx.launch
-                stdout=streams["out"],
-                stderr=streams["err"],
+                stdout=streams[0],
+                stderr=streams[1],
             )
             stack.callback(_end, process)
-            started.append((process, streams))
-        for process, _ in started:
-            process.wait(_PATIENCE)
-        return [Ended(process.returncode, *map(_read, streams.values())) for process, streams in started]
+            started.append(Running(process, streams))
+        yield started
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -71,9 +104,8 @@ def _end(process: subprocess.Popen) -> None:
     process.stdin.close()
 
 
-def _read(stream) -> str:
-    stream.seek(0)
-    return stream.read()
+def _read(stream: IO[str]) -> str:
+    return Path(stream.name).read_text()
 
 
 def _free_ports(count: int) -> list[int]:

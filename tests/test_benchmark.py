@@ -112,6 +112,8 @@ def test_a_plan(invoke, tmp_path):
     assert "PREDICTED" in outcome.out
     assert all(device["source"] for device in written["devices"].values())
     assert len(written["plan"]) == 2 * len(written["devices"])
+    for memory in written["memory"].values():  # without the dense FFN weights less is held, and no more is needed
+        assert memory["low_memory_decoding"] < memory["decoding"] <= memory["needed"] >= memory["low_memory_needed"]
 
 
 def test_tables_fit_a_terminal(invoke, tiny_dir, monkeypatch):

@@ -10,10 +10,11 @@ from glass_mlx.errors import GlassError
 
 # What every process runs: ``work`` is the case's.
 PROGRAM = """
-import logging, os, sys
+import logging, os, sys, threading
 import mlx.core as mx
 from glass_mlx.errors import GlassError
-from glass_mlx.group import agree, gather, perform, rank, share, size, together
+from glass_mlx.group import *
+from glass_mlx.group import perform
 
 def exchange():
     mx.eval(mx.distributed.all_sum(mx.ones((8,))))
@@ -42,6 +43,8 @@ def test_one_process_is_no_group():
     assert group.size() == 1 and group.rank() == 0
     group.agree({"anything": object()})
     assert group.gather([3]) == [[3]]
+    assert group.decided(True) and not group.all_of(False) and group.attempt(lambda: 5) == 5
+    group.tell("nobody")
     seen = []
     group.perform(lambda: seen.append(1))
     assert seen == [1]
@@ -51,6 +54,9 @@ def test_what_the_processes_share(run):
     work = """
 assert share(mx.array([rank() + 5])).tolist() == [5]
 assert gather([rank(), 7]) == [[i, 7] for i in range(size())]
+assert share_in_graph(mx.array([rank() + 5, 3]), mx.zeros((1,))).tolist() == [5, 3]
+assert decided(rank() == 0) and not decided(rank() == 1)
+assert all_of(rank() < 3) and not all_of(rank() < 2)
 agree({"a fact": 1, "another": "x"})
 numbers = gather([mx.random.randint(0, 1 << 30).item()])
 assert len({row[0] for row in numbers}) == 1, numbers
@@ -127,3 +133,47 @@ def test_a_bug_is_shown(run):
 def test_other_work_is_refused(run):
     ended = run("pass", program=PROGRAM.replace("together(work)", "work"))
     ends_together(ended, "this command runs on one machine")
+
+
+def test_what_the_first_process_says(run):
+    """The others hear it, as often as it speaks."""
+    work = """
+said = [{"a": [1, 2.5, None, "\u00e4"]}, "", list(range(5000))]
+for one in said:
+    if rank() == 0: tell(one)
+    else: assert hear() == one
+"""
+    assert [(process.code, process.errors) for process in run(work, count=3)] == [(0, [])] * 3
+
+
+def test_what_fails_on_one_machine_fails_on_all(run):
+    work = """
+def find():
+    if rank() == 1: raise GlassError("no d\u00efsk")
+for i in range(2):
+    try: attempt(find)
+    except GlassError as e: print(e)
+print(attempt(rank))
+"""
+    ended = run(work)
+    assert [process.code for process in ended] == [0, 0], ended
+    assert ended[0].out.splitlines()[:3] == ["rank 1: no d\u00efsk", "rank 1: no d\u00efsk", "0"]
+
+
+@pytest.mark.parametrize("first", ["tell(5)", "exchange(); tell(5); exchange()"])
+def test_processes_at_different_points_end(run, first):
+    """Nothing that they then exchange is taken for something else."""
+    ended = run(f"if rank() == 0: {first}; sys.stdin.read()\nelse: exchange(); hear(); hear()")
+    assert all(process.code and "after" not in process.out for process in ended), ended
+    assert any(process.errors for process in ended)
+
+
+def test_a_process_that_dies_while_it_listens(run):
+    ended = run("if rank() == 1: threading.Timer(0.5, os._exit, [7]).start(); hear()\nelse: sys.stdin.read()")
+    ends_together(ended, "rank 1 has ended")
+
+
+def test_the_first_process_excuses_the_others(run):
+    """It alone says why it ends."""
+    ended = run('if rank() > 0: hear()\ngive_up()\nraise GlassError("no port")', count=3)
+    ends_together(ended, "error: no port")

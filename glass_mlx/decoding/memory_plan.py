@@ -25,6 +25,7 @@ class MemoryPlan:
         context: how many tokens are in the cache.
         available: what the device has: on Apple's GPU its recommended working set, elsewhere the machine's memory.
         low_memory: whether the dense FFN weights are let go of while decoding.
+        making: compact weights that are there before the first dense ones are let go of.
     """
 
     model: int
@@ -35,12 +36,18 @@ class MemoryPlan:
     context: int
     available: int
     low_memory: bool = False
+    making: int = 0
 
     @property
     def needed(self) -> int:
         """The most at any time. Other conversations' compact weights give way (``SessionMemory``)."""
-        decoding = self.compact - (self.ffn if self.low_memory else 0)
-        return self.model + self.cache + max(self.prefill, decoding)
+        least = self.making if self.low_memory else 0
+        return max(self.decoding, self.model + self.cache + max(self.prefill, least))
+
+    @property
+    def decoding(self) -> int:
+        """What is held while an answer is decoded."""
+        return self.model + self.cache + self.compact - (self.ffn if self.low_memory else 0)
 
     @property
     def fits(self) -> bool:
@@ -54,20 +61,20 @@ class MemoryPlan:
         )
 
 
-def plan_memory(model: GlassModel, context: int | None = None) -> MemoryPlan:
-    """The memory plan of a model at its own density.
+def plan_memory(model: GlassModel, context: int | None = None, density: float | None = None) -> MemoryPlan:
+    """The memory plan of a model.
 
     Args:
         model (GlassModel): the model.
         context (int, optional): tokens in the prompt cache. Default: ``CONTEXT``, or the model's context if shorter.
+        density (float, optional): default: the model's own.
     """
     context = context or min(CONTEXT, model.context_length or CONTEXT)
-    density = model.config.density
-    compact = ffn = 0
-    for block, k in zip(model.blocks, model.kept_counts(density)):
-        if k < block.size:
-            compact += block.compact_bytes(k)
-            ffn += block.nbytes
+    density = model.config.density if density is None else density
+    sparse = [(block, k) for block, k in zip(model.blocks, model.kept_counts(density)) if k < block.size]
+    sizes = [block.compact_bytes(k) for block, k in sparse]
+    compact, ffn = sum(sizes), sum(block.replaced_bytes(k) for block, k in sparse)
+    making = max(sizes, default=0)
     # per token: gate, up, their product and the hidden vector; the latter once more in float32, and its square; and
     # about a dozen vectors around attention
     widest = max(model.blocks, key=lambda block: block.width * block.active)
@@ -75,7 +82,8 @@ def plan_memory(model: GlassModel, context: int | None = None) -> MemoryPlan:
     token = neurons * (4 * widest.dtype.size + 8) + 12 * widest.input_size * widest.dtype.size
     cache = cache_bytes(model, context)
     available = available_memory()
-    return MemoryPlan(model_bytes(model.dense), ffn, compact, cache, STEP * token, context, available, model.low_memory)
+    dense, prefill = model_bytes(model.dense), STEP * token
+    return MemoryPlan(dense, ffn, compact, cache, prefill, context, available, model.low_memory, making)
 
 
 def _gb(size: int) -> str:

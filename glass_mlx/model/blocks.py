@@ -11,7 +11,7 @@ after an exception, wherever it came, the model is as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -25,6 +25,7 @@ from mlx.utils import tree_flatten
 from ..core.importance import energy, expert_energy
 from ..core.slicing import (
     UNIT,
+    ScatterLinear,
     fast_inputs,
     input_size,
     is_quantised,
@@ -176,10 +177,18 @@ class Block:
         experts = self.experts or 1
         return self.joined(mx.broadcast_to(mx.arange(k // experts, dtype=mx.int32), (experts, k // experts)))
 
+    def replaced_bytes(self, k: int) -> int:
+        """Size of its own weights that compact ones for k neurons do without. Nothing is evaluated."""
+        compact = self.compact(self.first(k))
+        return self._bytes([name for name in self.names if not isinstance(compact[name], ScatterLinear)])
+
     @property
     def nbytes(self) -> int:
         """Size of its own weights."""
-        return sum(array.nbytes for name in self.names for _, array in tree_flatten(self.module[name].parameters()))
+        return self._bytes(self.names)
+
+    def _bytes(self, names: Iterable[str]) -> int:
+        return sum(array.nbytes for name in names for _, array in tree_flatten(self.module[name].parameters()))
 
     def compact_bytes(self, k: int) -> int:
         """Size of its compact weights for k neurons. Nothing is evaluated."""
@@ -325,32 +334,43 @@ def recording(
         tuple: what ``call`` returns, and the evidence (``EvidenceLayout``), neither evaluated.
     """
     counted = counted.reshape(-1)
-    energies = [mx.zeros((block.size,)) for block in blocks]
-    hidden = [mx.zeros((0 if block.experts else block.size,)) for block in blocks]
-    inputs = [mx.zeros((0 if block.experts else block.input_size,)) for block in blocks]
-    tokens = [mx.zeros((1,)) for _ in blocks]
+    everything = mx.sum(counted, keepdims=True)
+    energies, hidden, inputs, tokens = ([None] * len(blocks) for _ in range(4))
 
-    def weights(x: mx.array) -> mx.array:
-        """Some families show a block other vectors than one for each token."""
-        rows = x.size // x.shape[-1]
-        return counted if rows == counted.size else mx.ones((rows,))
+    def add(sums: list[mx.array | None], i: int, value: mx.array) -> None:
+        sums[i] = value if sums[i] is None else sums[i] + value  # a block may be called more than once
+
+    def weighted_sum(x: mx.array) -> mx.array:
+        """Of vectors [..., n] in float32. Some families show a block other ones than one for each token."""
+        x = x.reshape(-1, x.shape[-1])
+        return (counted if len(x) == counted.size else mx.ones((len(x),))) @ x
 
     def observe_input(i: int, x: mx.array, *routing: mx.array) -> None:
         if routing:
             return
-        counts = weights(x)
-        inputs[i] = inputs[i] + counts @ x.reshape(-1, x.shape[-1]).astype(mx.float32)
-        tokens[i] = tokens[i] + mx.sum(counts)
+        rows = x.size // x.shape[-1]
+        add(inputs, i, weighted_sum(x.astype(mx.float32)))
+        add(tokens, i, everything if rows == counted.size else mx.full((1,), float(rows)))
 
     def observe(i: int, h: mx.array, *routing: mx.array) -> mx.array:
-        energies[i] = energies[i] + blocks[i].energy(h, norms[i], *routing)
+        wide = h.astype(mx.float32)
+        add(energies, i, blocks[i].energy(wide, norms[i], *routing))
         if not routing:
-            hidden[i] = hidden[i] + weights(h) @ h.reshape(-1, h.shape[-1]).astype(mx.float32)
+            add(hidden, i, weighted_sum(wide))
         # Recorded before it is projected: else every layer's hidden vectors wait for the end of the prefill.
-        return mx.depends(h, [energies[i], hidden[i], inputs[i]])
+        return mx.depends(h, [sums[i] for sums in (energies, hidden, inputs) if sums[i] is not None])
 
     result = run_with(watching_inputs(blocks, observe_input) | hooked(blocks, observe), call, *args, **kwargs)
-    return result, mx.concatenate([*energies, *hidden, *inputs, *tokens])
+    sizes = [
+        (block.size, 0 if block.experts else block.size, 0 if block.experts else block.input_size, 1)
+        for block in blocks
+    ]
+    recorded = [
+        mx.zeros((size,)) if value is None else value
+        for sums, of in zip((energies, hidden, inputs, tokens), zip(*sizes))
+        for value, size in zip(sums, of)
+    ]
+    return result, mx.concatenate(recorded)
 
 
 @cache

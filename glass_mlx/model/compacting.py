@@ -27,7 +27,7 @@ def make_compact(
     decodes with its own weights.
 
     One block is sliced while the next is being sent to the device, and no more: what slicing needs in between is held
-    for two blocks at most.
+    for two blocks at most. Where dense weights are let go of, blocks come one by one: memory is short.
 
     Args:
         blocks (list[Block]): of the model.
@@ -51,9 +51,10 @@ def make_compact(
     for block, answer in zip(arrays, answers):
         block += [] if answer is None else answer.arrays
     stored = files.read() if files is not None else {}
+    ahead = [*arrays[1:], []] if files is None else [[]] * len(blocks)
     mx.async_eval(arrays[0])
     for i, (block, projections) in enumerate(zip(blocks, made)):
-        mx.async_eval(arrays[i + 1] if i + 1 < len(blocks) else [])
+        mx.async_eval(ahead[i])
         mx.eval(arrays[i])
         if files is not None and projections:
             files.release(i, block, projections, stored)

@@ -360,7 +360,7 @@ class GlassModel(nn.Module):
 
     def _read(self, session, entries, inputs, length: int, prompt: int, kwargs, choose: bool = True) -> mx.array:
         """The dense model over ``length`` tokens, the last ``prompt`` of them of a prompt; the evidence is recorded."""
-        self._plan.bring_here(self.dense)
+        self._plan.bring_here(self.dense, make_room=choose)
         norms = self._plan.norms() if session.config.signal == "impact" else [None] * len(self.blocks)
         counted = mx.ones((kwargs.get("input_embeddings", inputs).shape[0], length))
         if session.offset == 0:

@@ -62,8 +62,14 @@ class SessionMemory:
             holding.pop(0).drop_weights()
         self._sessions = [weakref.ref(s) for s in (*holding, session)]
 
+    def make_room(self) -> None:
+        """Drop all compact weights; the choices of neurons stay."""
+        for ref in self._sessions:
+            if (session := ref()) is not None:
+                session.drop_weights()
+
     def forget(self) -> None:
-        """Drop all compact weights."""
+        """Drop all compact weights, and the choices of neurons."""
         for ref in self._sessions:
             if (session := ref()) is not None:
                 session.drop_choice()

@@ -119,9 +119,14 @@ class Plan:
         """The weights that the model has now are the plan's own doing."""
         self.made_for = signature(dense, self.blocks)
 
-    def bring_here(self, dense: nn.Module) -> None:
-        """Have this thread read the weights that another one let go of (``WeightFiles.bring_here``)."""
-        if self.files is not None and self.files.bring_here(self.blocks):
+    def bring_here(self, dense: nn.Module, make_room: bool = False) -> None:
+        """Have this thread read the weights that another one let go of (``WeightFiles.bring_here``). ``make_room``:
+        they take the place of all compact weights, which are made anew."""
+        if self.files is None:
+            return
+        if make_room:
+            self.memory.make_room()
+        if self.files.bring_here(self.blocks):
             self.accept(dense)
 
     def follow(self, dense: nn.Module) -> None:

@@ -21,6 +21,7 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from ..decoding.control_tokens import template_tokens
 from ..decoding.conversation import CachedConversation
+from ..group import all_of, decided, share
 from ..model.session import Session
 
 _SHORTEST_CALL = 32  # tokens; a message below that is read together with the next one
@@ -64,6 +65,7 @@ class ConversationStore:
         """
         same_signal = [c for c in self._conversations if c.session.config.signal == signal]
         lengths = [_reusable_length(c, prompt, call_ends) for c in same_signal]
+        lengths = share(mx.array(lengths, mx.int32)).tolist() if lengths else []
         for length, conversation in sorted(zip(lengths, same_signal), key=lambda pair: -pair[0]):
             if length == 0:
                 break
@@ -71,10 +73,10 @@ class ConversationStore:
             if length == conversation.session.offset:
                 return conversation
             self._conversations.append(conversation)  # it was used just now
-            if length < self.quantized_kv_start and _is_quantized(conversation.cache):
+            if not all_of(length >= self.quantized_kv_start or not _is_quantized(conversation.cache)):
                 continue
             branch = copy.deepcopy(conversation)
-            if branch.cut(length):
+            if all_of(branch.cut(length)):
                 return branch
         return CachedConversation([], make_cache())
 
@@ -84,7 +86,7 @@ class ConversationStore:
         conversation.session.drop_choice()
         mx.eval([c.state for c in conversation.cache])
         self._conversations.append(conversation)
-        while self._conversations and self._exceeds_limits():
+        while self._conversations and decided(self._exceeds_limits()):
             self._conversations.pop(0)
 
     def _exceeds_limits(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import constants, scan_cache_dir, try_to_load_from_cache
@@ -31,11 +31,13 @@ class Source:
         id: the name to show.
         key: identifies the model: all of its names have the same key.
         locate: returns its directory, after downloading it if necessary.
+        name: what it was asked for by.
     """
 
     id: str
     key: str
     locate: Callable[[], Path]
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,9 @@ class Catalogue:
         Raises:
             UnknownModel: no model of this name may be served. The message contains no path except what the client sent.
         """
+        return replace(self._find(name), name=name)
+
+    def _find(self, name: str) -> Source:
         if name in ("", DEFAULT_NAME, self.default, self._default_id()):
             return self._default()
         if name == DEFAULT_MODEL:

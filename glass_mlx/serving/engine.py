@@ -12,20 +12,19 @@ every token would slow down all of them and mix their random numbers. Clients ta
 from __future__ import annotations
 
 import atexit
-import gc
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import ExitStack
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
 
+from .. import group
 from ..errors import GlassError
 from ..model.randomness import random_state_kept
 from .catalogue import DEFAULT_NAME, Catalogue, ModelInfo, Source
@@ -33,7 +32,7 @@ from .engine_options import EngineOptions
 from .engine_status import EngineStatus, ModelFacts
 from .errors import BadRequest, EngineFailed, QueueFull, RequestError, shown_reason
 from .measuring import Measurement
-from .model_loading import load_worker
+from .operations import Operations
 from .prompt_limit import PromptLimit
 from .queue import RoundRobinQueue
 from .request import Chunk, PendingCompletion, Request, Usage
@@ -61,7 +60,7 @@ class Engine:
         self._source: Source | None = None
         self._state, self._error, self._speed, self._usage = "unloaded", None, 0.0, None
         self._stored = (0, 0)  # conversations, bytes
-        self._held = ExitStack()  # what is held while a model is loaded
+        self._operations = Operations(self.catalogue, self.options)
         self._thread = threading.Thread(target=self._run, name="glass_mlx engine", daemon=True)
         self._thread.start()
         atexit.register(self.close)
@@ -109,9 +108,11 @@ class Engine:
 
         Raises:
             UnknownModel: the model may not be served.
+            BadRequest: several processes share the model.
             EngineFailed: the engine is closed.
         """
         source = self.catalogue.resolve(model)
+        _refuse_in_a_group("Functions are called with a whole model")
 
         def job() -> Any:
             worker = self._ensure_loaded(source)
@@ -151,10 +152,11 @@ class Engine:
 
         Raises:
             UnknownModel: the model may not be served.
-            BadRequest: another model's ranks are being measured.
+            BadRequest: another model's ranks are being measured; or several processes share the model.
             EngineFailed: the engine is closed.
         """
         source = self.catalogue.resolve(model)
+        _refuse_in_a_group("Ranks are measured on a whole model")
         with self._condition:
             self._check_open()
             measurement = self._measurement = self._measurement or Measurement(source)
@@ -200,11 +202,11 @@ class Engine:
         """Whether the engine takes requests."""
         return self._thread.is_alive() and not self._closing
 
-    def close(self, timeout: float = 10.0) -> None:
+    def close(self, timeout: float | None = 10.0) -> None:
         """Cancel the present completion, refuse the waiting requests, and free all memory.
 
         Args:
-            timeout (float): seconds to wait for the engine's thread to end.
+            timeout (float, optional): seconds to wait for the engine's thread to end; None for as long as it takes.
         """
         with self._condition:
             self._closing = True
@@ -372,7 +374,8 @@ class Engine:
         self._state, self._source, self._error = "loading", source, None
         start = time.perf_counter()
         try:
-            self._worker = load_worker(source, self.options, self._held)
+            self._operations.load(source.name, source=source)
+            self._worker = Worker(self._operations, self.options)
         except Exception as e:
             logger.error("%s cannot be loaded: %s", source.id, e, exc_info=not isinstance(e, GlassError))
             self._unload()
@@ -385,9 +388,12 @@ class Engine:
         return self._worker
 
     def _unload(self) -> None:
-        """Free the model, all conversations, and the buffers that MLX would keep for reuse."""
+        """Free the model and all conversations."""
         self._worker = self._source = None
-        self._held.close()
-        gc.collect()
-        mx.clear_cache()
+        self._operations.unload()
         self._stored, self._state = (0, 0), "unloaded"
+
+
+def _refuse_in_a_group(why: str) -> None:
+    if group.size() > 1:
+        raise BadRequest(f"{why}, on one machine: start the server without mlx.launch for it.")

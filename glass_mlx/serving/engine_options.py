@@ -19,6 +19,7 @@ class EngineOptions:
         config: how neurons are chosen, for requests that do not set it.
         verify: ``verify`` and its options of :func:`glass_mlx.stream_generate`, for requests that do not set it.
         load: further arguments of :func:`glass_mlx.load`.
+        pipeline: where several processes share a model, whether each has some of the layers, not a part of each.
         template_args: default arguments of the chat template.
         allow_paths: directories whose models requests may name.
         allow_download: whether a requested model that is not in the Hub cache is downloaded.
@@ -35,6 +36,7 @@ class EngineOptions:
     config: GlassConfig = GlassConfig()
     verify: dict[str, Any] = field(default_factory=dict)
     load: dict[str, Any] = field(default_factory=dict)
+    pipeline: bool = False
     template_args: dict[str, Any] = field(default_factory=dict)
     allow_paths: tuple[Path, ...] = ()
     allow_download: bool = False

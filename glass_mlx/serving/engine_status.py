@@ -23,12 +23,14 @@ class ModelFacts:
         density: what it decodes with unless a request says otherwise.
         densities: what densities cost it, ascending; empty where that was not measured.
         qualities: the density of each quality, where that was measured.
+        group: the processes that share it, if any; figures of memory are of the first one.
     """
 
     context_tokens: int
     density: float
     densities: tuple[QualityPoint, ...] = ()
     qualities: dict[str, float] | None = None
+    group: str = ""
 
     @classmethod
     def of(cls, worker: Worker) -> ModelFacts:
@@ -38,7 +40,8 @@ class ModelFacts:
             qualities = {quality: density_for(quality, points) for quality in QUALITIES}
         except GlassError:  # nothing was measured
             qualities = None
-        return cls(worker.max_prompt_tokens, worker.model.config.density, tuple(points), qualities)
+        whole = worker.model.part.whole if worker.model.part is not None else ""
+        return cls(worker.max_prompt_tokens, worker.model.config.density, tuple(points), qualities, str(whole))
 
 
 @dataclass(frozen=True)

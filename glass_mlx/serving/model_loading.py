@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import generation_stream, wired_limit
 
-from ..decoding.stream import context_length
+from .. import group
 from ..loading import load
+from ..model.glass_model import GlassModel
 from ..model.memory import available_memory, default_limit
+from ..sharded_loading import sharded_load
 from .cache_store import ConversationStore
-from .catalogue import Source
 from .engine_options import EngineOptions
-from .worker import Worker
+
+# What ``load`` takes for whole models only.
+_WHOLE = ("adapter_path", "build", "low_memory")
 
 
-def load_worker(source: Source, options: EngineOptions, held: ExitStack) -> Worker:
-    """Load a model with its worker; ``held`` is closed when it is unloaded."""
-    model, tokenizer = load(source.locate(), **vars(options.config), **options.load)
-    context = context_length(model, tokenizer, model.make_cache())
+def load_model(path: Path, options: EngineOptions, held: ExitStack) -> tuple[GlassModel, Any]:
+    """Load a model, or this process's part of it, with its tokenizer; ``held`` is closed when it is unloaded."""
+    if group.size() == 1:
+        model, tokenizer = load(path, **vars(options.config), **options.load)
+    else:
+        known = {name: value for name, value in options.load.items() if name not in _WHOLE}
+        way = {"pipeline_group" if options.pipeline else "tensor_group": mx.distributed.init()}
+        model, tokenizer = sharded_load(path, **way, **vars(options.config), **known)
     mx.set_cache_limit(available_memory() // 8)
     held.enter_context(wired_limit(model, [generation_stream]))  # else the weights may be paged out when idle
+    return model, tokenizer
+
+
+def make_store(model: GlassModel, options: EngineOptions) -> ConversationStore:
+    """An empty store of prompt caches for a model that is loaded."""
     kept = default_limit(model.dense) // 2 if options.max_cache_bytes is None else options.max_cache_bytes
-    return Worker(
-        model,
-        tokenizer,
-        ConversationStore(kept, options.max_conversations, options.kv.get("quantized_kv_start", 0)),
-        options.template_args,
-        min(options.max_prompt_tokens, context or options.max_prompt_tokens),
-        options.prefill_step_size,
-        options.kv,
-        options.verify,
-    )
+    return ConversationStore(kept, options.max_conversations, options.kv.get("quantized_kv_start", 0))

@@ -1,31 +1,33 @@
-"""Generates completions with a loaded model, one at a time. Everything here runs on the engine's thread."""
+"""Generates completions with a loaded model, one at a time. Everything here runs on the engine's thread.
+
+What is done with the model is in ``operations``; here is decided what, and in what words that is answered.
+"""
 
 from __future__ import annotations
 
-import copy
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
-from dataclasses import dataclass, fields, replace
+from contextlib import closing, contextmanager
+from dataclasses import fields, replace
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm import sample_utils
-from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.sample_utils import make_logits_processors
 
 from ..decoding import sampling
 from ..decoding.conversation import CachedConversation
 from ..decoding.prompt import ContinuingTokenizer, encode
-from ..decoding.stream import GenerationResponse, stream_generate
+from ..decoding.stream import GenerationResponse, context_length
 from ..errors import GlassError
 from ..model.config import GlassConfig
-from ..model.glass_model import GlassModel
 from ..model.quality import density_for
-from .cache_store import ConversationStore, message_marks, prompt_call_ends, stays_cuttable
+from .cache_store import message_marks, prompt_call_ends
+from .engine_options import EngineOptions
 from .errors import BadRequest
 from .grammar import Grammars
+from .operations import Operations
 from .output_parser import OutputParser
 from .prompt_limit import PromptLimit
 from .request import Chunk, PendingCompletion, Request, Token, Usage
@@ -37,46 +39,30 @@ class _Cancelled(Exception):
     """The client gave up while its prompt was being read."""
 
 
-@dataclass
 class Worker:
     """A loaded model, and what it takes to answer requests with it.
 
     Attributes:
+        operations: what is done with the model, of all processes that share it.
         model, tokenizer: as loaded.
         store: the prompt caches of past conversations.
         template_args: default arguments of the chat template.
         max_prompt_tokens: longer prompts are refused.
         prefill_step_size: prompt tokens that are read in one call.
-        kv: mlx-lm's ``kv_bits``, ``kv_group_size`` and ``quantized_kv_start``, if the KV cache is quantised.
         verify: ``verify`` and its options, for requests that do not set them.
         answered: the last request and its answer, until ``read_ahead`` has read it.
     """
 
-    model: GlassModel
-    tokenizer: Any
-    store: ConversationStore
-    template_args: dict[str, Any]
-    max_prompt_tokens: int
-    prefill_step_size: int
-    kv: dict[str, int]
-    verify: dict[str, Any]
-    answered: tuple[Request, str] | None = None
-
-    def __post_init__(self):
-        """Raises GlassError if the model's KV cache cannot be quantised as asked; else every request would find out."""
+    def __init__(self, operations: Operations, options: EngineOptions):
+        self.operations = operations
+        self.model, self.tokenizer, self.store = operations.model, operations.tokenizer, operations.store
+        self.template_args, self.verify = options.template_args, options.verify
+        context = context_length(self.model, self.tokenizer, self.model.make_cache())
+        self.max_prompt_tokens = min(options.max_prompt_tokens, context or options.max_prompt_tokens)
+        self.prefill_step_size = options.prefill_step_size
+        self.answered: tuple[Request, str] | None = None
         self.marks = message_marks(self.tokenizer)
         self.grammars = Grammars(self.tokenizer)
-        if self.kv.get("kv_bits") is None:
-            return
-        cache = self.model.make_cache()[:-1]
-        self.model.dense(mx.zeros((1, 1), dtype=mx.int32), cache=cache)
-        try:
-            for entry in cache:
-                if hasattr(entry, "to_quantized"):
-                    mx.eval(entry.to_quantized(self.kv.get("kv_group_size", 64), self.kv["kv_bits"]).state)
-        except (ValueError, RuntimeError, NotImplementedError) as e:
-            reason = (str(e).splitlines() or [type(e).__name__])[0]
-            raise GlassError(f"Its KV cache cannot be quantised so (--kv-bits, --kv-group-size): {reason}") from e
 
     def complete(self, pending: PendingCompletion, on_speed: Callable[[float], None]) -> Chunk:
         """Generate a completion.
@@ -98,12 +84,9 @@ class Worker:
         grammar = self.grammars.processor(request, prompt)
         pending.warnings += grammar.warnings if grammar is not None else ()
         call_ends = prompt_call_ends(prompt, self.marks, self.prefill_step_size)
-        conversation = self.store.take(prompt, call_ends, config.signal, lambda: self.model.make_cache(**vars(config)))
-        conversation.session.configure(**vars(config))
-        completion = _Completion(self, pending, conversation, prompt, call_ends, grammar)
-        last = completion.run(on_speed)
-        if (kept := completion.reusable()) is not None:
-            self.store.put(kept)
+        with self._conversation(prompt, call_ends, config) as conversation:
+            completion = _Completion(self, pending, conversation, prompt, call_ends, grammar)
+            last = completion.run(on_speed)
         self.answered = completion.answered(last)
         return last
 
@@ -126,13 +109,23 @@ class Worker:
             return
         common = next((i for i, (a, b) in enumerate(zip(prompt, other)) if a != b), 0)
         call_ends = [end for end in prompt_call_ends(prompt, self.marks, self.prefill_step_size) if end < common]
-        config = self._config(request)
-        conversation = self.store.take(prompt, call_ends, config.signal, lambda: self.model.make_cache(**vars(config)))
         kept = max((end for end in call_ends if end < len(self._encode(request)) - 1), default=0)
-        if len(conversation.tokens) >= kept:  # else there was no room for it
-            self.read(conversation, prompt, call_ends, interrupted)
-        if conversation.tokens:
-            self.store.put(conversation)
+        with self._conversation(prompt, call_ends, self._config(request)) as conversation:
+            if len(conversation.tokens) >= kept:  # else there was no room for it
+                self.read(conversation, prompt, call_ends, interrupted)
+
+    @contextmanager
+    def _conversation(
+        self, prompt: list[int], call_ends: list[int], config: GlassConfig
+    ) -> Iterator[CachedConversation]:
+        """The conversation that a prompt goes on from. It is kept for later ones, unless there is an error."""
+        conversation = self.operations.take(prompt, call_ends, vars(config))
+        try:
+            yield conversation
+        except BaseException:
+            self.operations.close(False)
+            raise
+        self.operations.close(True)
 
     def read(
         self, conversation: CachedConversation, prompt: list[int], call_ends: list[int], stop: Callable[[], bool]
@@ -145,11 +138,7 @@ class Worker:
                 continue
             if stop():
                 return False
-            self.model.prefill(mx.array(prompt[start:end], dtype=mx.int32)[None], conversation.cache)
-            if self.kv:
-                maybe_quantize_kv_cache(conversation.cache, **self.kv)
-            mx.eval([c.state for c in conversation.cache])
-            conversation.tokens = prompt[:end]
+            self.operations.read(prompt[start:end])
         return True
 
     def _config(self, request: Request) -> GlassConfig:
@@ -231,7 +220,6 @@ class _Completion:
         self.text = ""  # of the chunks so far
         self.drafted = 0
         self.started = self.first_token_at = time.perf_counter()
-        self.kept: CachedConversation | None = None  # as it was where the last call ended
 
     def run(self, on_speed: Callable[[float], None]) -> Chunk:
         """Generate; returns the last chunk."""
@@ -294,18 +282,9 @@ class _Completion:
 
     def _read_beginning(self) -> None:
         """Read the prompt up to the last of its calls, from where another one can go on."""
-        conversation = self.conversation
-        if not self.worker.read(conversation, self.prompt, self.call_ends, lambda: self.pending.cancelled):
+        read = self.worker.read(self.conversation, self.prompt, self.call_ends, lambda: self.pending.cancelled)
+        if not read or self.pending.cancelled:
             raise _Cancelled
-        if stays_cuttable(conversation.cache, self.worker.kv.get("kv_bits")):
-            self.kept = conversation
-        else:
-            self.kept = copy.deepcopy(conversation)
-
-    def reusable(self) -> CachedConversation | None:
-        """The conversation for the store: as it was before the prompt's last tokens. None if nothing can be reused."""
-        kept = self.kept or self.conversation  # if it was cancelled within the prompt
-        return kept if kept.tokens and kept.cut(len(kept.tokens)) else None
 
     def answered(self, last: Chunk) -> tuple[Request, str] | None:
         """The request and its answer, if there may be a next turn that has them; not so where it calls tools."""
@@ -315,7 +294,7 @@ class _Completion:
         return (self.request, answer) if goes_on else None
 
     def _stream(self) -> Iterator[GenerationResponse]:
-        worker, request, conversation = self.worker, self.request, self.conversation
+        worker, request = self.worker, self.request
         sampler = (sampling if self.verified else sample_utils).make_sampler(
             sampling.effective_temperature(request.temperature, request.top_p),
             request.top_p,
@@ -334,30 +313,20 @@ class _Completion:
             request.frequency_penalty,
             request.frequency_context_size,
         )
-        offset = conversation.session.offset
+        offset = self.conversation.session.offset
         # mlx-lm shows the processors only the tokens of this call, but penalties count earlier tokens as well
         sizes = request.repetition_context_size, request.presence_context_size, request.frequency_context_size
         before = mx.array(self.prompt[max(0, offset - max(sizes)) : offset], dtype=mx.int32)
         processors = [lambda t, logits, p=p: p(mx.concatenate([before, t]), logits) for p in processors]
         if self.grammar is not None:
             processors.append(self.grammar)  # the last one: nothing may lift what it forbids
-
-        def on_progress(done: int, total: int) -> None:
-            if self.pending.cancelled and done < total:
-                raise _Cancelled
-
-        return stream_generate(
-            worker.model,
-            self._tokenizer(),
+        return worker.operations.answer(
             self.prompt[offset:],
             request.max_tokens,
-            prompt_cache=conversation.cache,
+            self.verify,
+            tokenizer=self._tokenizer(),
             sampler=sampler,
-            logits_processors=processors,
-            prompt_progress_callback=on_progress,
-            prefill_step_size=worker.prefill_step_size,
-            **self.verify,
-            **worker.kv,
+            processors=processors,
         )
 
     def _tokenizer(self) -> Any:

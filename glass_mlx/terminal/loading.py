@@ -43,14 +43,10 @@ def load_for(args: argparse.Namespace, stats: Any, **options: Any) -> tuple[Glas
         "stats_repo": args.stats_repo,
         "max_session_memory": args.max_session_memory,
     }
+    check_group(args)
     if size() > 1:
-        for name in _ALONE:
-            if getattr(args, name, None):
-                raise GlassError(f"--{name.replace('_', '-')} is for one machine: leave it out under mlx.launch.")
         groups = {"pipeline_group" if args.pipeline else "tensor_group": mx.distributed.init()}
         return sharded_load(args.model, **groups, **known)
-    if args.pipeline:
-        logger.warning("--pipeline has no effect without mlx.launch")
     return load(
         args.model,
         adapter_path=args.adapter_path,
@@ -59,3 +55,18 @@ def load_for(args: argparse.Namespace, stats: Any, **options: Any) -> tuple[Glas
         **options,
         **known,
     )
+
+
+def check_group(args: argparse.Namespace) -> None:
+    """Warn if a command line asks for a group and there is none.
+
+    Raises:
+        GlassError: there is one, and an option is for whole models only.
+    """
+    if size() == 1:
+        if args.pipeline:
+            logger.warning("--pipeline has no effect without mlx.launch")
+        return
+    for name in _ALONE:
+        if getattr(args, name, None):
+            raise GlassError(f"--{name.replace('_', '-')} is for one machine: leave it out under mlx.launch.")

@@ -7,10 +7,12 @@ import re
 from dataclasses import replace
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
 from glass_mlx import GlassModel, load
+from glass_mlx.core.slicing import ScatterLinear
 from glass_mlx.decoding import memory_plan
 from glass_mlx.decoding.memory_plan import MemoryPlan, plan_memory
 from glass_mlx.evaluation.shapes import SHAPES, random_model
@@ -48,11 +50,33 @@ def test_prefill_is_near_what_a_call_takes(monkeypatch):
     assert 0.4 * took < plan.prefill < 2.5 * took
 
 
+@pytest.mark.parametrize("group", [32, 64])
+def test_weights_that_stay_whole_are_not_let_go_of(group):
+    """Output projections in groups of 32, which are read whole."""
+    dense = tiny_model("mixtral")
+    nn.quantize(dense, group, 4, class_predicate=lambda _, m: hasattr(m, "to_quantized") and m.weight.shape[-1] >= 64)
+    model = GlassModel(dense)
+    cache = model.make_cache()
+    model.prefill(mx.ones((1, 8), mx.int32), cache)
+    model.select(cache)
+    pairs = zip(model.blocks, model.session(cache).compact.projections)
+    whole = sum(
+        block.module[name].parameters()[key].nbytes
+        for block, projections in pairs
+        for name, projection in projections.items()
+        if isinstance(projection, ScatterLinear)
+        for key in block.module[name].parameters()
+    )
+    assert (whole > 0) == (group == 32)
+    assert plan_memory(model).ffn == sum(block.nbytes for block in model.blocks) - whole
+
+
 def test_the_sum():
     plan = MemoryPlan(model=100, ffn=60, compact=30, cache=5, prefill=10, context=8, available=120)
     assert plan.needed == 135 and not plan.fits
     saving = replace(plan, low_memory=True)
     assert saving.needed == 115 and saving.fits
+    assert replace(saving, making=12).needed == 117  # before anything was let go of
     assert "--low-memory" in str(saving) and "--low-memory" not in str(plan)
 
 

@@ -169,6 +169,21 @@ def test_without_dense_weights_in_memory(which, request):
     assert active <= model.session(cache).compact_bytes - gone + 200_000  # the KV cache grew
 
 
+def test_dense_weights_that_are_read_again_take_the_place_of_compact_ones(tiny_dir):
+    """Of all conversations, which go on as before."""
+    said = {}
+    for low_memory in (False, True):
+        model, _ = load(tiny_dir, stats=False, low_memory=low_memory)
+        caches = [read(model), read(model)]
+        model.select(caches[0])
+        first = model.decode(mx.array([[7]]), caches[0])
+        model.prefill(mx.array([[5, 6]]), caches[1])
+        assert (model.memory.held() == 0) == low_memory
+        model.select(caches[0])
+        said[low_memory] = [*first.tolist(), *model.decode(mx.array([[8]]), caches[0]).tolist()]
+    assert said[True] == said[False]
+
+
 ON_THREADS = """
 import json
 from concurrent.futures import ThreadPoolExecutor

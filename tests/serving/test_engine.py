@@ -20,7 +20,8 @@ import mlx.core as mx
 import pytest
 
 import glass_mlx
-from glass_mlx.serving import model_loading, worker
+from glass_mlx.model.quality import density_for
+from glass_mlx.serving import model_loading, operations, worker
 from glass_mlx.serving.engine import Engine, EngineOptions
 from glass_mlx.serving.errors import BadRequest, EngineFailed, QueueFull, UnknownModel
 from glass_mlx.serving.queue import RoundRobinQueue
@@ -119,7 +120,8 @@ def test_settings_of_a_request(demo_engine, demo):
     last(demo_engine.submit(ask("Hello " * 40, layer_budgets="uniform")))
     kept = demo_engine.call(lambda *_: demo_engine._worker.store._conversations).result()  # once it is stored
     assert kept[-1].session.config.layer_budgets == "uniform"
-    assert 0 < last(demo_engine.submit(ask("Hello", quality="fast"))).usage.density < 0.5
+    fast = demo_engine.call(lambda model, tokenizer: density_for("fast", model.quality)).result()
+    assert last(demo_engine.submit(ask("Hello", quality="fast"))).usage.density == fast != 0.5
     usage = last(demo_engine.submit(ask("Hello", density=1.0))).usage
     assert (usage.kept_neurons, usage.selection_ms) == (total, 0)
     assert last(demo_engine.submit(ask("Hello"))).usage.density == 0.5  # the next one has the engine's again
@@ -333,7 +335,7 @@ def tool_model(model_copy):
 def test_tool_calls(make, tool_model, monkeypatch):
     """The tools reach the template, and what the model then says of them is told from its text."""
     said = ["Well. <tool", '_call>{"name": "weather", "argu', 'ments": {"city": "Ulm"}}</tool_call>', "", ""]
-    inner = worker.stream_generate
+    inner = operations.stream_generate
 
     def scripted(*args, **kwargs):
         for text, response in zip(said, inner(*args, **kwargs)):
@@ -342,7 +344,7 @@ def test_tool_calls(make, tool_model, monkeypatch):
 
     engine = make(model=str(tool_model), load={"stats": False})
     without = last(engine.submit(ask("x"))).usage.prompt_tokens
-    monkeypatch.setattr(worker, "stream_generate", scripted)
+    monkeypatch.setattr(operations, "stream_generate", scripted)
     tools = [{"type": "function", "function": {"name": "weather"}}]
     chunks = list(engine.submit(ask("x", tools=tools)))
     assert chunks[-1].usage.prompt_tokens > without
@@ -538,8 +540,8 @@ def test_a_crash_fails_its_request_only(demo_engine, monkeypatch):
         yield from list(inner(*args, **kwargs))[:2]
         raise RuntimeError("[metal] /Users/me/secret out of memory")
 
-    inner = worker.stream_generate
-    monkeypatch.setattr(worker, "stream_generate", crash)
+    inner = operations.stream_generate
+    monkeypatch.setattr(operations, "stream_generate", crash)
     with pytest.raises(EngineFailed, match="^Generation failed: RuntimeError. See the log.$"):
         text(demo_engine.submit(ask("Hello")))
     monkeypatch.undo()

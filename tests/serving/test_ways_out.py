@@ -23,7 +23,7 @@ import pytest
 from servers import CHAT, QUESTION, connect, raw, serving
 
 from glass_mlx.model.glass_model import GlassModel
-from glass_mlx.serving import model_loading, worker
+from glass_mlx.serving import model_loading, operations, worker
 from glass_mlx.serving.app import ApiOptions
 from glass_mlx.serving.errors import EngineFailed
 from glass_mlx.serving.openapi import document
@@ -68,7 +68,7 @@ def no_reading_ahead():
 def gate(request, monkeypatch):
     """A gate at the place that the test names."""
     gate, place = Gate(), request.getfixturevalue("place")
-    load, prefill, stream = model_loading.load, GlassModel.prefill, worker.stream_generate
+    load, prefill, stream = model_loading.load, GlassModel.prefill, operations.stream_generate
 
     def held_load(*args, **options):
         gate.hold()
@@ -90,7 +90,7 @@ def gate(request, monkeypatch):
     elif place == "prefill":
         monkeypatch.setattr(GlassModel, "prefill", held_prefill)
     else:
-        monkeypatch.setattr(worker, "stream_generate", held_stream)
+        monkeypatch.setattr(operations, "stream_generate", held_stream)
     yield gate
     gate.open.set()
 
