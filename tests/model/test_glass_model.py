@@ -666,14 +666,16 @@ def test_compact_weights_go_with_their_conversation(llama):
 def test_auto_expects_what_the_model_says_after_prompts_like_it(demo):
     """The demo's domains are prose and answers; each prompt is taken for one of its own kind."""
     model, tokenizer = demo
-    prior = Prior(GlobalStatistics.read(STATS_DIR / "demo.safetensors").domains["impact"])
+    statistics = GlobalStatistics.read(STATS_DIR / "demo.safetensors")
+    prior = Prior(statistics.domains["impact"])
     for text, domain in (
-        ("The old house at the end of the lane had stood empty for many", 0),
-        ("<|user|> I want to find a restaurant in San Jose.<|assistant|>", 1),
+        ("The old house at the end of the lane had stood empty for many", "null prompt"),
+        ("<|user|> I want to find a restaurant in San Jose.<|assistant|>", "own conversation"),
     ):
         cache = model.make_cache()
         mx.eval(model(mx.array(tokenizer.encode(text))[None], cache=cache))
-        assert prior.weights(model.session(cache).energy).tolist()[domain] > 0.95
+        weights = prior.weights(model.session(cache).energy).tolist()
+        assert weights[statistics.domain_names.index(domain)] > 0.95
 
 
 def test_measured_layer_budgets(llama):
