@@ -177,9 +177,11 @@ def _within_context(model: GlassModel, tokenizer: Any, cache: list[Any], length:
     Raises:
         GlassError: none, because the prompt fills the model's context.
     """
-    context = context_length(model, tokenizer, cache)
-    if context is None:
+    # of a pipeline each process has layers of its own, of which some may all be sliding windows
+    known = [n for (n,) in group.gather([context_length(model, tokenizer, cache) or 0]) if n]
+    if not known:
         return max_tokens
+    context = min(known)
     used = model.session(cache).offset + length
     if used > context:
         raise GlassError(
