@@ -461,15 +461,15 @@ def test_settings(visit):
     page = visit.page
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("System prompt").fill("Answer like a pirate.")
-    page.get_by_label("Temperature").fill("0.5")
-    page.get_by_label("Longest answer").fill("2")  # none is that short by itself, now and then one of 5 is
+    page.get_by_label("Temperature").fill("0.1")
+    page.get_by_label("Longest answer").fill("2")  # which now and then an answer has by itself
     page.keyboard.press("Escape")
     expect(page.locator(".system")).to_have_text("System prompt: Answer like a pirate.")
     visit.ask("I need a hotel in London.")
     (asked,) = visit.asked
     assert asked["messages"][0] == {"role": "system", "content": "Answer like a pirate."}
-    assert (asked["temperature"], asked["max_tokens"]) == (0.5, 2)
-    expect(visit.last.locator(".figures")).to_have_text(re.compile("2 tokens · cut at the length limit"))
+    assert (asked["temperature"], asked["max_tokens"]) == (0.1, 2)
+    expect(visit.last.locator(".figures")).to_have_text(re.compile(r"\b2 tokens( · cut at the length limit)?$"))
     page.get_by_role("button", name="Settings").click()
     page.get_by_role("button", name="Delete all conversations").click()
     page.get_by_role("button", name="Yes, delete all of them").click()
