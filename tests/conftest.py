@@ -52,11 +52,41 @@ def pytest_collection_finish():
     gc.enable()
 
 
+_thorough = False
+
+
+def pytest_configure(config):
+    global _thorough
+    _thorough = config.getoption("--thorough")
+    config.addinivalue_line("markers", "few(n): so many of its cases are enough, but for --thorough")
+
+
+def examples(few: int, many: int) -> int:
+    """How many examples of Hypothesis's to try; many with --thorough."""
+    return many if _thorough else few
+
+
 def pytest_addoption(parser):
+    parser.addoption("--thorough", action="store_true", help="all cases of every test, not a few of each kind")
     parser.addoption("--no-metal-rules", action="store_true", help="let pass what MLX's Metal backend refuses")
     parser.addoption("--fuzz", type=int, default=6, help="how many damaged files of each kind to try")
     parser.addoption("--kills", type=int, default=3, help="how often to kill each kind of write")
     parser.addoption("--update-snapshots", action="store_true", help="write what snapshots hold anew")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Without --thorough, of a test that is marked ``few(n)``: the first case, the last one, and some between."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("few") and not _thorough:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left_out: set[pytest.Item] = set()
+    for several in cases.values():
+        few = min(several[0].get_closest_marker("few").args[0], len(several))
+        left_out.update(several)
+        left_out.difference_update(several[round(i)] for i in np.linspace(0, len(several) - 1, few))
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session", autouse=True)
