@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,14 +20,16 @@ FEW = ("bfloat16", "4-bit/64")
 
 
 @pytest.fixture(scope="module")
-def run() -> tuple[diagnosis.Report, str]:
-    """A whole run, and the screen."""
+def run(request) -> Iterator[tuple[diagnosis.Report, str]]:
+    """A whole run, and the screen; on all formats with --thorough."""
     shown = []
     with pytest.MonkeyPatch.context() as patch:
         for number, few in {"PROMPT_TOKENS": 8, "TOKENS": 5, "RUNS": 1}.items():
             patch.setattr(diagnosis, number, few)
+        for name in () if request.config.getoption("--thorough") else cases.FORMATS.keys() - {*FEW, "mxfp4"}:
+            patch.delitem(cases.FORMATS, name)
         report = doctor.diagnose(lambda text, end="\n", **_: shown.append(text + end))
-    return report, "".join(shown)
+        yield report, "".join(shown)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.switch_layers import SwitchLinear
@@ -13,7 +14,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from glass_mlx.core import importance
 from glass_mlx.core.importance import dense_weight, energy, expert_energy, output_norms
 
-props = settings(deadline=None, max_examples=40)
+props = settings(deadline=None, max_examples=examples(15, 40))
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 
 

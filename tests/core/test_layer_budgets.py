@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +24,7 @@ def loss(energies, sensitivity, counts):
     return total
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(20, 60))
 @given(st.integers(0, 10**6), st.floats(0.05, 0.95))
 def test_no_other_budgets_lose_less(seed, density):
     rng = np.random.default_rng(seed)

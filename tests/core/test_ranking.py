@@ -7,13 +7,14 @@ from fractions import Fraction
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glass_mlx.core.ranking import fuse, keep_order, kept_count, rank, select
 from glass_mlx.core.slicing import UNIT
 
-props = settings(deadline=None, max_examples=100)
+props = settings(deadline=None, max_examples=examples(30, 100))
 
 # Few distinct values make ties; subnormal and huge ones, wrong orders.
 importances = st.lists(

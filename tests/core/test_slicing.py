@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.nn.layers.distributed import shard_linear
@@ -74,6 +75,7 @@ def chosen(layer: nn.Module, density: float = 0.5, seed: int = 5) -> mx.array:
     return select(scores, kept_count(density, INPUTS, group), group)
 
 
+@pytest.mark.few(59)
 @pytest.mark.parametrize("density", [0.1, 0.5, 0.8, 1.0])
 @pytest.mark.parametrize(("quantisation", "bias"), layers)
 def test_columns(quantisation, bias, density):
@@ -97,7 +99,7 @@ def test_columns(quantisation, bias, density):
 
 
 @given(bits=st.sampled_from([2, 3, 4, 5, 6, 8]), data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(20, 60), deadline=None)
 def test_codes_against_a_plain_reading_of_the_bits(bits, data):
     rows, blocks = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 6))
     taken = data.draw(st.lists(st.integers(0, 32 * blocks - 1), min_size=32, max_size=32))

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis.strategies import lists, sampled_from
 from mlx_lm.tokenizer_utils import load as load_tokenizer
@@ -25,7 +26,7 @@ def render(tokenizer, *contents, role: str = "user") -> list[int]:
 
 
 @given(lists(sampled_from([*WORDS, "<", ">", "/s>", "|user|>", "x", " ", "\n"]), min_size=1, max_size=8))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(20, 60), deadline=None)
 def test_what_a_user_says_is_text(demo, pieces):
     """Also where one word hides in another. No character is lost."""
     tokenizer, said = demo[1], "".join(pieces) + "x"

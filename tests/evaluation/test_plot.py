@@ -35,6 +35,7 @@ def assert_png(path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("signal", SIGNALS)
 def test_concentration(ranks, tmp_path, drawn, signal):
     """Each layer's line says how much of the energy the best x of the neurons hold."""

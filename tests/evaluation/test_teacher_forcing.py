@@ -172,7 +172,8 @@ def random_response(block: Block, rank: int = 3) -> Response:
     return Response(*(0.2 * mx.random.normal(shape, key=mx.random.key(rank)) for shape in shapes))
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+@pytest.mark.few(1)
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral"])
 def test_routed_experts(family):
     """Texts of unequal length side by side, of which mlx-lm sorts the vectors by expert."""
     model = glass_mlx.GlassModel(tiny_model(family), GlassConfig(experts="sparse"))

@@ -52,6 +52,7 @@ def endless(tokens: mx.array, logits: mx.array) -> mx.array:
     return mx.where(mx.arange(logits.shape[-1]) == 2, -mx.inf, logits)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("verify", [False, True])
 @pytest.mark.parametrize("max_tokens", [100, -1])
 def test_an_answer_ends_with_the_context(short, max_tokens, verify):

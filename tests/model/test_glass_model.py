@@ -16,6 +16,7 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
+from family_kinds import by_family
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache, trim_prompt_cache
@@ -38,11 +39,11 @@ STEPS = [8, 97, 9]
 
 
 NO_DENSE_FFN = set("dbrx mamba mamba2 rwkv7".split())
-FAMILIES = sorted(set(model_types()) - NO_DENSE_FFN)
+FAMILIES = set(model_types()) - NO_DENSE_FFN
 # Of every kind of block and of what stands beside it: plain, gated, fused, scaled, shared experts, hybrids.
-KINDS = "gpt2 llama phi3 phi3small gemma3_text qwen2_moe deepseek_v3 falcon_h1 lfm2 recurrent_gemma gemma3n".split()
+BLOCKS = "gpt2 llama phi3 phi3small gemma3_text qwen2_moe deepseek_v3 falcon_h1 lfm2 recurrent_gemma gemma3n".split()
 # mlx-lm's own block-sparse attention sees other keys when a prompt comes in chunks.
-CHUNKABLE = [name for name in FAMILIES if name != "phi3small"]
+CHUNKABLE = FAMILIES - {"phi3small"}
 
 
 @functools.cache
@@ -261,7 +262,7 @@ def test_a_family_without_dense_blocks_is_refused(name):
         GlassModel(tiny_model(name))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@by_family(FAMILIES)
 def test_density_1_is_the_dense_model(name):
     model = family(name)
     calls = [PROMPT, *steps(STEPS[:1])]
@@ -270,17 +271,17 @@ def test_density_1_is_the_dense_model(name):
     assert all(map(mx.array_equal, glass, dense))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@by_family(FAMILIES)
 def test_decoding_equals_the_dense_model_with_the_dropped_neurons_predicted(name):
     assert_masked_dense(family(name))
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", BLOCKS)
 def test_decoding_equals_the_dense_model_without_the_dropped_neurons(name):
     assert_masked_dense(family(name), compensation=False)
 
 
-@pytest.mark.parametrize("name", CHUNKABLE)
+@by_family(CHUNKABLE)
 def test_prefill_in_chunks_chooses_the_same_neurons(name):
     model = family(name)
     whole, chunked = prefilled(model, PROMPT[:5]), prefilled(model, PROMPT[:5], chunk=4)  # the last one has one token
@@ -320,7 +321,10 @@ def choose(local: list[int], model_ranks: list[int], weight: Fraction, k: int) -
 @pytest.mark.parametrize("signal", ["impact", "activation"])
 @pytest.mark.parametrize(
     ("which", "global_weight"),
-    [*(("llama", weight) for weight in (0, 0.5, 0.95, 1, "auto")), ("trained", 0.5), ("trained", "auto")],
+    [
+        *(("llama", weight) for weight in (0, 0.5, 0.95, 1, "auto")),
+        *(pytest.param("trained", weight, marks=pytest.mark.few(2)) for weight in (0.5, "auto")),
+    ],
 )
 def test_choice_by_hand(which, signal, global_weight, request):
     """From the hidden vectors of every prompt token, the last one included, which mlx-lm reads by itself."""
@@ -434,7 +438,8 @@ def test_density_1_keeps_all(llama):
 # In mlx-lm's hands
 
 
-@pytest.mark.parametrize("prefill_step_size", [2048, 4])
+@pytest.mark.few(1)
+@pytest.mark.parametrize("prefill_step_size", [4, 2048])
 def test_mlx_lm_generates_what_glass_mlx_does(trained, prefill_step_size):
     model, tokenizer = trained
     prompt = tokenizer.encode("The captain looked at the sea and")[:8]
@@ -560,6 +565,7 @@ QUANTISATIONS = [
 ]
 
 
+@pytest.mark.few(11)
 @pytest.mark.parametrize("quantisation", QUANTISATIONS, ids=lambda q: "-".join(map(str, q.values())))
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt2"])
 def test_quantised(name, quantisation):

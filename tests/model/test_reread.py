@@ -52,6 +52,7 @@ def close(ours, theirs, tolerance: float = 2e-4) -> bool:
     )
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_next_prompt_reads_the_answer_as_well(name):
     """After it, cache, evidence, choice and logits are those of a session that read all of it as a prompt, but for the
@@ -148,6 +149,7 @@ def test_caches_that_cannot_be_trimmed_are_left_as_they_are():
     assert session.prompt_tokens == recorded + 2 and session.offset == len(PROMPT) + len(SAID) + 2
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("n", range(1, 11))
 def test_an_answer_may_end_anywhere(n):
     """The next turn reads on from exact keys and values."""

@@ -158,6 +158,7 @@ def test_an_expert_that_saw_nothing_of_the_prompt():
 # Quantised weights
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize(
     "quantisation",
     [

@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import ArraysCache, load_prompt_cache, save_prompt_cache
@@ -129,7 +130,7 @@ json_values = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=examples(20, 80), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_header_is_sound_or_refused(model, file, data):
     cache, values = loaded(file)

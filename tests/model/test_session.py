@@ -10,6 +10,7 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.generate import BatchGenerator
@@ -185,7 +186,7 @@ def test_taking_an_answer_back_brings_faded_evidence_back():
 # Marks and trimming
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=examples(20, 50))
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=25))
 def test_merging_marks_keeps_totals(lengths):
     session = filled(tuple(lengths))

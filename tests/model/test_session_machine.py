@@ -14,6 +14,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from conftest import examples
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -136,7 +137,7 @@ class Conversation(RuleBasedStateMachine):
 TestConversation = Conversation.TestCase
 TestConversation.settings = settings(
     deadline=None,
-    max_examples=12,
+    max_examples=examples(8, 24),
     stateful_step_count=10,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )

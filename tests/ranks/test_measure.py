@@ -114,7 +114,7 @@ def test_not_stable(tiny):
 
 
 def test_seed(tiny, sensitive):
-    first, again, other = (measure_statistics(tiny[0], small(*tiny, seed=s), 60, None) for s in (1, 1, 2))
+    first, again, other = (measure_statistics(tiny[0], small(*tiny, seed=s), 20, None) for s in (1, 1, 2))
     assert same(first, again)
     assert not mx.array_equal(first.energies["impact"][0], other.energies["impact"][0])
 
@@ -165,6 +165,7 @@ def whole(tiny, rows):
     return whole
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("at", [0, 1, 3])
 @pytest.mark.parametrize("own", [True, False])
 def test_resume(tiny, rows, tmp_path, own, at, whole):
@@ -224,6 +225,7 @@ def test_what_a_killed_run_keeps(tiny, tmp_path):
         assert json.loads(file.metadata()["state"])["rows"] == [rows[:30]]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("other", [{"seed": 1}, {"sequences": 3}, {"length": 7}, {"temperature": 0.5}, {"chat": True}])
 def test_partial_of_other_arguments(tiny, tmp_path, other, whole):
     measure_statistics(tiny[0], small(*tiny, **other), 20, None, partial=tmp_path / "partial")
@@ -273,6 +275,7 @@ def measured(tiny, rows, tmp_path_factory) -> tuple[GlobalStatistics, bytes]:
     return whole, partial.read_bytes()
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_partial(tiny, rows, tmp_path, damage, measured):
     source, partial = given_sequences("text", rows[:3], 2), tmp_path / "partial"
@@ -368,7 +371,8 @@ def test_progress_of_a_resumed_run(tiny, tmp_path, monkeypatch, capsys, caplog):
     assert "stopped: no tokens are kept" in caplog.text
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+@pytest.mark.few(1)
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral"])
 def test_routed_experts(family, tmp_path):
     """Measured, written and read: ranked within each expert; padding counts for nothing; decoding uses them."""
     model = GlassModel(tiny_model(family), GlassConfig(experts="sparse"))
