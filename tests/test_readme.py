@@ -25,7 +25,7 @@ PAGES = [
     *(p for d in ("glass_mlx", "apps", "stats") for p in ROOT.glob(f"{d}/**/*.md")),
 ]
 CURRENT = [page for page in PAGES if page != CHANGES]
-OF_OTHERS = {"--adhoc-sign", "--no-metal-rules", "--window"}  # briefcase's, the tests', the app's
+OF_OTHERS = {"--adhoc-sign", "--no-metal-rules", "--thorough", "--window"}  # briefcase's, the tests', the app's
 
 _FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"`([^`\n]+)`")
