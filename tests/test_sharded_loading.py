@@ -23,7 +23,7 @@ from sharded_ranks import CHOICES, NEXT, PROMPT, tokens
 import glass_mlx
 from glass_mlx.core.importance import dense_weight
 from glass_mlx.model.blocks import by_token, hooked, run_with, watching_inputs
-from glass_mlx.model.selection import BlockShape, NeuronSelector
+from glass_mlx.model.selection import BlockShape, Measured, NeuronSelector
 from glass_mlx.ranks import measure
 from glass_mlx.ranks.sources import given_sequences
 
@@ -224,7 +224,7 @@ def expected_choice(model, recorded, way: str, rank: int, choice: dict) -> dict[
     known = {i: own for i, block in enumerate(model.blocks) if (own := parts(way, rank, block, i)) is not None}
     times = 1 if way == "pipeline" else 2
     whole, shapes, domains, ranks, energies = [], [], {}, {}, []
-    selector = model._plan.selector
+    measured = model._plan.selector.measured
     for i, block in enumerate(model.blocks):
         # a block of half the size may be cut in other steps
         step = block.step
@@ -233,17 +233,17 @@ def expected_choice(model, recorded, way: str, rank: int, choice: dict) -> dict[
             size = len(known[i])
             shapes.append(BlockShape(size, block.group, step, block.experts or 1, block.active))
             energies.append(shard_energy(recorded, block, i, known[i], config.signal))
-    for signal, rows in selector._domains.items():
+    for signal, rows in measured.domains.items():
         cut = [rows[i][:, mx.array(own)] for i, own in known.items()]
         domains[signal] = [c / mx.sum(c, axis=-1, keepdims=True) for c in cut]
-        order = [np.array(selector.ranks[signal][i])[own] for i, own in known.items()]
+        order = [np.array(measured.ranks[signal][i])[own] for i, own in known.items()]
         within = [o.reshape(model.blocks[i].experts or 1, -1) for o, i in zip(order, known)]
         ranks[signal] = [mx.array(w.argsort(axis=1).argsort(axis=1).reshape(-1) + 1) for w in within]
-    counted = NeuronSelector(whole, selector.ranks, selector._domains, selector._sensitivity)
+    counted = NeuronSelector(whole, measured)
     counts = [counted.counts(config)[i] // times for i in known]
     lost = [getattr(r, "unpredictable", None) for r in model.responses]
     lost = [None if lost[i] is None else lost[i][mx.array(own)] for i, own in known.items()]
-    own = NeuronSelector(shapes, ranks, domains, unpredictable=lost, counts=lambda config: counts)
+    own = NeuronSelector(shapes, Measured(ranks, domains, unpredictable=lost), lambda config: counts)
     kept = own.choose(config, mx.concatenate(energies), len(PROMPT))
     return {model.blocks[i].path: k.tolist() for i, k in zip(known, kept)}
 

@@ -73,8 +73,8 @@ def plan_memory(model: GlassModel, context: int | None = None, density: float | 
     density = model.config.density if density is None else density
     sparse = [(block, k) for block, k in zip(model.blocks, model.kept_counts(density)) if k < block.size]
     sizes = [block.compact_bytes(k) for block, k in sparse]
-    compact, ffn = sum(sizes), sum(block.replaced_bytes(k) for block, k in sparse)
-    making = max(sizes, default=0)
+    compact, ffn = (sum(kind) for kind in zip(*sizes)) if sizes else (0, 0)
+    making = max((size for size, _ in sizes), default=0)
     # per token: gate, up, their product and the hidden vector; the latter once more in float32, and its square; and
     # about a dozen vectors around attention
     widest = max(model.blocks, key=lambda block: block.width * block.active)

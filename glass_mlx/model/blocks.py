@@ -177,11 +177,6 @@ class Block:
         experts = self.experts or 1
         return self.joined(mx.broadcast_to(mx.arange(k // experts, dtype=mx.int32), (experts, k // experts)))
 
-    def replaced_bytes(self, k: int) -> int:
-        """Size of its own weights that compact ones for k neurons do without. Nothing is evaluated."""
-        compact = self.compact(self.first(k))
-        return self._bytes([name for name in self.names if not isinstance(compact[name], ScatterLinear)])
-
     @property
     def nbytes(self) -> int:
         """Size of its own weights."""
@@ -190,10 +185,13 @@ class Block:
     def _bytes(self, names: Iterable[str]) -> int:
         return sum(array.nbytes for name in names for _, array in tree_flatten(self.module[name].parameters()))
 
-    def compact_bytes(self, k: int) -> int:
-        """Size of its compact weights for k neurons. Nothing is evaluated."""
-        compact = self.compact(self.first(k)).values()
-        return sum(v.nbytes for module in compact for v in module.values() if isinstance(v, mx.array))
+    def compact_bytes(self, k: int) -> tuple[int, int]:
+        """Sizes of its compact weights for k neurons, and of the own ones that these do without. Nothing is
+        evaluated."""
+        compact = self.compact(self.first(k))
+        replaced = [name for name, projection in compact.items() if not isinstance(projection, ScatterLinear)]
+        arrays = (v for projection in compact.values() for v in projection.values() if isinstance(v, mx.array))
+        return sum(array.nbytes for array in arrays), self._bytes(replaced)
 
     def replacing(self, projections: Mapping[str, Projection]) -> dict[int, Projection]:
         """Replacements that put these projections, by name, in the place of the block's own."""
@@ -312,65 +310,6 @@ def run_with(replacements: Replacements, call: Callable[..., Any], *args: Any, *
 def carried() -> dict[int, mx.array]:
     """What the running call carries from one projection to another; each finds its own by an id."""
     return _carried.get()
-
-
-def recording(
-    blocks: list[Block],
-    norms: list[mx.array | None],
-    counted: mx.array,
-    call: Callable[..., mx.array],
-    *args: Any,
-    **kwargs: Any,
-) -> tuple[mx.array, mx.array]:
-    """``call(*args, **kwargs)``, with the evidence of all neurons on the way.
-
-    Args:
-        blocks (list[Block]): whose hidden vectors are recorded.
-        norms (list): for each block its output-weight norms (``output_norms``) for impact, or None for activation.
-        counted (mx.array): a weight for each token [B, L] in the sums of inputs and hidden vectors, float32.
-        call: the dense model.
-
-    Returns:
-        tuple: what ``call`` returns, and the evidence (``EvidenceLayout``), neither evaluated.
-    """
-    counted = counted.reshape(-1)
-    everything = mx.sum(counted, keepdims=True)
-    energies, hidden, inputs, tokens = ([None] * len(blocks) for _ in range(4))
-
-    def add(sums: list[mx.array | None], i: int, value: mx.array) -> None:
-        sums[i] = value if sums[i] is None else sums[i] + value  # a block may be called more than once
-
-    def weighted_sum(x: mx.array) -> mx.array:
-        """Of vectors [..., n] in float32. Some families show a block other ones than one for each token."""
-        x = x.reshape(-1, x.shape[-1])
-        return (counted if len(x) == counted.size else mx.ones((len(x),))) @ x
-
-    def observe_input(i: int, x: mx.array, *routing: mx.array) -> None:
-        if routing:
-            return
-        rows = x.size // x.shape[-1]
-        add(inputs, i, weighted_sum(x.astype(mx.float32)))
-        add(tokens, i, everything if rows == counted.size else mx.full((1,), float(rows)))
-
-    def observe(i: int, h: mx.array, *routing: mx.array) -> mx.array:
-        wide = h.astype(mx.float32)
-        add(energies, i, blocks[i].energy(wide, norms[i], *routing))
-        if not routing:
-            add(hidden, i, weighted_sum(wide))
-        # Recorded before it is projected: else every layer's hidden vectors wait for the end of the prefill.
-        return mx.depends(h, [sums[i] for sums in (energies, hidden, inputs) if sums[i] is not None])
-
-    result = run_with(watching_inputs(blocks, observe_input) | hooked(blocks, observe), call, *args, **kwargs)
-    sizes = [
-        (block.size, 0 if block.experts else block.size, 0 if block.experts else block.input_size, 1)
-        for block in blocks
-    ]
-    recorded = [
-        mx.zeros((size,)) if value is None else value
-        for sums, of in zip((energies, hidden, inputs, tokens), zip(*sizes))
-        for value, size in zip(sums, of)
-    ]
-    return result, mx.concatenate(recorded)
 
 
 @cache

@@ -19,9 +19,10 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 
 from ..core.compensation import Response
 from ..errors import GlassError
-from .blocks import Block, recording, run_with
+from .blocks import Block, run_with
 from .compacting import make_compact
 from .config import GlassConfig
+from .evidence import recording
 from .memory import SessionMemory
 from .part import ModelPart, WholeModel
 from .plan import Plan
@@ -137,7 +138,7 @@ class GlassModel(nn.Module):
     @property
     def global_ranks(self) -> dict[str, list[mx.array]] | None:
         """The model's global ranks by signal, [F] for each block, or None."""
-        return self._plan.selector.ranks
+        return self._plan.selector.measured.ranks
 
     @property
     def quality(self) -> list[QualityPoint]:
@@ -313,8 +314,7 @@ class GlassModel(nn.Module):
             mx.eval(session.evidence)  # so that the prefill's time is not counted as selection's
         start = time.perf_counter()
         plan.bring_here(self.dense)
-        kept = self._choose(session)
-        known = plan.known(session) if session.config.compensation else None
+        kept, known = self._choose(session), plan.known(session) if session.config.compensation else None
         compact = make_compact(plan.blocks, kept, known, plan.files, partial(plan.memory.use, session))
         if plan.files is not None:
             plan.accept(self.dense)  # dense weights were let go

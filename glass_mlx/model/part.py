@@ -21,7 +21,7 @@ from ..core.ranking import rank_by_expert
 from ..errors import GlassError
 from .blocks import Block
 from .config import GlassConfig
-from .selection import BlockShape, NeuronSelector
+from .selection import BlockShape, Measured, NeuronSelector
 
 _Any = TypeVar("_Any")
 
@@ -108,36 +108,34 @@ class ModelPart:
         self._places = [self._place(block, numbers.get(block.path)) for block in blocks]
         self._whole_counts = NeuronSelector(self._whole_shapes()).counts
 
-    def selector(
-        self,
-        shapes: list[BlockShape],
-        ranks: dict[str, list[mx.array]] | None = None,
-        domains: dict[str, list[mx.array]] | None = None,
-        sensitivity: list[float] | None = None,
-        unpredictable: list[mx.array | None] | None = None,
-    ) -> NeuronSelector:
+    def selector(self, shapes: list[BlockShape], measured: Measured) -> NeuronSelector:
         """What chooses this part's neurons.
 
         Args:
             shapes (list[BlockShape]): of the part's blocks.
-            ranks, domains, sensitivity: of the whole model, as for :class:`NeuronSelector`.
-            unpredictable (list, optional): as there, of the part.
+            measured (Measured): of the whole model.
         """
-        own_ranks = ranks and {signal: self._each(values, self._cut_ranks) for signal, values in ranks.items()}
-        own_domains = domains and {signal: self._each(values, self._cut_shares) for signal, values in domains.items()}
 
-        known = {"impact": ranks["impact"]} if ranks else None, {"impact": domains["impact"]} if domains else None
+        def cut(values: dict[str, list[mx.array]] | None, one: Callable) -> dict[str, list[mx.array]] | None:
+            return values and {signal: self._each(of_blocks, one) for signal, of_blocks in values.items()}
+
+        own = Measured(
+            ranks=cut(measured.ranks, self._cut_ranks),
+            domains=cut(measured.domains, self._cut_shares),
+            unpredictable=measured.unpredictable and self._each(measured.unpredictable, self._cut),
+        )
+        budgets_are_by = replace(measured.of("impact"), unpredictable=None)
 
         @cache  # made when it is first asked, and then for all configurations
         def whole() -> NeuronSelector:
-            return NeuronSelector(self._whole_shapes(), *known, sensitivity)
+            return NeuronSelector(self._whole_shapes(), budgets_are_by)
 
         def counts(config: GlassConfig) -> list[int]:
             all_of = whole().counts(config)
             return [all_of[place.block] // self._sharing(i) for i, place in enumerate(self._places)]
 
         self._whole_counts = lambda config: whole().counts(config)
-        return NeuronSelector(shapes, own_ranks, own_domains, unpredictable=unpredictable, counts=counts)
+        return NeuronSelector(shapes, own, counts)
 
     def responses(self, responses: list[Response | None] | None) -> list[Response | None] | None:
         """The whole model's responses, cut to this part's neurons."""
@@ -176,8 +174,10 @@ class ModelPart:
             for i, b in enumerate(self.whole.blocks)
         ]
 
-    def _cut(self, i: int, values: mx.array) -> mx.array:
-        """A value for each neuron of the whole block [..., F], for those of the part's block."""
+    def _cut(self, i: int, values: mx.array | None) -> mx.array | None:
+        """A value for each neuron of the whole block [..., F], for those of the part's block; None if there is none."""
+        if values is None:
+            return None
         place = self._places[i]
         rows = values.reshape(*values.shape[:-1], self.blocks[i].experts or 1, -1)
         return rows[..., place.start : place.stop].reshape(*values.shape[:-1], -1)
@@ -194,8 +194,8 @@ class ModelPart:
     def _cut_response(self, i: int, response: Response | None) -> Response | None:
         if response is None:
             return None
-        values = {name: getattr(response, name) for name in ("hidden_mean", "coefficients", "unpredictable")}
-        return replace(response, **{name: self._cut(i, v) for name, v in values.items() if v is not None})
+        by_neuron = ("hidden_mean", "coefficients", "unpredictable")
+        return replace(response, **{name: self._cut(i, getattr(response, name)) for name in by_neuron})
 
 
 def _first_row(block: Block) -> np.ndarray:

@@ -20,7 +20,7 @@ from .evidence import EvidenceLayout
 from .memory import SessionMemory, WeightFiles, default_limit
 from .part import ModelPart, WholeModel
 from .quality import QualityPoint
-from .selection import BlockShape, NeuronSelector
+from .selection import BlockShape, Measured, NeuronSelector
 from .session import Session
 
 logger = logging.getLogger("glass_mlx")
@@ -83,13 +83,12 @@ class Plan:
         self.files = WeightFiles(self.path, self.blocks)
 
     def set_statistics(self, responses: list[Response | None] | None, *statistics: Any) -> None:
-        """Choose neurons by these: ``ranks``, ``domains`` and ``sensitivity`` of :class:`NeuronSelector`; and answer by
-        these responses for those that are dropped. All of them are the whole model's."""
-        responses = responses if self.part is None else self.part.responses(responses)
+        """Choose neurons by these: ``ranks``, ``domains`` and ``sensitivity`` of :class:`Measured`; and answer by these
+        responses for those that are dropped. All of them are the whole model's."""
         shares = [getattr(response, "unpredictable", None) for response in responses or []]
+        self.responses = responses if self.part is None else self.part.responses(responses)
         make = NeuronSelector if self.part is None else self.part.selector
-        self.selector = make(_shapes(self.blocks), *statistics, unpredictable=shares or None)
-        self.responses = responses
+        self.selector = make(_shapes(self.blocks), Measured(*statistics, shares or None))
 
     @property
     def layout(self) -> EvidenceLayout:

@@ -8,7 +8,7 @@ All of it stays on the device, and the number of neurons kept depends on nothing
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import mlx.core as mx
@@ -41,40 +41,58 @@ class BlockShape:
     active: int = 1
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of a model's neurons once, for the choice among them.
+
+    Attributes:
+        ranks: for each signal the global ranks [F] of every block, those of routed experts within each of them; None
+            without global statistics.
+        domains: for each signal the energies [K, F] of every block on each kind of text that the ranks come from.
+            Without: made from the ranks, with half the energy at twice the rank.
+        sensitivity: of every block (``ranks/sensitivity.py``). Without: all alike.
+        unpredictable: of every block the share [F] of each neuron's energy that is lost with it where dropped neurons
+            are answered for (``core/compensation.py``). Without, or None: all of it.
+    """
+
+    ranks: dict[str, list[mx.array]] | None = None
+    domains: dict[str, list[mx.array]] | None = None
+    sensitivity: list[float] | None = None
+    unpredictable: list[mx.array | None] | None = None
+
+    def of(self, signal: str) -> Measured:
+        """What of it is of one signal, or of none."""
+        ranks, domains = ({signal: values[signal]} if values else None for values in (self.ranks, self.domains))
+        return replace(self, ranks=ranks, domains=domains)
+
+
+NOTHING = Measured()
+
+
 class NeuronSelector:
     """Chooses neurons for one model.
 
     Attributes:
         shapes: of the model's blocks.
-        ranks: for each signal the global ranks [F] of every block, those of routed experts within each of them; None
-            without global statistics.
+        measured: what is known of the model.
     """
 
     def __init__(
         self,
         shapes: list[BlockShape],
-        ranks: dict[str, list[mx.array]] | None = None,
-        domains: dict[str, list[mx.array]] | None = None,
-        sensitivity: list[float] | None = None,
-        unpredictable: list[mx.array | None] | None = None,
+        measured: Measured = NOTHING,
         counts: Callable[[GlassConfig], list[int]] | None = None,
     ):
         """
         Args:
             shapes (list[BlockShape]): of the model's blocks.
-            ranks (dict, optional): for each signal the global ranks [F] of every block.
-            domains (dict, optional): for each signal the energies [K, F] of every block on each kind of text that the
-                ranks come from. Default: made from the ranks, with half the energy at twice the rank.
-            sensitivity (list, optional): of every block (``ranks/sensitivity.py``). Default: all alike.
-            unpredictable (list, optional): of every block the share [F] of each neuron's energy that is lost with it
-                where dropped neurons are answered for (``core/compensation.py``). Default: all of it.
+            measured (Measured, optional): of them. Default: nothing.
             counts (callable, optional): says how many neurons each block keeps, as :meth:`counts`. Default: the blocks
                 and their sensitivity do.
         """
-        self.shapes, self._given_counts = shapes, counts
-        self.ranks, self._sensitivity = ranks, sensitivity
-        self._domains, self._unpredictable = domains, unpredictable
-        domains = domains or {signal: [_shares(r) for r in rs] for signal, rs in (ranks or {}).items()}
+        self.shapes, self.measured, self._given_counts = shapes, measured, counts
+        ranks = measured.ranks or {}
+        domains = measured.domains or {signal: [_shares(r) for r in rs] for signal, rs in ranks.items()}
         experts = [(shape.experts, shape.active) for shape in shapes]
         self._priors = {signal: Prior(rows, experts) for signal, rows in domains.items()}
         self._counts: dict[tuple[float, str, str], list[int]] = {}
@@ -89,8 +107,7 @@ class NeuronSelector:
         neurons."""
         if [(s.size, s.experts) for s in shapes] != [(s.size, s.experts) for s in self.shapes]:
             return NeuronSelector(shapes)
-        known = self.ranks, self._domains, self._sensitivity, self._unpredictable
-        return NeuronSelector(shapes, *known, self._given_counts)
+        return NeuronSelector(shapes, self.measured, self._given_counts)
 
     def counts(self, config: GlassConfig) -> list[int]:
         """How many neurons each block keeps: density * F, rounded to what the block can be cut into; or, with the
@@ -109,10 +126,11 @@ class NeuronSelector:
     def _budgets(self, config: GlassConfig, members: list[int]) -> list[int]:
         """How many neurons some of the blocks keep, if the density holds for these."""
         sizes, steps = [self.sizes[i] for i in members], [self.shapes[i].step for i in members]
-        if self._sensitivity is None or config.layer_budgets == "uniform" or not members:
+        sensitivity = self.measured.sensitivity
+        if sensitivity is None or config.layer_budgets == "uniform" or not members:
             return uniform_budgets(config.density, sizes, steps)
         energies = self.by_block(self._priors["impact"].posterior_energy(None))
-        known = [(np.array(energies[i]), self._sensitivity[i]) for i in members]
+        known = [(np.array(energies[i]), sensitivity[i]) for i in members]
         return measured_budgets(config.density, *map(list, zip(*known)), steps)
 
     def keeps_all(self, config: GlassConfig) -> bool:
@@ -188,11 +206,11 @@ class NeuronSelector:
         weight = self._weight(config, energy, prompt_tokens)
         if weight == "auto":
             expected = self.by_block(prior.posterior_energy(energy))
-            if config.compensation and self._unpredictable is not None:
-                shares = (1.0 if share is None else share for share in self._unpredictable)
+            if config.compensation and self.measured.unpredictable is not None:
+                shares = (1.0 if share is None else share for share in self.measured.unpredictable)
                 expected = [e * share for e, share in zip(expected, shares)]
             return lambda members: rank(self._stack(expected, members))
-        ranks = self.ranks and self.ranks[config.signal]
+        ranks = self.measured.ranks and self.measured.ranks[config.signal]
         if weight == 1:
             return lambda members: self._stack(ranks, members)
         local = self.by_block(energy)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from glass_mlx.model.config import GlassConfig
-from glass_mlx.model.selection import BlockShape, NeuronSelector
+from glass_mlx.model.selection import BlockShape, Measured, NeuronSelector
 
 SIZES = (12, 8)
 RNG = np.random.default_rng(3)
@@ -19,7 +19,7 @@ def selector(shares: list[np.ndarray | None] | None) -> NeuronSelector:
     domains = {"impact": [mx.array((e / e.sum())[None]) for e in ENERGIES]}
     ranks = {"impact": [mx.array(np.argsort(np.argsort(-e)) + 1) for e in ENERGIES]}
     known = shares and [None if share is None else mx.array(share) for share in shares]
-    return NeuronSelector([BlockShape(size) for size in SIZES], ranks, domains, None, known)
+    return NeuronSelector([BlockShape(size) for size in SIZES], Measured(ranks, domains, None, known))
 
 
 def chosen(by: NeuronSelector, **choice) -> list[list[int]]:
