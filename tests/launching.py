@@ -7,14 +7,13 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from conftest import ROOT
+from processes import Forked, environment, start
 
 # What MLX says where somebody else took a port meanwhile.
 _TAKEN = ("Couldn't bind", "Can't bind", "Couldn't listen", "Address already in use")
@@ -39,7 +38,7 @@ class Ended:
 class Running:
     """A process of the group, and what it has written by now."""
 
-    process: subprocess.Popen
+    process: subprocess.Popen | Forked
     streams: list[IO[str]]
 
     @property
@@ -79,29 +78,23 @@ def launched(
 def _started(directory: Path, args: list[str], count: int, env: dict[str, str]) -> Iterator[list[Running]]:
     hosts = directory / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(count)]))
-    paths = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
-    env = os.environ | {"PYTHONPATH": paths, "MLX_HOSTFILE": str(hosts)} | env
+    env = environment(Path(__file__).parent, MLX_HOSTFILE=str(hosts), **env)
     with contextlib.ExitStack() as stack:
+        never, open_end = os.pipe()  # standard input never ends, as under mlx.launch
+        stack.callback(os.close, open_end)
+        stdin = stack.enter_context(os.fdopen(never))
         started = []
         for rank in range(count):
             streams = [stack.enter_context((directory / f"{name}-{rank}").open("w+")) for name in ("out", "err")]
-            process = subprocess.Popen(
-                [sys.executable, *args],
-                cwd=directory,
-                env=env | {"MLX_RANK": str(rank)},
-                stdin=subprocess.PIPE,  # it never ends, as under mlx.launch
-                stdout=streams[0],
-                stderr=streams[1],
-            )
+            process = start(args, directory, env | {"MLX_RANK": str(rank)}, stdin, *streams)
             stack.callback(_end, process)
             started.append(Running(process, streams))
         yield started
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: subprocess.Popen | Forked) -> None:
     process.kill()
     process.wait()
-    process.stdin.close()
 
 
 def _read(stream: IO[str]) -> str:
