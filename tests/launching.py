@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from processes import Forked, environment, start
 
@@ -51,19 +51,20 @@ class Running:
         return self.so_far
 
 
-def launch(directory: Path, *args: object, count: int = 2, **env: str) -> list[Ended]:
+def launch(directory: Path, *args: object, **options: Any) -> list[Ended]:
     """Run ``python *args`` in as many processes, which find each other; returns how each has ended, by rank."""
-    with launched(directory, *args, until=lambda first: False, count=count, **env) as processes:
+    with launched(directory, *args, until=lambda first: False, **options) as processes:
         return [process.ended() for process in processes]
 
 
 @contextlib.contextmanager
 def launched(
-    directory: Path, *args: object, until: Callable[[Ended], object], count: int = 2, **env: str
+    directory: Path, *args: object, until: Callable[[Ended], object], count: int = 2, bare: bool = False, **env: str
 ) -> Iterator[list[Running]]:
-    """The same while they run. They have started when ``until`` says so of the first one, or one has ended."""
+    """The same while they run. They have started when ``until`` says so of the first one, or one has ended. They are
+    ``bare`` as :func:`processes.start` says."""
     for attempt in range(5):
-        with _started(directory, list(map(str, args)), count, env) as processes:
+        with _started(directory, args, count, bare, env) as processes:
             deadline = time.monotonic() + _PATIENCE
             while not until(processes[0].so_far) and all(process.so_far.code is None for process in processes):
                 assert time.monotonic() < deadline, [process.so_far for process in processes]
@@ -75,7 +76,9 @@ def launched(
 
 
 @contextlib.contextmanager
-def _started(directory: Path, args: list[str], count: int, env: dict[str, str]) -> Iterator[list[Running]]:
+def _started(
+    directory: Path, args: tuple[object, ...], count: int, bare: bool, env: dict[str, str]
+) -> Iterator[list[Running]]:
     hosts = directory / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(count)]))
     env = environment(Path(__file__).parent, MLX_HOSTFILE=str(hosts), **env)
@@ -86,7 +89,7 @@ def _started(directory: Path, args: list[str], count: int, env: dict[str, str]) 
         started = []
         for rank in range(count):
             streams = [stack.enter_context((directory / f"{name}-{rank}").open("w+")) for name in ("out", "err")]
-            process = start(args, directory, env | {"MLX_RANK": str(rank)}, stdin, *streams)
+            process = start(args, directory, env | {"MLX_RANK": str(rank)}, (stdin, *streams), bare)
             stack.callback(_end, process)
             started.append(Running(process, streams))
         yield started

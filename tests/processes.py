@@ -3,7 +3,7 @@
 What commands need takes seconds to import. So one process imports it, once for all tests, and others are forked from
 it: it evaluates nothing, and MLX has no threads before it does. A process that was forked runs its program and ends as
 one that was started. Only what is imported comes sooner: a test that is about that, or about the very start, starts one
-itself. There are always such tests of each command, too.
+itself, and so does one test of each command.
 
 On a Mac nothing is forked: what Metal has opened does not survive it.
 """
@@ -24,11 +24,14 @@ import sys
 import time
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any
+
+import mlx.core as mx
 
 ROOT = Path(__file__).parents[1]
 _CAN_FORK = sys.platform == "linux"
-# No command is among them: Python warns if the module that it is to run was imported before.
+# What is imported before. No command: Python warns if the module that it is to run is imported already.
 _NEEDED = """glass_mlx.serving.server glass_mlx.serving.operations glass_mlx.sharded_loading glass_mlx.terminal.loading
     mlx_lm.models.llama mlx_lm.models.qwen3_moe transformers.models.llama transformers.video_utils""".split()
 
@@ -42,10 +45,10 @@ def environment(*paths: Path, **variables: str) -> dict[str, str]:
 class Forked:
     """A forked process, as :class:`subprocess.Popen` has it."""
 
-    def __init__(self, args: list[str], cwd: Path, env: dict[str, str], files: list[int]):
+    def __init__(self, request: dict[str, Any], files: list[int]):
         self._ended, lives = os.pipe()  # it holds the other end as long as it lives
         try:
-            self.pid: int = _ask({"args": args, "cwd": str(cwd), "env": env}, [*files, lives])
+            self.pid: int = _ask(request, [*files, lives])
         finally:
             os.close(lives)
         self.returncode: int | None = None
@@ -73,13 +76,34 @@ class Forked:
 
 
 def start(
-    args: list[object], cwd: Path, env: dict[str, str], stdin: IO, stdout: IO, stderr: IO
+    args: list[object], cwd: Path, env: dict[str, str], files: tuple[IO, IO, IO], bare: bool = False
 ) -> subprocess.Popen | Forked:
-    """Start ``python *args`` with these files; its environment is exactly ``env``."""
-    given, files = list(map(str, args)), (stdin, stdout, stderr)
+    """Start ``python *args``.
+
+    Args:
+        args: as Python's, with ``-c`` or ``-m`` or a file at first.
+        cwd (Path): where it runs.
+        env (dict): its whole environment.
+        files: standard input, output and error.
+        bare (bool): it may be forked before anything is imported, as it needs little.
+    """
+    given = list(map(str, args))
     if _CAN_FORK:
-        return Forked(given, cwd, env, [file.fileno() for file in files])
-    return subprocess.Popen([sys.executable, *given], cwd=cwd, env=env, stdin=stdin, stdout=stdout, stderr=stderr)
+        request = {"args": given, "cwd": str(cwd), "env": env, "bare": bare}
+        return Forked(request, [file.fileno() for file in files])
+    streams = dict(zip(("stdin", "stdout", "stderr"), files))
+    return subprocess.Popen([sys.executable, *given], cwd=cwd, env=env, **streams)
+
+
+def run(args: list[object], cwd: Path, env: dict[str, str], stdin: str = "") -> subprocess.CompletedProcess:
+    """Run ``python *args`` to its end, as :func:`subprocess.run` does with what it writes as text."""
+    with TemporaryFile("w+") as given, TemporaryFile("w+") as out, TemporaryFile("w+") as err:
+        given.write(stdin)
+        given.seek(0)
+        code = start(args, cwd, env, (given, out, err)).wait()
+        for file in (out, err):
+            file.seek(0)
+        return subprocess.CompletedProcess(args, code, out.read(), err.read())
 
 
 @cache
@@ -89,7 +113,8 @@ def _server() -> socket.socket:
     with theirs:
         command = [sys.executable, __file__, str(theirs.fileno())]
         env = environment(Path(__file__).parent)
-        process = subprocess.Popen(command, env=env, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        nothing = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+        process = subprocess.Popen(command, env=env, pass_fds=[theirs.fileno()], **nothing)
 
     def end():
         ours.close()
@@ -120,6 +145,8 @@ def _forked(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | Non
         if "wait" in request:
             answer = os.waitpid(request["wait"], 0)[1]
         else:
+            if not request["bare"]:
+                _import_what_is_needed()
             answer = os.fork()
             if answer == 0:
                 connection.close()
@@ -129,11 +156,16 @@ def _forked(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | Non
         connection.send(str(answer).encode())
 
 
+@cache
+def _import_what_is_needed() -> None:
+    for name in _NEEDED:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
+
+
 def _run(request: dict[str, Any], files: list[int]) -> None:
     """Run a program in this process as Python does in one of its own."""
-    import mlx.core as mx
-    from huggingface_hub import constants
-
     for i, file in enumerate(files[:3]):
         os.dup2(file, i)
         os.close(file)
@@ -143,8 +175,9 @@ def _run(request: dict[str, Any], files: list[int]) -> None:
     installed = [path for path in sys.path[1:] if path not in own]
     os.environ.clear()
     os.environ.update(request["env"])
-    importlib.reload(constants)  # what it took from the environment
-    mx.random.seed(time.time_ns())  # it drew one when it was imported
+    if constants := sys.modules.get("huggingface_hub.constants"):
+        importlib.reload(constants)  # they come from the environment
+    mx.random.seed(time.time_ns())  # it had one, by the time when it was imported
     kind, *rest = request["args"]
     first = {"-c": "", "-m": os.getcwd()}.get(kind, os.path.dirname(os.path.abspath(kind)))
     sys.path[:] = [first, *os.environ.get("PYTHONPATH", "").split(os.pathsep), *installed]
@@ -161,9 +194,5 @@ def _run(request: dict[str, Any], files: list[int]) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the tests are who ends it
-    for name in _NEEDED:
-        importlib.import_module(name)
-    gc.collect()
-    gc.freeze()
     if forked := _forked(socket.socket(fileno=int(sys.argv[1]))):
         _run(*forked)
