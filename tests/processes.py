@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 _CAN_FORK = sys.platform == "linux"
 # What is imported before. No command: Python warns if the module that it is to run is imported already.
 _NEEDED = """glass_mlx.serving.server glass_mlx.serving.operations glass_mlx.sharded_loading glass_mlx.terminal.loading
-    mlx_lm.models.llama mlx_lm.models.qwen3_moe transformers.models.llama transformers.video_utils""".split()
+    mlx_lm.models.llama mlx_lm.models.qwen3_moe transformers.models.llama transformers.video_utils llguidance.mlx""".split()
 
 
 def environment(*paths: Path, **variables: str) -> dict[str, str]:

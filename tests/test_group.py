@@ -163,9 +163,8 @@ def test_processes_at_different_points_end(run, first):
 
 
 def test_a_process_that_dies_while_it_listens(run):
-    ended = run(
-        "if rank() == 1: threading.Timer(0.5, os._exit, [7]).start(); hear()\nelse: sys.stdin.read()", program=SOONER
-    )
+    work = "if rank() == 1: threading.Timer(0.5, os._exit, [7]).start(); hear()\nelse: sys.stdin.read()"
+    ended = run(work, program=SOONER)
     ends_together(ended, "rank 1 has ended")
 
 
