@@ -11,6 +11,7 @@ On a Mac nothing is forked: what Metal has opened does not survive it.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import importlib
 import json
@@ -22,7 +23,9 @@ import socket
 import subprocess
 import sys
 import time
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
@@ -30,10 +33,12 @@ from typing import IO, Any
 import mlx.core as mx
 
 ROOT = Path(__file__).parents[1]
+PATIENCE = 300  # seconds, for machines that are very busy
 _CAN_FORK = sys.platform == "linux"
 # What is imported before. No command: Python warns if the module that it is to run is imported already.
 _NEEDED = """glass_mlx.serving.server glass_mlx.serving.operations glass_mlx.sharded_loading glass_mlx.terminal.loading
-    mlx_lm.models.llama mlx_lm.models.qwen3_moe transformers.models.llama transformers.video_utils llguidance.mlx""".split()
+    mlx_lm.models.llama mlx_lm.models.qwen3_moe transformers.models.llama transformers.video_utils
+    llguidance.mlx""".split()
 
 
 def environment(*paths: Path, **variables: str) -> dict[str, str]:
@@ -76,7 +81,13 @@ class Forked:
 
 
 def start(
-    args: list[object], cwd: Path, env: dict[str, str], files: tuple[IO, IO, IO], bare: bool = False
+    args: Iterable[object],
+    cwd: Path,
+    env: dict[str, str],
+    files: tuple[IO, IO, IO],
+    *,
+    bare: bool = False,
+    new: bool = False,
 ) -> subprocess.Popen | Forked:
     """Start ``python *args``.
 
@@ -86,21 +97,92 @@ def start(
         env (dict): its whole environment.
         files: standard input, output and error.
         bare (bool): it may be forked before anything is imported, as it needs little.
+        new (bool): do not fork it.
     """
     given = list(map(str, args))
-    if _CAN_FORK:
+    if _CAN_FORK and not new:
         request = {"args": given, "cwd": str(cwd), "env": env, "bare": bare}
         return Forked(request, [file.fileno() for file in files])
     streams = dict(zip(("stdin", "stdout", "stderr"), files))
-    return subprocess.Popen([sys.executable, *given], cwd=cwd, env=env, **streams)
+    # a process that was started in the background ignores Ctrl-C, and so do its children
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen([sys.executable, *given], cwd=cwd, env=env, preexec_fn=heeds, **streams)
 
 
-def run(args: list[object], cwd: Path, env: dict[str, str], stdin: str = "") -> subprocess.CompletedProcess:
-    """Run ``python *args`` to its end, as :func:`subprocess.run` does with what it writes as text."""
+@dataclass
+class Ended:
+    """How a process ended; without a code, what it has written by now."""
+
+    code: int | None
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        """The errors that it told, without what MLX itself says."""
+        return [line for line in self.err.splitlines() if line.startswith("error: ")]
+
+
+@dataclass
+class Running:
+    """A process, and what it has written by now."""
+
+    process: subprocess.Popen | Forked
+    streams: list[IO]
+
+    @property
+    def so_far(self) -> Ended:
+        return Ended(self.process.poll(), *(Path(stream.name).read_text() for stream in self.streams))
+
+    def until(self, condition: Callable[[Ended], object]) -> Ended:
+        """Wait until something is so, or it has ended."""
+        deadline = time.monotonic() + PATIENCE
+        while not condition(so_far := self.so_far) and so_far.code is None:
+            assert time.monotonic() < deadline, so_far
+            time.sleep(0.05)
+        return so_far
+
+    def ended(self) -> Ended:
+        """Wait for it."""
+        self.process.wait(PATIENCE)
+        return self.so_far
+
+
+@contextlib.contextmanager
+def running(
+    directory: Path, args: Iterable[object], env: dict[str, str], name: str = "", **how: bool
+) -> Iterator[Running]:
+    """Run ``python *args`` in a directory, as ``start`` does, and kill it in the end.
+
+    What it writes is in the files "out" and "err" there, with this addition to their names. Its standard input has
+    nothing and does not end, as under ``mlx.launch``.
+    """
+    with contextlib.ExitStack() as stack:
+        never, other_end = os.pipe()
+        stack.callback(os.close, other_end)
+        stdin = stack.enter_context(os.fdopen(never))
+        streams = [stack.enter_context((directory / f"{stream}{name}").open("w")) for stream in ("out", "err")]
+        process = start(args, directory, env, (stdin, *streams), **how)
+        try:
+            yield Running(process, streams)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def run(
+    args: Iterable[object], cwd: Path, env: dict[str, str], stdin: str = "", timeout: float | None = None
+) -> subprocess.CompletedProcess:
+    """Run ``python *args`` to its end, as :func:`subprocess.run` does with text."""
     with TemporaryFile("w+") as given, TemporaryFile("w+") as out, TemporaryFile("w+") as err:
         given.write(stdin)
         given.seek(0)
-        code = start(args, cwd, env, (given, out, err)).wait()
+        process = start(args, cwd, env, (given, out, err))
+        try:
+            code = process.wait(timeout)
+        finally:
+            process.kill()
+            process.wait()
         for file in (out, err):
             file.seek(0)
         return subprocess.CompletedProcess(args, code, out.read(), err.read())

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from launching import Ended, Running, launched
+from launching import launched
 from mlx_lm.models import qwen3_moe
+from processes import Ended, Running
 from servers import CHAT
 from sharded_server import LACKED, POISON, PROMPT, TOKENS, WRONG
 from test_sharded_loading import MOE, livelier, written
@@ -106,8 +107,9 @@ def test_words_that_end_an_answer(served):
 
 def test_the_next_turn_goes_on_with_what_was_read(served):
     """It answers as if it had read all itself."""
-    answer = served.text(max_tokens=8)
-    turns = [OPENING, {"role": "assistant", "content": answer}, {"role": "user", "content": "And then?"}]
+    opening = OPENING | {"content": 2 * OPENING["content"]}  # long enough to be kept, whether the answer is read or not
+    answer = served.text(messages=[opening])
+    turns = [opening, {"role": "assistant", "content": answer}, {"role": "user", "content": "And then?"}]
     again = served.ask(messages=turns)
     assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
     served.client.post("/v1/unload")
@@ -134,7 +136,7 @@ def test_a_client_that_leaves(served):
         next(response.iter_lines())
     assert served.text() == expected
     with suppress(httpx.TimeoutException):
-        served.client.post(TEXT, json={"prompt": [5] * 5000, **endless}, timeout=0.5)
+        served.client.post(TEXT, json={"prompt": [5] * 5000, **endless}, timeout=0.25)
     assert served.text() == expected
 
 

@@ -223,10 +223,10 @@ print(json.dumps([list(answers(low_memory)) for low_memory in (False, True)]))
 """
 
 
-def test_weights_are_read_on_the_thread_that_uses_them(python):
+def test_weights_are_read_on_the_thread_that_uses_them(forked):
     """Conversations take turns on threads, each of which may have ended by the next turn. In a process of its own:
     checking a graph against Metal's rules ties arrays to a thread."""
-    done = python("-c", ON_THREADS)
+    done = forked("-c", ON_THREADS)
     assert done.code == 0, done.err
     usual, low = json.loads(done.out)
     assert usual == low and len(usual) == 10
