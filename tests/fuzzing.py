@@ -156,9 +156,8 @@ def fuzz(targets: list[str], cases: int, log: Path) -> dict[tuple[str, int], str
     left = [(target, seed) for target in targets for seed in range(cases)]
     while left:
         log.write_text("")
-        done = processes.run(
-            [__file__, log], log.parent, processes.environment(Path(__file__).parent), json.dumps(left)
-        )
+        environment = processes.environment(Path(__file__).parent)
+        done = processes.run([__file__, log], log.parent, environment, json.dumps(left))
         lines = list(map(json.loads, log.read_text().splitlines()))
         if not lines:
             raise RuntimeError(done.stderr)
