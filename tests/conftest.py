@@ -23,6 +23,7 @@ os.environ.pop("SSL_CERT_FILE", None)  # take long to read those of all authorit
 import metal
 import mlx.core as mx
 import numpy as np
+import processes
 import pytest
 from huggingface_hub import constants
 from mlx.utils import tree_flatten
@@ -343,3 +344,14 @@ def python(tmp_path):
 def python_m(python):
     """Run ``python -m`` in a process of its own."""
     return lambda *args, stdin="": python("-m", *args, stdin=stdin)
+
+
+@pytest.fixture
+def forked(tmp_path):
+    """Run Python in a process that is forked from one that has imported the package (``processes.py``)."""
+
+    def forked(*args) -> Outcome:
+        done = processes.run(args, tmp_path, processes.environment())
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    return forked

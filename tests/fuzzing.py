@@ -15,10 +15,8 @@ import contextlib
 import itertools
 import json
 import operator
-import os
 import resource
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -27,6 +25,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import processes
 from mlx_lm.models import llama
 from mlx_lm.models.cache import save_prompt_cache
 from mutations import mutate
@@ -153,19 +152,12 @@ TARGETS: dict[str, Callable[[Path], tuple[bytes, Callable[[Path], None]]]] = {
 
 def fuzz(targets: list[str], cases: int, log: Path) -> dict[tuple[str, int], str]:
     """Run the seeds 0 to ``cases`` - 1 of each target; returns the outcome of each, by target and seed."""
-    here = Path(__file__).parent
-    paths = os.pathsep.join(map(str, (here, here.parent, os.environ.get("PYTHONPATH", ""))))
     outcomes: dict[tuple[str, int], str] = {}
     left = [(target, seed) for target in targets for seed in range(cases)]
     while left:
         log.write_text("")
-        done = subprocess.run(
-            [sys.executable, __file__, str(log)],
-            env=os.environ | {"PYTHONPATH": paths},
-            input=json.dumps(left),
-            capture_output=True,
-            text=True,
-        )
+        environment = processes.environment(Path(__file__).parent)
+        done = processes.run([__file__, log], log.parent, environment, json.dumps(left))
         lines = list(map(json.loads, log.read_text().splitlines()))
         if not lines:
             raise RuntimeError(done.stderr)

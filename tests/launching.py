@@ -4,68 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import Any
 
-from conftest import ROOT
+from processes import PATIENCE, Ended, Running, environment, running
 
 # What MLX says where somebody else took a port meanwhile.
 _TAKEN = ("Couldn't bind", "Can't bind", "Couldn't listen", "Address already in use")
-_PATIENCE = 300  # seconds, for machines that are very busy
 
 
-@dataclass
-class Ended:
-    """How a process of the group ended; without a code, what it has written by now."""
-
-    code: int | None
-    out: str
-    err: str
-
-    @property
-    def errors(self) -> list[str]:
-        """The errors that it told, without what MLX itself says."""
-        return [line for line in self.err.splitlines() if line.startswith("error: ")]
-
-
-@dataclass
-class Running:
-    """A process of the group, and what it has written by now."""
-
-    process: subprocess.Popen
-    streams: list[IO[str]]
-
-    @property
-    def so_far(self) -> Ended:
-        return Ended(self.process.poll(), *map(_read, self.streams))
-
-    def ended(self) -> Ended:
-        """Wait for it."""
-        self.process.wait(_PATIENCE)
-        return self.so_far
-
-
-def launch(directory: Path, *args: object, count: int = 2, **env: str) -> list[Ended]:
+def launch(directory: Path, *args: object, **options: Any) -> list[Ended]:
     """Run ``python *args`` in as many processes, which find each other; returns how each has ended, by rank."""
-    with launched(directory, *args, until=lambda first: False, count=count, **env) as processes:
+    with launched(directory, *args, until=lambda first: False, **options) as processes:
         return [process.ended() for process in processes]
 
 
 @contextlib.contextmanager
 def launched(
-    directory: Path, *args: object, until: Callable[[Ended], object], count: int = 2, **env: str
+    directory: Path, *args: object, until: Callable[[Ended], object], count: int = 2, bare: bool = False, **env: str
 ) -> Iterator[list[Running]]:
-    """The same while they run. They have started when ``until`` says so of the first one, or one has ended."""
+    """The same while they run. They have started when ``until`` says so of the first one, or one has ended. They are
+    ``bare`` as :func:`processes.running` says."""
     for attempt in range(5):
-        with _started(directory, list(map(str, args)), count, env) as processes:
-            deadline = time.monotonic() + _PATIENCE
+        with _started(directory, args, count, bare, env) as processes:
+            deadline = time.monotonic() + PATIENCE
             while not until(processes[0].so_far) and all(process.so_far.code is None for process in processes):
                 assert time.monotonic() < deadline, [process.so_far for process in processes]
                 time.sleep(0.05)
@@ -76,36 +41,15 @@ def launched(
 
 
 @contextlib.contextmanager
-def _started(directory: Path, args: list[str], count: int, env: dict[str, str]) -> Iterator[list[Running]]:
+def _started(
+    directory: Path, args: tuple[object, ...], count: int, bare: bool, env: dict[str, str]
+) -> Iterator[list[Running]]:
     hosts = directory / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(count)]))
-    paths = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
-    env = os.environ | {"PYTHONPATH": paths, "MLX_HOSTFILE": str(hosts)} | env
+    env = environment(Path(__file__).parent, MLX_HOSTFILE=str(hosts), **env)
     with contextlib.ExitStack() as stack:
-        started = []
-        for rank in range(count):
-            streams = [stack.enter_context((directory / f"{name}-{rank}").open("w+")) for name in ("out", "err")]
-            process = subprocess.Popen(
-                [sys.executable, *args],
-                cwd=directory,
-                env=env | {"MLX_RANK": str(rank)},
-                stdin=subprocess.PIPE,  # it never ends, as under mlx.launch
-                stdout=streams[0],
-                stderr=streams[1],
-            )
-            stack.callback(_end, process)
-            started.append(Running(process, streams))
-        yield started
-
-
-def _end(process: subprocess.Popen) -> None:
-    process.kill()
-    process.wait()
-    process.stdin.close()
-
-
-def _read(stream: IO[str]) -> str:
-    return Path(stream.name).read_text()
+        ranks = [env | {"MLX_RANK": str(rank)} for rank in range(count)]
+        yield [stack.enter_context(running(directory, args, own, f"-{i}", bare=bare)) for i, own in enumerate(ranks)]
 
 
 def _free_ports(count: int) -> list[int]:

@@ -17,11 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import processes
+
 FILES = ("test_prompt_cache", "test_generate", "test_server", "test_models")
 PLAIN = "plain"
 _LIMIT, _LIMIT_FILE = 600, 7200  # seconds for a test and for a file
 _LARGEST = 1 << 30  # bytes; tests make larger models too, and never evaluate them, but wrapping does
-_ROOT = Path(__file__).parents[1]
 
 
 class Outcome(NamedTuple):
@@ -55,14 +56,11 @@ def run(directory: Path, density: float | None, log: Path) -> dict[str, Outcome]
 
 def _run_file(directory: Path, file: str, density: float | None, log: Path) -> bool:
     """Run the tests of a file that are not in the log yet; returns whether that came to its end."""
-    paths = os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "MLX_DISABLE_COMPILE": "1"}
-    arguments = [sys.executable, __file__, directory, file, PLAIN if density is None else density, log]
+    environment = processes.environment(HF_HUB_OFFLINE="1")
+    arguments = [__file__, directory, file, PLAIN if density is None else density, log]
     before = log.stat().st_size
     try:
-        done = subprocess.run(
-            list(map(str, arguments)), cwd=directory, env=environment, capture_output=True, timeout=_LIMIT_FILE
-        )
+        done = processes.run(arguments, directory, environment, timeout=_LIMIT_FILE)
     except subprocess.TimeoutExpired:
         return True
     return done.returncode == 0 or log.stat().st_size == before
@@ -136,6 +134,7 @@ def _substitute(density: float | None, left: list[str]) -> None:
     from glass_mlx.loading import DEMO_PATH
     from glass_mlx.model.memory import model_bytes
 
+    mx.disable_compile()
     original = mlx_lm.utils.load
 
     def load(*_: Any, **options: Any) -> tuple:

@@ -25,6 +25,7 @@ from glass_mlx.sharded_loading import sharded_load
 
 PROMPT = [1, 17, 2047, 305, 9, 1200, 4000, 88, 731, 256, 12, 3333]
 NEXT = 77
+COUNT = 5  # tokens that each way to decode generates: whoever waits for the other process takes up a core
 # Ways to choose neurons.
 CHOICES = {
     "default": {},
@@ -38,7 +39,7 @@ CHOICES = {
 }
 
 
-def tokens(model: GlassModel, tokenizer: Any, count: int = 8, **options: Any) -> list[int]:
+def tokens(model: GlassModel, tokenizer: Any, count: int = COUNT, **options: Any) -> list[int]:
     """What a model generates."""
     return [r.token for r in stream_generate(model, tokenizer, PROMPT, count, **options)]
 
@@ -59,15 +60,15 @@ def in_turns(model: GlassModel) -> list[float]:
     for i, cache in enumerate(caches):
         model.prefill(mx.array([PROMPT[i:]]), cache)
     said = []
-    for step in range(3):
+    for step in range(2):
         for cache in caches:
             model.select(cache)
             said.append(mx.sum(mx.abs(model.decode(mx.array([[step + 5]]), cache))).item())
     return said
 
 
-def look_at(model: GlassModel, tokenizer: Any, verified: int = 8) -> dict[str, Any]:
-    """What one model does, with as many verified tokens. Exchanges are dear: whoever waits for the other is busy."""
+def look_at(model: GlassModel, tokenizer: Any, verified: int = COUNT) -> dict[str, Any]:
+    """What one model does, with as many verified tokens."""
     response = list(stream_generate(model, tokenizer, PROMPT, 2))[-1]
     seen = {
         "sizes": {block.path: block.size for block in model.blocks},
@@ -112,7 +113,7 @@ def work(directory: Path) -> None:
     seen: dict[str, Any] = {}
     for name in ("plain", "quantised", "moe"):
         model, tokenizer = sharded_load(directory / name, tensor_group=group)
-        seen[name] = look_at(model, tokenizer, 24 if name == "plain" else 8)  # enough to draft as speed tells
+        seen[name] = look_at(model, tokenizer, 24 if name == "plain" else COUNT)  # enough to draft as speed tells
         if name == "plain":
             seen |= {"talk": talk(model, tokenizer), "refusals": refusals(model)}
     model, tokenizer = sharded_load(directory / "moe", pipeline_group=group)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -17,7 +15,7 @@ import httpx
 import mlx_lm.server
 import openai
 import pytest
-from conftest import ROOT
+from processes import environment, running
 from servers import CHAT, QUESTION, answered, connect, raw, serving
 
 import glass_mlx
@@ -507,25 +505,20 @@ def test_stop_ends_streams(tiny_dir):
             assert list(lines)[-2].endswith("[DONE]")
 
 
-def run_server(*args: str, **env: str) -> subprocess.Popen:
-    code = "from glass_mlx.server import main; main()"
-    path = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", code, *args], env=os.environ | path | env, **pipes)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_command_line(number, tmp_path):
-    process = run_server("--port", "0", "--model", "demo", "--density", "0.25", "--log-dir", str(tmp_path))
-    line = process.stdout.readline()
-    url = line.split()[3].removesuffix("/v1")
-    assert str(tmp_path / "server.log") in line
-    assert httpx.get(f"{url}/v1/status", timeout=60).json()["state"] == "ready"
-    answer = httpx.post(url + CHAT, json={"messages": QUESTION, "max_tokens": 2}, timeout=60).json()
-    assert answer["usage"]["glass"]["density"] == 0.25
-    process.send_signal(number)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and "Traceback" not in err
+@pytest.mark.parametrize(("number", "new"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
+def test_command_line(number, new, tmp_path):
+    options = ("--port", 0, "--model", "demo", "--density", 0.25, "--log-dir", tmp_path)
+    command = ("-c", "from glass_mlx.server import main; main()", *options)
+    with running(tmp_path, command, environment(), new=new) as server:
+        line = server.until(lambda so_far: so_far.out.endswith("\n")).out
+        url = line.split()[3].removesuffix("/v1")
+        assert str(tmp_path / "server.log") in line
+        assert httpx.get(f"{url}/v1/status", timeout=60).json()["state"] == "ready"
+        answer = httpx.post(url + CHAT, json={"messages": QUESTION, "max_tokens": 2}, timeout=60).json()
+        assert answer["usage"]["glass"]["density"] == 0.25
+        server.process.send_signal(number)
+        ended = server.ended()
+    assert ended.code == 0 and "Traceback" not in ended.err
     assert "2 generated" in (tmp_path / "server.log").read_text()
 
 

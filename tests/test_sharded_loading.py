@@ -18,7 +18,7 @@ import pytest
 from launching import launch
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama, qwen3_moe
-from sharded_ranks import CHOICES, NEXT, PROMPT, tokens
+from sharded_ranks import CHOICES, COUNT, NEXT, PROMPT, tokens
 
 import glass_mlx
 from glass_mlx.core.importance import dense_weight
@@ -149,7 +149,7 @@ def test_the_processes_say_the_same(seen, way):
 def test_density_1_and_verified_decoding_are_the_whole_model(seen, alone, way):
     model, tokenizer = alone("moe" if way == "pipeline" else way)
     assert seen[0][way]["dense"] == tokens(model, tokenizer, density=1.0)
-    assert seen[0][way]["drafted"] == seen[0][way]["dense"] == seen[0][way]["verified"][:8]
+    assert seen[0][way]["drafted"] == seen[0][way]["dense"] == seen[0][way]["verified"][:COUNT]
 
 
 @pytest.mark.parametrize("way", WAYS)

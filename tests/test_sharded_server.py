@@ -12,10 +12,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from launching import Ended, Running, launched
+from launching import launched
 from mlx_lm.models import qwen3_moe
+from processes import Ended, Running
 from servers import CHAT
-from sharded_server import LACKED, POISON, PROMPT, WRONG
+from sharded_server import LACKED, POISON, PROMPT, TOKENS, WRONG
 from test_sharded_loading import MOE, livelier, written
 
 import glass_mlx
@@ -37,7 +38,7 @@ class Served:
     processes: list[Running]
 
     def ask(self, path: str = CHAT, **body) -> dict:
-        body = {"max_tokens": 8} | ({"messages": [OPENING]} if path == CHAT else {"prompt": PROMPT}) | body
+        body = {"max_tokens": TOKENS} | ({"messages": [OPENING]} if path == CHAT else {"prompt": PROMPT}) | body
         response = self.client.post(path, json=body)
         assert response.status_code == 200, response.text
         return response.json()
@@ -66,7 +67,7 @@ def served(lively_dir, tmp_path_factory) -> Iterator[Served]:
 def in_one_process(path: Path) -> str:
     """The dense answer of a whole model."""
     model, tokenizer = glass_mlx.load(path, stats=False)
-    return glass_mlx.generate(model, tokenizer, PROMPT, max_tokens=8, density=1.0).strip()
+    return glass_mlx.generate(model, tokenizer, PROMPT, max_tokens=TOKENS, density=1.0).strip()
 
 
 def test_the_dense_answer_is_one_machines(served, lively_dir):
@@ -98,16 +99,17 @@ def test_the_form_of_an_answer(served):
 
 
 def test_words_that_end_an_answer(served):
-    whole = served.text(max_tokens=20)
-    assert served.text(max_tokens=20, stop=whole[4:7]) == whole[: whole.index(whole[4:7])]
-    (choice,) = served.ask(logprobs=True, top_logprobs=2)["choices"]
+    whole = served.text(max_tokens=10)
+    assert served.text(max_tokens=10, stop=whole[4:7]) == whole[: whole.index(whole[4:7])]
+    (choice,) = served.ask(logprobs=True, top_logprobs=2, max_tokens=2)["choices"]
     assert all(token["logprob"] <= 0 and len(token["top_logprobs"]) == 2 for token in choice["logprobs"]["content"])
 
 
 def test_the_next_turn_goes_on_with_what_was_read(served):
     """It answers as if it had read all itself."""
-    answer = served.text()
-    turns = [OPENING, {"role": "assistant", "content": answer}, {"role": "user", "content": "And then?"}]
+    opening = OPENING | {"content": 2 * OPENING["content"]}  # long enough to be kept, whether the answer is read or not
+    answer = served.text(messages=[opening])
+    turns = [opening, {"role": "assistant", "content": answer}, {"role": "user", "content": "And then?"}]
     again = served.ask(messages=turns)
     assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
     served.client.post("/v1/unload")
@@ -117,7 +119,7 @@ def test_the_next_turn_goes_on_with_what_was_read(served):
 
 
 def test_streams_and_responses(served):
-    body = {"messages": [OPENING], "max_tokens": 8, "stream": True}
+    body = {"messages": [OPENING], "max_tokens": TOKENS, "stream": True}
     with served.client.stream("POST", CHAT, json=body) as response:
         events = [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {")]
     said = "".join(event["choices"][0]["delta"].get("content", "") for event in events if event["choices"])
@@ -134,13 +136,13 @@ def test_a_client_that_leaves(served):
         next(response.iter_lines())
     assert served.text() == expected
     with suppress(httpx.TimeoutException):
-        served.client.post(TEXT, json={"prompt": [5] * 5000, **endless}, timeout=0.5)
+        served.client.post(TEXT, json={"prompt": [5] * 5000, **endless}, timeout=0.25)
     assert served.text() == expected
 
 
 def test_errors(served):
     """In all processes, in one only, and of the request."""
-    expected = served.text()
+    expected = served.text(max_tokens=2)
     told = []
     for path, body, status in (
         (TEXT, {"prompt": [1, POISON, 5]}, 500),
@@ -149,10 +151,10 @@ def test_errors(served):
         (CHAT, {"messages": [OPENING], "model": LACKED}, 500),
         (TEXT, {"prompt": [1, 99999]}, 400),
     ):
-        response = served.client.post(path, json={"max_tokens": 8} | body)
+        response = served.client.post(path, json={"max_tokens": 2} | body)
         assert response.status_code == status
         told.append(response.json()["error"]["message"])
-        assert served.text() == expected
+        assert served.text(max_tokens=2) == expected
     assert told[3] == "demo cannot be loaded: rank 1: It is not here."
     refused = served.client.post("/v1/measure")
     assert refused.status_code == 400 and "on one machine" in refused.text

@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from global_statistics import same
 from hub_server import HubServer
+from processes import environment, running
 
 import glass_mlx
 from glass_mlx import chat, stats
@@ -132,22 +130,12 @@ def test_interrupted_process(build, tiny_dir, tmp_path):
     out = tmp_path / "built" / "tiny.safetensors"
     kept = out.with_name(f"{out.name}.read")
     options = ("--model", tiny_dir, "--out", out, "--tokens", 10**9, *FEW[2:], "--all")
-    command = [sys.executable, "-m", "glass_mlx.stats", "build", *map(str, options)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    # a process that was started in the background ignores Ctrl-C, and so do its children
-    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(command, cwd=ROOT, preexec_fn=heeds, **pipes) as process:
-        for _ in range(3000):
-            if kept.exists() or process.poll() is not None:
-                break
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        try:
-            printed, said = process.communicate(timeout=120)
-        finally:
-            process.kill()  # else leaving the block would wait for it
-        assert printed == b"" and re.fullmatch(rb".*stopped: [\d,]+ tokens are kept, .* goes on from them\n", said)
-    assert process.returncode == 130 and not out.exists()
+    with running(tmp_path, ("-m", "glass_mlx.stats", "build", *options), environment()) as process:
+        process.until(lambda so_far: kept.exists())
+        process.process.send_signal(signal.SIGINT)
+        ended = process.ended()
+    assert ended.out == "" and re.fullmatch(r".*stopped: [\d,]+ tokens are kept, .* goes on from them\n", ended.err)
+    assert ended.code == 130 and not out.exists()
     build("--all")
     assert out.exists()
 

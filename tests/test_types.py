@@ -28,6 +28,7 @@ SETTINGS = """
 follow_imports = silent
 [mypy-transformers.*,huggingface_hub.*,numpy.*,safetensors.*,mlx_lm.models.*,mlx_lm.generate,mlx_lm.utils,jinja2.*]
 follow_imports = skip
+follow_imports_for_stubs = True
 """
 
 

@@ -14,14 +14,16 @@ from glass_mlx.core import repacking
 from glass_mlx.core.slicing import take_codes
 
 BITS = (2, 3, 4, 5, 6, 8)
+HEADER = "#include <stdint.h>\ntypedef uint32_t uint; typedef uint64_t ulong;\n"
 # What Metal gives the body: its types, its place in the grid and its arrays, as globals; and the grid as two loops.
 AROUND = """
-#include <stdint.h>
-typedef uint32_t uint; typedef uint64_t ulong;
-void run(const uint *weight, const int *weight_shape, const int *columns, const int *columns_shape, uint *packed) {
+#undef BITS
+#define BITS %(bits)d
+void run_%(bits)d(
+    const uint *weight, const int *weight_shape, const int *columns, const int *columns_shape, uint *packed) {
   for (uint y = 0; y < (uint)weight_shape[0]; y++) for (uint x = 0; x < (uint)columns_shape[0] / 32; x++) {
     struct { uint x, y; } thread_position_in_grid = { x, y };
-    %s
+    %(body)s
   }
 }
 """
@@ -43,21 +45,12 @@ def compiled(tmp_path_factory):
         pytest.skip("there is no C compiler")
     folder = tmp_path_factory.mktemp("kernel")
 
-    def make(bits: int):
-        source, library = folder / f"{bits}.c", folder / f"{bits}.so"
-        source.write_text(AROUND % repacking.SOURCE)
-        options = [
-            f"-DBITS={bits}",
-            "-O1",
-            "-Wall",
-            "-Werror",
-            "-fsanitize=undefined",
-            "-fsanitize-undefined-trap-on-error",
-        ]
-        subprocess.run([compiler, *options, "-shared", "-fPIC", "-o", library, source], check=True, timeout=60)
-        return ctypes.CDLL(str(library)).run
-
-    return make
+    source, library = folder / "kernel.c", folder / "kernel.so"
+    source.write_text(HEADER + "".join(AROUND % {"bits": bits, "body": repacking.SOURCE} for bits in BITS))
+    options = ["-O1", "-Wall", "-Werror", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
+    subprocess.run([compiler, *options, "-shared", "-fPIC", "-o", library, source], check=True, timeout=60)
+    functions = ctypes.CDLL(str(library))
+    return lambda bits: getattr(functions, f"run_{bits}")
 
 
 @pytest.mark.parametrize("bits", BITS)

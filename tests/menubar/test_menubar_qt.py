@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 
-ROOT = Path(__file__).parents[2]
 DRIVER = Path(__file__).with_name("qt_driver.py")
 
 
@@ -29,10 +28,8 @@ def seen(tmp_path_factory) -> dict:
     where = tmp_path_factory.mktemp("qt")
     qt = {"TOGA_BACKEND": "toga_qt", "QT_QPA_PLATFORM": "offscreen", "QT_SCALE_FACTOR": "1"}
     own = {name: str(where / "cache") for name in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME", "GLASS_CACHE_DIR")}
-    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
-    env = os.environ | qt | own | {"PYTHONPATH": path}
-    command = [sys.executable, str(DRIVER), str(where)]
-    done = subprocess.run(command, cwd=where, env=env, capture_output=True, text=True, timeout=180)
+    env = processes.environment(DRIVER.parents[1], **qt, **own)
+    done = processes.run([DRIVER, where], where, env, timeout=180)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     return json.loads((where / "seen.json").read_text())

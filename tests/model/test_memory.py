@@ -185,7 +185,7 @@ def test_dense_weights_that_are_read_again_take_the_place_of_compact_ones(tiny_d
 
 
 ON_THREADS = """
-import json
+import json, sys
 from concurrent.futures import ThreadPoolExecutor
 import mlx.core as mx
 from glass_mlx import load, stream_generate
@@ -197,7 +197,7 @@ def elsewhere(call, *args, **options):
         return pool.submit(call, *args, **options).result()
 
 def answers(low_memory):
-    model, tokenizer = load("demo", stats=False, low_memory=low_memory)
+    model, tokenizer = load(sys.argv[1], stats=False, low_memory=low_memory)
     caches = [model.make_cache() for _ in range(2)]
 
     def turn(text, cache, **options):
@@ -223,10 +223,10 @@ print(json.dumps([list(answers(low_memory)) for low_memory in (False, True)]))
 """
 
 
-def test_weights_are_read_on_the_thread_that_uses_them(python):
+def test_weights_are_read_on_the_thread_that_uses_them(forked, lively_dir):
     """Conversations take turns on threads, each of which may have ended by the next turn. In a process of its own:
     checking a graph against Metal's rules ties arrays to a thread."""
-    done = python("-c", ON_THREADS)
+    done = forked("-c", ON_THREADS, lively_dir)
     assert done.code == 0, done.err
     usual, low = json.loads(done.out)
     assert usual == low and len(usual) == 10
