@@ -296,8 +296,8 @@ def guarded(window, server) -> Iterator[Visit]:
 
 
 @pytest.fixture
-def phone(visit) -> Iterator[Visit]:
-    """A visit with a small screen that is touched."""
+def touched(visit) -> Iterator[Visit]:
+    """A visit with a screen that is touched, and may be made smaller."""
     devtools = visit.page.context.new_cdp_session(visit.page)
     devtools.send("Emulation.setTouchEmulationEnabled", {"enabled": True})
     yield visit
@@ -414,7 +414,9 @@ def test_stop_reaches_the_server(visit, server, endless):
     assert [m["role"] for m in visit.asked[-1]["messages"]] == ["user", "assistant"] * 2 + ["user"]
 
 
-def test_side_by_side(visit):
+def test_side_by_side(touched):
+    """And on small screens below each other, with everything within reach."""
+    visit = touched
     visit.mode("Side by side")
     visit.ask("I need a hotel in London.")
     sparse, dense = (visit.answers.nth(i) for i in (0, 1))
@@ -430,6 +432,27 @@ def test_side_by_side(visit):
     said = [body["messages"][1]["content"].strip() for body in visit.asked[2:]]
     assert said == [answer.locator("> .markdown").inner_text().strip() for answer in (sparse, dense)]
     assert visit.asked[2]["user"] != visit.asked[3]["user"]  # and with a cache of its own
+    assert visit.page.evaluate("matchMedia('(hover: none)').matches")
+    for width in (390, 320):
+        fits_screen(visit, width)
+    assert not violations(visit.page)
+
+
+def fits_screen(visit: Visit, width: int) -> None:
+    page = visit.page
+    page.set_viewport_size({"width": width, "height": 640})
+    upper, lower = (visit.answers.nth(i).bounding_box() for i in (0, 1))
+    assert upper["y"] + upper["height"] <= lower["y"] and upper["x"] == lower["x"]
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    controls = page.locator("header :visible, #foot button:visible, #foot input:visible")
+    boxes = controls.evaluate_all("all => all.map(e => e.getBoundingClientRect())")
+    assert len(boxes) > 9 and all(box["left"] >= 0 and box["right"] <= width for box in boxes)
+    chats = page.get_by_role("complementary", name="Conversations")
+    expect(chats).to_be_hidden()
+    page.get_by_role("button", name="Conversations").click()
+    expect(chats).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(chats).to_be_hidden()
 
 
 def test_how_to_answer_is_sent_and_kept(visit):
@@ -456,6 +479,7 @@ def test_how_to_answer_is_sent_and_kept(visit):
 
 
 def test_conversations_are_kept(visit):
+    """And tabs know of each other's."""
     page = visit.page
     first = visit.ask("I want to find a restaurant in San Jose.")
     page.keyboard.press("Control+Shift+O")
@@ -473,15 +497,13 @@ def test_conversations_are_kept(visit):
     page.get_by_role("button", name="Undo").click()
     expect(visit.last.locator("> .markdown")).to_have_text(first)
     expect(chats).to_have_count(2)
-
-
-def test_tabs_know_of_each_other(visit):
-    with visit.page.context.expect_page() as opened:
-        visit.page.evaluate("window.open('/', '_blank', 'noopener')")
+    with page.context.expect_page() as opened:
+        page.evaluate("window.open('/', '_blank', 'noopener')")
     other = Visit(opened.value, visit.url)
-    expect(other.page.locator("#model option")).not_to_have_count(0)
+    other.page.get_by_role("button", name="New chat").click()
     other.ask("Hello from the other tab")
-    expect(visit.page.locator("#chats .open")).to_have_text(["Hello from the other tab"])
+    expect(chats).to_have_count(3)
+    expect(chats.first).to_have_text("Hello from the other tab")
     other.page.close()
     assert not other.problems
 
@@ -818,24 +840,25 @@ $$x^2$$
 > q"""
 
 
-COLOURS = ["color-contrast", "link-in-text-block"]
+COLOURS = {"type": "rule", "values": ["color-contrast", "link-in-text-block"]}
 
 
 def test_accessible(visit):
-    page, violations = visit.page, []
+    page, found = visit.page, []
 
-    def look() -> None:
-        violations.extend(_violations(page))
+    def look(within: str, dark: str) -> None:
+        """At an element, and in the dark at the colours of another one: nothing else differs."""
+        found.extend(violations(page, within))
         page.emulate_media(color_scheme="dark")
         assert not _is_light(page)
-        violations.extend(_violations(page, runOnly={"type": "rule", "values": COLOURS}))  # nothing else is different
+        found.extend(violations(page, dark, runOnly=COLOURS))
         page.emulate_media(color_scheme="light")
         assert _is_light(page)
 
     assert page.locator("#lamp").evaluate("e => getComputedStyle(e).animationName") == "none"
     log = page.get_by_role("log", name="Messages")
     expect(log).to_have_attribute("aria-live", "off")
-    look()
+    look("html", "#welcome")
     answer_with(visit, body=events(EVERYTHING))
     visit.ask("Markdown")
     page.unroute(f"**{CHAT}")
@@ -846,10 +869,10 @@ def test_accessible(visit):
     visit.refused()
     page.get_by_role("button", name="Edit this message").first.click(force=True)
     page.get_by_role("button", name="Rename").first.click(force=True)
-    look()
+    look("html", "html")
     page.get_by_role("button", name="Settings").click()
-    look()
-    assert not violations
+    look("#settings", "#settings")
+    assert not found
 
 
 def _is_light(page: Page) -> bool:
@@ -857,32 +880,10 @@ def _is_light(page: Page) -> bool:
     return sum(map(int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor")))) > 600
 
 
-def _violations(page: Page, **options) -> list[str]:
-    """What axe finds wrong with what the page shows now."""
+def violations(page: Page, within: str = "html", **options) -> list[str]:
+    """What axe finds wrong with what an element of the page shows now."""
     from axe_playwright_python.sync_playwright import Axe
 
     axe = Axe("0") if page.evaluate("'axe' in window") else Axe()  # its script is a large one
-    found = axe.run(page, options={"resultTypes": ["violations"], **options}).response["violations"]
+    found = axe.run(page, within, {"resultTypes": ["violations"], **options}).response["violations"]
     return [f"{rule['id']}: {node['html'][:200]} {node['failureSummary']}" for rule in found for node in rule["nodes"]]
-
-
-def test_small_screens(phone):
-    page = phone.page
-    phone.mode("Side by side")
-    phone.ask("I need a hotel in London.")
-    for width in (390, 320):
-        page.set_viewport_size({"width": width, "height": 640})
-        upper, lower = (phone.answers.nth(i).bounding_box() for i in (0, 1))
-        assert upper["y"] + upper["height"] <= lower["y"] and upper["x"] == lower["x"]
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        for control in page.locator("header :visible, #foot button:visible, #foot input:visible").all():
-            box = control.bounding_box()
-            assert box["x"] >= 0 and box["x"] + box["width"] <= width
-        chats = page.get_by_role("complementary", name="Conversations")
-        expect(chats).to_be_hidden()
-        page.get_by_role("button", name="Conversations").click()
-        expect(chats).to_be_visible()
-        page.keyboard.press("Escape")
-        expect(chats).to_be_hidden()
-    assert page.evaluate("matchMedia('(hover: none)').matches")
-    assert not _violations(page)
