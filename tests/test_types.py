@@ -26,7 +26,10 @@ REVEALED = {
 SETTINGS = """
 [mypy]
 follow_imports = silent
-[mypy-transformers.*,huggingface_hub.*,numpy.*,safetensors.*,mlx_lm.models.*,mlx_lm.generate,mlx_lm.utils,jinja2.*]
+[mypy-mlx.*,numpy.*,safetensors.*,transformers.*,huggingface_hub.*,jinja2.*,platformdirs.*]
+follow_imports = skip
+follow_imports_for_stubs = True
+[mypy-mlx_lm.models.*,mlx_lm.generate,mlx_lm.utils,mlx_lm.sample_utils,mlx_lm.convert]
 follow_imports = skip
 follow_imports_for_stubs = True
 """

@@ -15,8 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
-from PySide6.QtGui import QGuiApplication, QImage
-from PySide6.QtWidgets import QMenu, QPushButton, QWidget
+
+try:
+    import toga_qt  # noqa: F401
+    from PySide6.QtGui import QGuiApplication, QImage
+    from PySide6.QtWidgets import QMenu, QPushButton, QWidget
+except ImportError as e:
+    sys.exit(f"no Qt: {e}")
 from servers import CHAT, QUESTION
 
 from apps.menubar.app import GlassApp

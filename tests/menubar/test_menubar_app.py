@@ -13,6 +13,7 @@ os.environ["TOGA_BACKEND"] = "toga_dummy"  # before Toga chooses one
 import pytest
 import toga
 from servers import CHAT, QUESTION
+from toga_dummy.utils import EventLog
 
 import glass_mlx
 from apps.menubar import __main__ as entry
@@ -36,7 +37,8 @@ def demo(small_demo):
 @pytest.fixture
 def app(tmp_path, monkeypatch):
     """The app, started, with its window."""
-    monkeypatch.setattr(app_module, "INTERVAL", 0.01)
+    monkeypatch.setattr(app_module, "INTERVAL", 0.05)
+    EventLog.reset()  # in which the backend looks for the value of each widget: the longer it is, the longer that takes
     path = tmp_path / "settings.json"
     save_settings(path, Settings(port=0))
     log = tmp_path / "menubar.log"
