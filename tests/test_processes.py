@@ -6,13 +6,13 @@ import pytest
 from processes import Ended, environment, running
 
 SEEN = """
-import os, signal, sys
+import os, signal, sys, time
 print(sys.argv, os.getcwd(), sys.path[:2], os.environ["GIVEN"], sorted(os.environ), __name__)
 print(signal.getsignal(signal.SIGINT), sys.stdout.encoding, file=sys.stderr)
 """
 
 
-ENDS = ["sys.exit(3)", "sys.exit('why')", "1 / 0", "os.kill(os.getpid(), signal.SIGINT)", "os._exit(4)"]
+ENDS = ["sys.exit(3)", "sys.exit('why')", "1 / 0", "os.kill(os.getpid(), signal.SIGINT); time.sleep(60)", "os._exit(4)"]
 
 
 @pytest.mark.parametrize(("how", "end"), [("-c", ""), ("-m", ""), ("file", ""), *(("-c", end) for end in ENDS)])
