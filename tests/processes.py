@@ -35,10 +35,10 @@ import mlx.core as mx
 ROOT = Path(__file__).parents[1]
 PATIENCE = 300  # seconds, for machines that are very busy
 _CAN_FORK = sys.platform == "linux"
-# What is imported before. No command: Python warns if the module that it is to run is imported already.
-_NEEDED = """glass_mlx.serving.server glass_mlx.serving.operations glass_mlx.sharded_loading glass_mlx.terminal.loading
-    mlx_lm.models.llama mlx_lm.models.qwen3_moe transformers.models.llama transformers.video_utils
-    llguidance.mlx""".split()
+# What is imported before. No command, as Python warns if the module that it is to run is imported already; and nothing
+# of ``glass_mlx.cli``, which changes how a process ends.
+_NEEDED = """glass_mlx.serving.server glass_mlx.serving.operations glass_mlx.sharded_loading mlx_lm.models.llama
+    mlx_lm.models.qwen3_moe transformers.models.llama transformers.video_utils llguidance.mlx""".split()
 
 
 def environment(*paths: Path, **variables: str) -> dict[str, str]:

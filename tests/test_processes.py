@@ -19,9 +19,10 @@ ENDS = ["sys.exit(3)", "sys.exit('why')", "1 / 0", "os.kill(os.getpid(), signal.
 def test_as_a_new_one(tmp_path, how, end):
     (tmp_path / "program.py").write_text(SEEN + end)
     args = {"-c": ("-c", SEEN + end), "-m": ("-m", "program"), "file": ("program.py",)}[how]
-    ended = []
+    ended, env = [], environment(GIVEN="5")
+    del env["HF_HUB_DISABLE_TELEMETRY"]
     for new in (True, False):
-        with running(tmp_path, (*args, "x", 1), environment(GIVEN="5"), new=new, bare=True) as process:
+        with running(tmp_path, (*args, "x", 1), env, new=new, bare=True) as process:
             ended.append(process.ended())
     assert without_frames(ended[0]) == without_frames(ended[1])
 
@@ -34,6 +35,6 @@ def test_each_draws_its_own_numbers(tmp_path):
     drawn = set()
     for _ in range(2):
         args = ("-c", "import mlx.core as mx; print(mx.random.randint(0, 1 << 30).item())")
-        with running(tmp_path, args, environment(), bare=True) as process:
+        with running(tmp_path, args, environment()) as process:
             drawn.add(process.ended().out)
     assert len(drawn) == 2
