@@ -30,8 +30,9 @@ from glass_mlx.evaluation.tiny_models import tiny_model
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """A shape whose embedding is no matter."""
-    monkeypatch.setitem(SHAPES, "small", SHAPES["qwen3-0.6b"] | {"vocab_size": 64})
+    """A small shape, whose embedding is no matter."""
+    small = {"vocab_size": 64, "hidden_size": 512, "intermediate_size": 1536}
+    monkeypatch.setitem(SHAPES, "small", SHAPES["qwen3-0.6b"] | small)
 
 
 def ffn_bytes(block) -> int:
@@ -103,7 +104,7 @@ def test_measured_answers_count():
 def test_compacting_by_hand():
     """4-bit codes in groups of 64: rows are read and written; of columns all is read, and octets go to and fro."""
     costs = step_costs(empty_model("small", layers=1), 0.5, 8)
-    hidden, size = 1024, 3072
+    hidden, size = 512, 1536
     k = size // 2
     row = hidden // 2 + hidden // 64 * 4  # codes, and a scale and a bias of 2 bytes for each group
     whole = hidden * (size // 2 + size // 64 * 4)
