@@ -71,20 +71,17 @@ def testbreak_even(extra, gain, expected):
     assert break_even([{"extra_seconds": extra, "gain_seconds": gain}]) == expected
 
 
-def test_the_command_line(invoke, tiny_dir, tmp_path):
+def test_the_command_line(invoke, tiny_dir, drawn, tmp_path):
     options = ["--model", tiny_dir, "-p", 8, "-g", 4, "-n", 2, "--density", "0.3,0.5"]
-    printed = invoke(main, *options, "--json", "-")
-    result = json.loads(printed.out)
-    assert printed.code == 0
+    outcome = invoke(main, *options, "--json", tmp_path / "figures.json", "--plot", tmp_path / "speed.png")
+    assert outcome.code == 0
+    result = json.loads((tmp_path / "figures.json").read_text())
     assert {"machine", "backend", "model", "runs", "dense", "glass", "speedup", "ceiling"} <= set(result)
     assert MEASURED <= set(result["dense"])
     extra = {"select_ms", "prefill_overhead", "break_even_tokens"}
     assert all(MEASURED | extra <= set(row) for row in result["glass"].values())
-    outcome = invoke(main, *options, "--json", tmp_path / "figures.json", "--plot", tmp_path / "speed.png")
-    assert outcome.code == 0
     assert (tmp_path / "speed.png").read_bytes()[:4] == b"\x89PNG"
-    written = json.loads((tmp_path / "figures.json").read_text())
-    assert outcome.out.strip() == table(written).strip()
+    assert outcome.out.strip() == table(result).strip()
     assert [line.split()[0] for line in outcome.out.splitlines()[3:]] == ["dense", "0.3", "0.5"]
 
 
@@ -153,6 +150,6 @@ def test_usage_errors(invoke, options):
     assert "Traceback" not in outcome.err
 
 
-def test_a_picture_that_cannot_be_written(invoke, tiny_dir):
+def test_a_picture_that_cannot_be_written(invoke, tiny_dir, drawn):
     outcome = invoke(main, "--model", tiny_dir, "-p", 8, "-g", 4, "-n", 1, "--plot", tiny_dir / "config.json" / "a.png")
     assert outcome.code == 1 and len(outcome.err.strip().splitlines()) == 1
