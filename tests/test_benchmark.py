@@ -9,6 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from glass_mlx.benchmark import main, plan_table, sharing_table, table
+from glass_mlx.evaluation.shape_configs import SHAPES
 from glass_mlx.evaluation.speed import break_even, compare_speed, measure_device, time_run
 
 MEASURED = {"prompt_tps", "generation_tps", "peak_memory"}
@@ -17,6 +18,13 @@ MEASURED = {"prompt_tps", "generation_tps", "peak_memory"}
 @pytest.fixture(scope="module", autouse=True)
 def demo(small_demo):
     return small_demo
+
+
+@pytest.fixture
+def shape(monkeypatch) -> str:
+    """A shape with few words: making its random embeddings takes longer than all else."""
+    monkeypatch.setitem(SHAPES, "qwen3-0.6b", SHAPES["qwen3-0.6b"] | {"vocab_size": 512})
+    return "qwen3-0.6b"
 
 
 def test_densities_are_decoded_as_asked(tiny, monkeypatch):
@@ -85,8 +93,8 @@ def test_the_command_line(invoke, tiny_dir, drawn, tmp_path):
     assert [line.split()[0] for line in outcome.out.splitlines()[3:]] == ["dense", "0.3", "0.5"]
 
 
-def test_a_plan_for_several_machines(invoke):
-    options = ["--shape", "qwen3-0.6b", "--layers", 1, "--density", "0.5", "--plan", "--machines", "2,4"]
+def test_a_plan_for_several_machines(invoke, shape):
+    options = ["--shape", shape, "--layers", 1, "--density", "0.5", "--plan", "--machines", "2,4"]
     written = json.loads(invoke(main, *options, "--json", "-").out)
     assert written["predicted"] and {row["machines"] for row in written["plan"]} == {2, 4}
     shown = sharing_table(written)
@@ -99,9 +107,9 @@ def test_machines_are_for_plans(invoke, options):
     assert done.code == 2 and "--machines" in done.err
 
 
-def test_a_plan(invoke, tmp_path):
+def test_a_plan(invoke, shape, tmp_path):
     """It is labelled as predicted, needs no weights, and is the same as its JSON."""
-    options = ["--shape", "qwen3-0.6b", "--layers", 1, "--density", "0.3,0.5", "--plan"]
+    options = ["--shape", shape, "--layers", 1, "--density", "0.3,0.5", "--plan"]
     outcome = invoke(main, *options, "--json", tmp_path / "plan.json")
     assert outcome.code == 0
     written = json.loads((tmp_path / "plan.json").read_text())
@@ -113,12 +121,12 @@ def test_a_plan(invoke, tmp_path):
         assert memory["low_memory_decoding"] < memory["decoding"] <= memory["needed"] >= memory["low_memory_needed"]
 
 
-def test_tables_fit_a_terminal(invoke, tiny_dir, monkeypatch):
+def test_tables_fit_a_terminal(invoke, tiny_dir, shape, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr("glass_mlx.evaluation.tables.sys.stdout.isatty", lambda: True)
     for options in (
         ["-p", 2, "-g", 3, "-n", 1, "--model", tiny_dir],
-        ["--plan", "--shape", "qwen3-0.6b", "--layers", 1],
+        ["--plan", "--shape", shape, "--layers", 1],
     ):
         outcome = invoke(main, *options, "--density", "0.5")
         assert outcome.code == 0 and max(map(len, outcome.out.splitlines())) <= 80
