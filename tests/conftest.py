@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import hashlib
 import json
 import logging
 import os
@@ -22,6 +24,7 @@ os.environ.pop("SSL_CERT_FILE", None)  # take long to read those of all authorit
 
 import metal
 import mlx.core as mx
+import mlx_lm.utils
 import numpy as np
 import processes
 import pytest
@@ -98,6 +101,26 @@ def metal_rules(request):
     else:
         with metal.enforce():
             yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tokenizers_made_once():
+    """Of the same files: making a tokenizer takes longer than most tests. Each load gets a copy that it can change."""
+    make, made = mlx_lm.utils._load_tokenizer, {}
+
+    def load(path, *args, **options):
+        digest = hashlib.sha1(repr((args, options)).encode())
+        for file in sorted(p for p in path.iterdir() if p.is_file() and p.suffix != ".safetensors"):
+            digest.update(f"\n{file.name}\n".encode() + file.read_bytes())
+        if (key := digest.digest()) not in made:
+            made[key] = make(path, *args, **options)
+        tokenizer = copy.copy(made[key])
+        tokenizer._tokenizer, tokenizer._eos_token_ids = copy.copy(tokenizer._tokenizer), set(tokenizer._eos_token_ids)
+        return tokenizer
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(mlx_lm.utils, "_load_tokenizer", load)
+        yield
 
 
 @pytest.fixture(autouse=True)

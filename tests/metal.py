@@ -25,7 +25,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
 _EVALUATING = ("item", "tolist", "__array__", "__bool__", "__int__", "__float__", "__index__", "__repr__", "__format__")
 _SAVING = ("save", "savez", "savez_compressed", "save_safetensors", "save_gguf")
@@ -74,8 +73,15 @@ def _node(entry: dict) -> Node:
     return Node(entry["name"], tuple(inputs), tuple(outputs), tuple(entry["arguments"]))
 
 
-def _arrays(trees: Any) -> list[mx.array]:
-    return [leaf for _, leaf in tree_flatten(list(trees)) if isinstance(leaf, mx.array)]
+def _arrays(tree: Any) -> list[mx.array]:
+    """The leaves that are arrays, as ``tree_flatten`` finds them, which takes long in a list of numbers."""
+    if isinstance(tree, mx.array):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, (list, tuple)):
+        return []
+    return [array for branch in tree if not isinstance(branch, (int, float, str)) for array in _arrays(branch)]
 
 
 @dataclass(frozen=True)
@@ -210,7 +216,7 @@ def _often(arrays: list[mx.array]) -> bool:
     """Whether such arrays were asked for by these lines of code, and their callers, so often that this can pass."""
     frame, lines = sys._getframe(4), []  # of the one who called what ``enforce`` has put in place
     while frame is not None and not frame.f_code.co_name.startswith("pytest_"):
-        lines.append((frame.f_code, frame.f_lasti))
+        lines += id(frame.f_code), frame.f_lasti  # the hash of a code object takes long
         frame = frame.f_back
     asked = hash((*lines, *((a.shape, a.dtype) for a in arrays)))
     _asked[asked] += 1

@@ -61,7 +61,7 @@ def test_printable():
 
 
 @pytest.mark.parametrize("command", "show verify diff merge list plot index unreadable absent".split())
-def test_ranks(command, nasty_ranks, invoke, monkeypatch, tmp_path):
+def test_ranks(command, nasty_ranks, invoke, monkeypatch, drawn, tmp_path):
     monkeypatch.setattr("glass_mlx.ranks.lookup.STATS_DIR", nasty_ranks.parent)
     if command == "unreadable":
         nasty_ranks.write_bytes(b"rubbish")

@@ -24,6 +24,7 @@ from glass_mlx.ranks.lookup import STATS_DIR, cache_dir, cached_file
 from glass_mlx.terminal import chat as terminal
 
 FEW = ("--tokens", 60, "--sequences", 4, "--length", 8)
+LEAST = ("--tokens", 4, "--sequences", 2, "--length", 4)
 
 
 @pytest.fixture
@@ -194,8 +195,8 @@ def test_usage(command, args, says):
         (("build", "--model", "{tiny}", "--text", "{tmp}/empty"), "gave no tokens"),
         (("build", "--model", "{tiny}", "--dataset", "{tmp}/empty"), "gave no tokens"),
         (("build", "--model", "{tiny}", "--dataset", "{tmp}/text"), "Line 1 of the data set"),
-        (("build", "--model", "{tiny}", "--out", "{tmp}/text/x.safetensors", *FEW), "Cannot write"),
-        (("build", "--model", "{tiny}", "--out", "{tmp}", *FEW), "Cannot write"),
+        (("build", "--model", "{tiny}", "--out", "{tmp}/text/x.safetensors", *LEAST), "Cannot write"),
+        (("build", "--model", "{tiny}", "--out", "{tmp}", *LEAST), "Cannot write"),
         *(((what, "nonsense"), "no ranks file nonsense") for what in ("show", "verify")),
         *(((what, "{tmp}/binary"), "not a usable ranks file") for what in ("show", "verify")),
         (("verify", "demo", "--model", "{tiny}"), "ranks are for demo"),
@@ -203,7 +204,7 @@ def test_usage(command, args, says):
         (("diff", "demo", "{written}"), "models of different shapes"),
         (("diff", "demo", "nonsense"), "no ranks file nonsense"),
         (("plot", "nonsense", "--out", "{tmp}/x.png"), "no ranks file nonsense"),
-        (("plot", "demo", "--out", "{tmp}/text/x.png"), "Cannot write"),
+        (("plot", "{written}", "--out", "{tmp}/text/x.png"), "Cannot write"),
         (("plot", "demo", "--out", "{tmp}/x.png", "--model", "{tiny}"), "ranks are for demo"),
         (("upload", "nonsense", "--repo", "a/b"), "no ranks file nonsense"),
         (("upload", "demo", "--repo", "nonsense"), "give owner/name"),
@@ -212,7 +213,7 @@ def test_usage(command, args, says):
         (("index", "{tmp}/bad"), "not a usable ranks file"),
     ],
 )
-def test_failures(command, tiny_dir, written, tmp_path, args, says):
+def test_failures(command, tiny_dir, written, drawn, tmp_path, args, says):
     (tmp_path / "binary").write_bytes(b"\xff\x07" * 99)
     (tmp_path / "empty").touch()
     (tmp_path / "text").write_text("The old house\n")

@@ -18,11 +18,10 @@ def demo(small_demo):
     return small_demo
 
 
-def test_the_command_line(invoke, tiny_dir, written, tmp_path):
-    pytest.importorskip("matplotlib")
+def test_the_command_line(invoke, tiny_dir, written, drawn, tmp_path):
     out, picture = tmp_path / "t.json", tmp_path / "t.png"
     options = ["--model", tiny_dir, "--stats", written, "--density", "0.5", "--prompt-tokens", 8, "--count", 2]
-    ran = invoke(main, *options, "--tokens", 12, "--json", str(out), "--plot", str(picture))
+    ran = invoke(main, *options, "--tokens", 6, "--json", str(out), "--plot", str(picture))
     assert ran.code == 0, ran.err
     result = json.loads(out.read_text())
     names = ["dense", "griffin", "glass", "verified"]
@@ -31,11 +30,10 @@ def test_the_command_line(invoke, tiny_dir, written, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_shape_says_that_acceptance_is_simulated(invoke, monkeypatch, tmp_path):
-    pytest.importorskip("matplotlib")
+def test_a_shape_says_that_acceptance_is_simulated(invoke, monkeypatch, drawn, tmp_path):
     monkeypatch.setattr("glass_mlx.evaluation.shapes.random_model", lambda *_: GlassModel(tiny_model("llama")))
     monkeypatch.setitem(SHAPES, "qwen3-0.6b", {"vocab_size": 90})
-    options = ["--shape", "qwen3-0.6b", "--density", "0.5", "--acceptance", "0.6,0.9", "--count", 2, "--tokens", 9]
+    options = ["--shape", "qwen3-0.6b", "--density", "0.5", "--acceptance", "0.6,0.9", "--count", 2, "--tokens", 5]
     ran = invoke(main, *options, "--json", "-", "--plot", str(tmp_path / "t.png"))
     assert ran.code == 0, ran.err
     result = json.loads(ran.out)

@@ -444,6 +444,7 @@ def test_upload_without_rights(server, ranks_file, monkeypatch):
     refused("'ranks'", "owner/name", call=lambda: upload(path, "ranks"))
 
 
+@pytest.mark.few(11)  # every second one: each step, and each fault
 @pytest.mark.parametrize("fault", [{"drop": True}, {"status": 500}, {"status": 403, "message": "no"}])
 @pytest.mark.parametrize(
     "step", ["create", "/api/models/me/ranks$", "validate-yaml", "preupload", "batch", "/lfs/", "commit"]

@@ -38,6 +38,12 @@ SCHEMA = Stay.model_json_schema()
 
 
 @pytest.fixture(scope="module")
+def expected(demo) -> tuple[str, int, int]:
+    """The answer to the question, and the numbers of prompt and generated tokens."""
+    return answered(*demo)
+
+
+@pytest.fixture(scope="module")
 def served(demo):
     """It writes no blanks, which JSON may have any number of."""
     blanks = {i: -100.0 for i in range(len(demo[1])) if demo[1].decode([i]).isspace()}
@@ -89,7 +95,7 @@ def test_llm_without_the_key(llm, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-def test_curl(served, demo):
+def test_curl(served, expected):
     body = json.dumps({"messages": QUESTION, "stream": True, "stream_options": {"include_usage": True}})
     headers = ["-H", f"Authorization: Bearer {KEY}", "-H", "Content-Type: application/json"]
     command = ["curl", "-sSN", "--fail", "--noproxy", "*", served.url + CHAT, *headers, "-d", body]
@@ -98,7 +104,7 @@ def test_curl(served, demo):
     *events, end = [line.removeprefix("data: ") for line in done.stdout.splitlines() if line]
     chunks = [json.loads(event) for event in events]
     said = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks[:-1])
-    assert end == "[DONE]" and (said, chunks[-1]["usage"]["completion_tokens"]) == answered(*demo)[::2]
+    assert end == "[DONE]" and (said, chunks[-1]["usage"]["completion_tokens"]) == expected[::2]
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +136,9 @@ def test_openai_tools(client):
     assert client.chat.completions.create(model="demo", messages=messages, tools=tools).choices[0].message.content
 
 
-def test_openai_responses(client, demo):
+def test_openai_responses(client, expected):
     answer = client.responses.create(model="demo", input=SAID)
-    assert (answer.output_text, answer.usage.input_tokens, answer.usage.output_tokens) == answered(*demo)
+    assert (answer.output_text, answer.usage.input_tokens, answer.usage.output_tokens) == expected
     assert (answer.status, answer.output[0].status) == ("completed", "completed")
     raw = json.loads(client.responses.with_raw_response.create(model="demo", input=SAID).text)
     assert raw["object"] == "response" and {"error", "incomplete_details", "usage", "tools"} <= raw.keys()

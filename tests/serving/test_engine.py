@@ -193,7 +193,7 @@ def test_next_turn_pays_only_for_new_tokens(tiny_engine):
 
 def test_an_answer_depends_on_its_request_alone(make, tiny_dir):
     """Whatever was asked before, evicted or verified: conversations of three turns with settings of all kinds, one
-    after the other and all mixed up, with room for 2 and 10 of them."""
+    after the other and all mixed up, with room for 2 and 7 of them."""
     settings = [
         {"density": 0.5},
         {"density": 1.0},
@@ -202,10 +202,10 @@ def test_an_answer_depends_on_its_request_alone(make, tiny_dir):
         {"density": 0.5, "signal": "activation"},
         {"density": 0.5, "seed": 3, "temperature": 1.0},
     ]
-    openings = [f"{'Read this first. ' * 9} What of the {thing}?" for thing in ("sea", "hill")]
-    conversations = [(opening, options) for opening in openings for options in settings]
-    conversations += [("one two three four " * 30, settings[0])]
-    kinds = {"model": str(tiny_dir), "load": {"stats": False}, "prefill_step_size": 64}
+    sea, hill = (f"{'Read this first. ' * 5} What of the {thing}?" for thing in ("sea", "hill"))
+    conversations = [(sea, options) for options in settings] + [(hill, settings[0]), (hill, settings[3])]
+    conversations += [("one two three four " * 15, settings[0])]
+    kinds = {"model": str(tiny_dir), "load": {"stats": False}, "prefill_step_size": 32}
 
     def answer(engine: Engine, i: int, said: list[str]) -> tuple:
         opening, options = conversations[i]
@@ -219,7 +219,7 @@ def test_an_answer_depends_on_its_request_alone(make, tiny_dir):
     for i, answers in enumerate(alone):
         for _ in range(3):
             answers.append(answer(engine, i, [text for text, _ in answers]))
-    for room in (2, 10):
+    for room in (2, 7):
         engine = make(**kinds, max_conversations=room)
         mixed = [[] for _ in conversations]
         order = [i for i in range(len(conversations)) for _ in range(3)]
@@ -362,7 +362,8 @@ def test_penalties_see_what_was_cached(lively_engine):
 
 def test_concurrent_clients_get_what_they_would_get_alone(lively_engine, make_lively):
     questions = [f"Tell me of the {thing}." for thing in "sea hill road mill".split()]
-    expected = [text(make_lively().submit(ask(question))) for question in questions]
+    fresh = make_lively(max_conversations=0)
+    expected = [text(fresh.submit(ask(question))) for question in questions]
     assert len(set(expected)) == len(questions)
     said = [""] * len(questions)
 
@@ -490,8 +491,8 @@ def test_idle_unload_frees_memory(make):
 
 
 def test_requests_leave_nothing_behind(make, tiny_dir):
-    """The store of conversations is full after ten of them; from then on memory is flat."""
-    engine = make(model=str(tiny_dir), load={"stats": False})
+    """The store of conversations is full after five of them; from then on memory is flat."""
+    engine = make(model=str(tiny_dir), load={"stats": False}, max_conversations=5)
     held = []
 
     def count(*_) -> tuple[int, int]:
@@ -499,8 +500,8 @@ def test_requests_leave_nothing_behind(make, tiny_dir):
         gc.collect()
         return len(gc.get_objects()), mx.get_active_memory()
 
-    for _ in range(3):
-        for i in range(12):
+    for requests in (6, 12, 12):
+        for i in range(requests):
             options = {"seed": i, "temperature": 0.7, "logprobs": True} if i % 3 == 0 else {}
             list(engine.submit(ask(f"I need {i} hotels.", client=str(i % 7), max_tokens=3, **options)))
         held.append(engine.call(count).result())

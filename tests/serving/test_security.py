@@ -9,6 +9,7 @@ import time
 import httpx
 import pytest
 import schemathesis
+from conftest import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis.strategies import booleans
 from schemathesis import GenerationMode
@@ -25,7 +26,6 @@ from glass_mlx.serving.sockets import parse_origin
 
 # what the model cannot take (unknown tokens, a call's arguments that are no JSON) is valid by the document
 EXCLUDED = [positive_data_acceptance]
-EXAMPLES = 4
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -295,7 +295,7 @@ def test_mangled_bodies(client):
     }
     valid = json.dumps(body).encode()
     seen = set()
-    for _ in range(100):
+    for _ in range(examples(60, 200)):
         mangled = bytearray(valid)
         for _ in range(chance.randint(1, 4)):
             at = chance.randrange(len(mangled))
@@ -327,7 +327,7 @@ def test_the_published_document_is_kept(client, mode):
         if "measure" in operation.path:
             continue  # it would measure for minutes
 
-        @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=examples(3, 8), deadline=None, database=None, suppress_health_check=list(HealthCheck))
         @given(operation.as_strategy(generation_mode=mode), booleans())
         def keeps(case, stream):
             if isinstance(case.body, dict):
@@ -376,7 +376,7 @@ def test_a_long_answer_outlives_the_header_timeout(tiny_dir, monkeypatch):
         body = {"messages": QUESTION, "max_tokens": 1_000_000, "stream": True}
         with httpx.stream("POST", server.url + CHAT, json=body, timeout=300) as response:  # a first graph is slow
             lines, start = response.iter_lines(), time.perf_counter()
-            while time.perf_counter() - start < 10 * security.HeaderTimeoutProtocol.HEADER_TIMEOUT:
+            while time.perf_counter() - start < 4 * security.HeaderTimeoutProtocol.HEADER_TIMEOUT:
                 assert "error" not in next(lines)
 
 
@@ -387,15 +387,21 @@ def test_slow_body(tiny_dir):
         assert b"408 Request Timeout" in answer and b"connection: close" in answer.lower()
 
 
-def test_half_closed(tiny_dir):
-    """A client that has shut its side is taken for gone, and the next one is served."""
+@pytest.fixture(scope="module")
+def served(tiny_dir):
+    """A server that listens."""
     with serving(model=str(tiny_dir), load={"stats": False}) as server:
-        for cut in (30, len(raw(body={"messages": QUESTION, "max_tokens": 1_000_000}))):
-            with connect(server) as connection:
-                connection.sendall(raw(body={"messages": QUESTION, "max_tokens": 1_000_000})[:cut])
-                connection.shutdown(1)
-                answer = httpx.post(server.url + CHAT, json={"messages": QUESTION, "max_tokens": 2}, timeout=60)
-                assert answer.status_code == 200
+        yield server
+
+
+def test_half_closed(served):
+    """A client that has shut its side is taken for gone, and the next one is served."""
+    for cut in (30, len(raw(body={"messages": QUESTION, "max_tokens": 1_000_000}))):
+        with connect(served) as connection:
+            connection.sendall(raw(body={"messages": QUESTION, "max_tokens": 1_000_000})[:cut])
+            connection.shutdown(1)
+            answer = httpx.post(served.url + CHAT, json={"messages": QUESTION, "max_tokens": 2}, timeout=60)
+            assert answer.status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -410,11 +416,10 @@ def test_half_closed(tiny_dir):
         b"\r\n" * 1000,
     ],
 )
-def test_no_http(tiny_dir, data):
-    with serving(model=str(tiny_dir)) as server:
-        with connect(server) as connection:
-            connection.sendall(data)
-            connection.shutdown(1)
-            answer = connection.recv(10_000)
-            assert answer == b"" or answer.startswith((b"HTTP/1.1 400", b"HTTP/1.1 403"))
-        assert httpx.get(server.url + "/health").status_code == 200
+def test_no_http(served, data):
+    with connect(served) as connection:
+        connection.sendall(data)
+        connection.shutdown(1)
+        answer = connection.recv(10_000)
+        assert answer == b"" or answer.startswith((b"HTTP/1.1 400", b"HTTP/1.1 403"))
+    assert httpx.get(served.url + "/health").status_code == 200

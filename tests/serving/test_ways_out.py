@@ -60,7 +60,7 @@ class Gate:
 def no_reading_ahead():
     """Reading the last test's answer ahead also prefills, and may go on into the next test."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(worker.Worker, "read_ahead", lambda *_: None)
+        patched.setattr(worker.Worker, "read_ahead", lambda self, _: setattr(self, "answered", None))
         yield
 
 
@@ -140,6 +140,7 @@ def reach(server, gate: Gate, place: str, path: str, **body) -> list[socket.sock
     return connections
 
 
+@pytest.mark.few(10)  # each place twice, and each path
 @pytest.mark.parametrize(("path", "stream"), [*((path, True) for path in PATHS), (CHAT, False)])
 @pytest.mark.parametrize("place", PLACES)
 def test_the_client_leaves(served, answers, gate, place, path, stream, caplog):
