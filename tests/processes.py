@@ -35,6 +35,8 @@ import mlx.core as mx
 ROOT = Path(__file__).parents[1]
 PATIENCE = 300  # seconds, for machines that are very busy
 _CAN_FORK = sys.platform == "linux"
+# Tests may keep to one core (``conftest.py``). Processes that wait for each other need more; only Linux can tell.
+CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 # What is imported before. No command, as Python warns if the module that it is to run is imported already; and nothing
 # of ``glass_mlx.cli``, which changes how a process ends.
 _NEEDED = """glass_mlx.serving.server glass_mlx.serving.operations glass_mlx.sharded_loading mlx_lm.models.llama
@@ -45,6 +47,19 @@ def environment(*paths: Path, **variables: str) -> dict[str, str]:
     """The tests' environment with these variables, and with the package and these directories to import from."""
     found = os.pathsep.join(filter(None, [str(ROOT), *map(str, paths), os.environ.get("PYTHONPATH")]))
     return os.environ | {"PYTHONPATH": found} | variables
+
+
+@contextlib.contextmanager
+def all_cores() -> Iterator[None]:
+    """What this thread starts may run on any core."""
+    own = CORES and os.sched_getaffinity(0)
+    if CORES:
+        os.sched_setaffinity(0, CORES)
+    try:
+        yield
+    finally:
+        if CORES:
+            os.sched_setaffinity(0, own)
 
 
 class Forked:
@@ -106,7 +121,8 @@ def start(
     streams = dict(zip(("stdin", "stdout", "stderr"), files))
     # a process that was started in the background ignores Ctrl-C, and so do its children
     heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen([sys.executable, *given], cwd=cwd, env=env, preexec_fn=heeds, **streams)
+    with all_cores():
+        return subprocess.Popen([sys.executable, *given], cwd=cwd, env=env, preexec_fn=heeds, **streams)
 
 
 @dataclass
@@ -196,7 +212,8 @@ def _server() -> socket.socket:
         command = [sys.executable, __file__, str(theirs.fileno())]
         env = environment(Path(__file__).parent)
         nothing = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
-        process = subprocess.Popen(command, env=env, pass_fds=[theirs.fileno()], **nothing)
+        with all_cores():
+            process = subprocess.Popen(command, env=env, pass_fds=[theirs.fileno()], **nothing)
 
     def end():
         ours.close()

@@ -229,7 +229,7 @@ def test_usage_errors(talk, options):
     assert options[0] in done.err.splitlines()[-1]
 
 
-def test_ranks_are_measured_at_first_use(talk, chats, tiny_dir, small_builds, monkeypatch, caplog, tmp_path):
+def test_ranks_are_measured_at_first_use(talk, chats, tiny_dir, small_builds, monkeypatch, caplog, cache_root):
     """And kept: the second start finds them at once."""
     assert talk("Hi", options=("--model", tiny_dir, "--build")).code == 0
     assert "measuring them, once" in caplog.text
@@ -241,10 +241,10 @@ def test_ranks_are_measured_at_first_use(talk, chats, tiny_dir, small_builds, mo
     for a, b in zip(first, second, strict=True):
         assert mx.array_equal(a, b)
     assert chats[1].model.global_weight(chats[1].conversation.session) > 0
-    assert {path.suffix for path in (tmp_path / "glass_cache_dir").iterdir()} == {".safetensors", ".read"}
+    assert {path.suffix for path in (cache_root / "glass_cache_dir").iterdir()} == {".safetensors", ".read"}
 
 
-def test_interrupted_measuring(talk, chats, tiny_dir, small_builds, monkeypatch, caplog, tmp_path):
+def test_interrupted_measuring(talk, chats, tiny_dir, small_builds, monkeypatch, caplog, cache_root):
     """Ctrl-C goes on without ranks; the next time goes on measuring."""
     calls, original = [], sources.batch_generate
 
@@ -258,7 +258,7 @@ def test_interrupted_measuring(talk, chats, tiny_dir, small_builds, monkeypatch,
     done = talk("Hi", options=("--model", tiny_dir, "--build"))
     assert done.code == 0 and len(STATUS.findall(done.out)) == 1
     assert re.search(r"stopped: \d+ tokens are kept", caplog.text) and chats[0].model.global_ranks is None
-    assert [path.suffix for path in (tmp_path / "glass_cache_dir").iterdir()] == [".read"]
+    assert [path.suffix for path in (cache_root / "glass_cache_dir").iterdir()] == [".read"]
     assert talk("/measure", "Hi", options=("--model", tiny_dir)).code == 0
     assert chats[1].model.global_ranks is not None
     assert len(calls) == 5  # the first batch was kept; conversations take two calls
@@ -313,10 +313,10 @@ def test_an_interrupted_pipe(monkeypatch, invoke, interrupted):
     assert done.code == 130 and "stopped" not in done.out and not STATUS.search(done.err)
 
 
-def test_piped(python_m, real_demo):
+def test_piped(forked, real_demo):
     """A process of its own, typed to through a pipe: standard output has the answers and nothing else."""
     answer = "".join(r.text for r in Conversation(*real_demo).reply(HELLO, max_tokens=8))
-    done = python_m("glass_mlx", "chat", "--max-tokens", 8, stdin=f"{HELLO}\n/dense\nq\n{HELLO}\n")
+    done = forked("-m", "glass_mlx", "chat", "--max-tokens", 8, stdin=f"{HELLO}\n/dense\nq\n{HELLO}\n")
     assert done.code == 0
     assert done.out.startswith(f"{answer}\n") and done.out.count("\n") == 2
     assert [float(s[0]) for s in STATUS.findall(done.err)] == [0.5, 1.0]

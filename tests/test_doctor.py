@@ -26,7 +26,7 @@ def run(request) -> Iterator[tuple[diagnosis.Report, str]]:
     with pytest.MonkeyPatch.context() as patch:
         for number, few in {"PROMPT_TOKENS": 8, "TOKENS": 5, "RUNS": 1}.items():
             patch.setattr(diagnosis, number, few)
-        for name in () if request.config.getoption("--thorough") else cases.FORMATS.keys() - {*FEW, "mxfp4"}:
+        for name in () if request.config.getoption("--thorough") else cases.FORMATS.keys() - FEW:
             patch.delitem(cases.FORMATS, name)
         report = doctor.diagnose(lambda text, end="\n", **_: shown.append(text + end))
         yield report, "".join(shown)

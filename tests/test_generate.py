@@ -36,6 +36,7 @@ def _dense(demo, prompt=PROMPT, n=N, **options) -> list[int]:
     return _tokens(mlx_lm.stream_generate(demo[0].dense, demo[1], prompt, max_tokens=n, **options))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("prompt", [PROMPT, "Hi", "<s><|user|> Hello<|assistant|>"])
 @pytest.mark.parametrize("step", [2048, 3])
 def test_density_1_is_mlx_lm(exact, prompt, step):
@@ -308,11 +309,11 @@ def test_dense_is_mlx_lm(demo, invoke, options):
 @pytest.mark.parametrize(
     "options, weight", [((), 0.0), (("--build", "--global-weight", 0.3), 1.0), (("--build", "--global-weight", 0), 0.0)]
 )
-def test_ranks_are_measured_if_asked(tiny_dir, tmp_path, invoke, small_builds, options, weight):
+def test_ranks_are_measured_if_asked(tiny_dir, cache_root, invoke, small_builds, options, weight):
     """Here only then; with them, a prompt of one token is decoded by the model's own ranks."""
     command = ("--model", tiny_dir, "--ignore-chat-template", "--prompt", "", "--max-tokens", 2, "--json")
     assert json.loads(invoke(main, *command, *options).out)["global_weight"] == weight
-    assert (tmp_path / "glass_cache_dir").exists() == bool(weight)
+    assert (cache_root / "glass_cache_dir").exists() == bool(weight)
 
 
 def test_seed(invoke):
@@ -320,10 +321,10 @@ def test_seed(invoke):
     assert said[0] == said[1] != said[2]
 
 
-def test_process(real_demo, python_m):
+def test_process(real_demo, forked):
     """A process of its own: the prompt on stdin, nothing on stderr, not even a warning of Python's."""
     options = ("--ignore-chat-template", "--max-tokens", N, "--verbose", "False")
-    done = python_m("glass_mlx.generate", "--prompt", "-", *options, stdin=PROMPT)
+    done = forked("-m", "glass_mlx.generate", "--prompt", "-", *options, stdin=PROMPT)
     assert (done.code, done.err) == (0, "")
     assert done.out == generate(*real_demo, PROMPT, max_tokens=N) + "\n"
 

@@ -21,7 +21,7 @@ from glass_mlx.evaluation import shapes
 from glass_mlx.model import discovery
 from glass_mlx.model.glass_model import GlassModel
 
-SHAPES = ("mistral-7b", "llama-3.1-8b", "qwen3-4b", "gemma-3-4b", "llama-3.2-1b")
+SHAPES = ("mistral-7b", "llama-3.1-8b", "gemma-3-4b", "qwen3-4b", "llama-3.2-1b")
 DENSITIES = (0.3, 0.5, 0.7)
 
 # Primitives that only describe memory anew.
@@ -80,6 +80,7 @@ def misses_the_fast_kernel(node: metal.Node) -> bool:
     return k % (256 if bits in (6, 8) else 512) != 0 or n % 8 != 0
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", SHAPES)
 def test_compact_decoding(name, monkeypatch):
     model = fake(name, monkeypatch)

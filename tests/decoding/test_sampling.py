@@ -14,7 +14,7 @@ def distribution(seed: int, n: int = 50) -> mx.array:
     return mx.log(mx.softmax(1.5 * mx.random.normal((n,), key=mx.random.key(seed))))
 
 
-def agreement(make, n: int = 1000) -> float:
+def agreement(make, n: int = 500) -> float:
     """How often samples of two distributions agree at the same place."""
     mx.random.seed(0)
     randomness, sampler, same = CommonRandomNumbers(), make(temp=1.0), 0

@@ -25,11 +25,11 @@ def short_questions(count: int) -> list[dict]:
 
 def test_the_demo_model_recalls(demo):
     """Densely it mostly does, and the better the neurons, the more it keeps of that."""
-    questions = short_questions(4)
+    questions = short_questions(3)
     selectors = {"random": standard_selectors([])["random"], "oracle": by_oracle}
     done = []
     rows = exact.measure_task(*demo, Task(6), questions, selectors, [0.3], done.append)
-    assert done == [4]
+    assert done == [3]
     accuracy = {name: row["accuracy"] for name, by_density in rows.items() for row in by_density.values()}
     assert accuracy["dense"] > 0.6
     assert accuracy["random"] < accuracy["oracle"] <= 1

@@ -7,7 +7,6 @@ import json
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from family_kinds import by_family
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
@@ -23,7 +22,8 @@ def _decode(model: nn.Module) -> list[mx.array]:
     return [model(PROMPT, cache=cache), model(mx.array([[5]]), cache=cache)]
 
 
-@by_family(model_types())
+@pytest.mark.few(6)
+@pytest.mark.parametrize("name", model_types())
 def test_every_family(name):
     try:
         model = tiny.tiny_model(name)

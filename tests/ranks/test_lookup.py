@@ -141,8 +141,8 @@ def test_index_that_names_paths(tiny, stats_dir, labelled, file):
 # The cache
 
 
-def test_cache_dir(monkeypatch, tmp_path):
-    assert cache_dir() == tmp_path / "glass_cache_dir"
+def test_cache_dir(monkeypatch, cache_root):
+    assert cache_dir() == cache_root / "glass_cache_dir"
     for value in (None, ""):
         monkeypatch.setenv("GLASS_CACHE_DIR", value) if value is not None else monkeypatch.delenv("GLASS_CACHE_DIR")
         assert cache_dir() == user_cache_path("glass_mlx")

@@ -165,7 +165,7 @@ def whole(tiny, rows):
     return whole
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("at", [0, 1, 3])
 @pytest.mark.parametrize("own", [True, False])
 def test_resume(tiny, rows, tmp_path, own, at, whole):

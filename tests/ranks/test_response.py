@@ -36,6 +36,7 @@ def vectors(model: GlassModel) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(np.concatenate(x), np.concatenate(h)) for x, h in found]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])  # plain, fused, and without a gate
 def test_it_is_a_regression_of_low_rank(family, monkeypatch):
     """In batches of rows of several lengths, one block after the other."""

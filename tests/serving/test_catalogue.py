@@ -45,6 +45,7 @@ def test_the_demo():
     assert [model.id for model in Catalogue().models()] == ["demo"]
 
 
+@pytest.mark.few(18)
 @pytest.mark.parametrize("name", TRAVERSALS)
 @pytest.mark.parametrize("allow", [False, True])
 def test_no_name_is_a_path(name, allow, root, monkeypatch):

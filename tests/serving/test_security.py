@@ -60,6 +60,7 @@ def is_error(response: httpx.Response, status: int) -> bool:
     return response.status_code == status
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize(
     "host, allowed",
     [
@@ -168,6 +169,7 @@ def test_pages_of_an_allowed_origin_can_read_errors(client, engine, monkeypatch,
         assert is_error(other, 403) and "access-control-allow-origin" not in other.headers
 
 
+@pytest.mark.few(24)
 @pytest.mark.parametrize(
     "path", ["/v1/models", "/v1/status", "/health", "/openapi.json", "/static/app.js", "/favicon.ico"]
 )
