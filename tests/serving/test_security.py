@@ -329,7 +329,7 @@ def test_the_published_document_is_kept(client, mode):
         if "measure" in operation.path:
             continue  # it would measure for minutes
 
-        @settings(max_examples=examples(3, 8), deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=examples(2, 8), deadline=None, database=None, suppress_health_check=list(HealthCheck))
         @given(operation.as_strategy(generation_mode=mode), booleans())
         def keeps(case, stream):
             if isinstance(case.body, dict):
