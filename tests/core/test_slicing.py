@@ -56,6 +56,7 @@ def snapshot(layer: nn.Module) -> dict[str, int]:
     return {name: id(array) for name, array in tree_flatten(layer.parameters())}
 
 
+@pytest.mark.few(22)
 @pytest.mark.parametrize(("quantisation", "bias"), layers)
 def test_rows(quantisation, bias):
     layer, x = make(quantisation, bias)

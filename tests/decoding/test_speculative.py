@@ -39,7 +39,7 @@ def verified(model: GlassModel, prompt: list[int], n: int = N, cache: list | Non
     return [t for t, *_ in verified_generate_step(mx.array(prompt), model, prompt_cache=cache, max_tokens=n, **options)]
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(6)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_is_the_dense_model(name):
     model = GlassModel(tiny_model(name))
