@@ -90,7 +90,7 @@ def pytest_addoption(parser):
     parser.addoption("--thorough", action="store_true", help="all cases of every test, not a few of each kind")
     parser.addoption("--no-metal-rules", action="store_true", help="let pass what MLX's Metal backend refuses")
     parser.addoption("--fuzz", type=int, default=6, help="how many damaged files of each kind to try")
-    parser.addoption("--kills", type=int, default=2, help="how often to kill each kind of write")
+    parser.addoption("--kills", type=int, help="how often to kill each kind of write")
     parser.addoption("--update-snapshots", action="store_true", help="write what snapshots hold anew")
 
 
@@ -325,8 +325,7 @@ def model_copy(tiny_dir, tmp_path) -> Path:
 @pytest.fixture
 def drawn(monkeypatch) -> list:
     """The figures that were saved, which takes longer the more dots there are."""
-    from matplotlib.figure import Figure
-
+    Figure = pytest.importorskip("matplotlib.figure").Figure
     figures, original = [], Figure.savefig
 
     def savefig(figure, *args, **options):
@@ -371,11 +370,10 @@ def python(tmp_path):
     """Run Python in a process of its own, elsewhere than in the repository."""
 
     def python(*args, stdin: str = "") -> Outcome:
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         done = subprocess.run(
             [sys.executable, *map(str, args)],
             cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": path},
+            env=processes.environment(),
             input=stdin,
             capture_output=True,
             text=True,

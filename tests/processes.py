@@ -52,14 +52,15 @@ def environment(*paths: Path, **variables: str) -> dict[str, str]:
 @contextlib.contextmanager
 def all_cores() -> Iterator[None]:
     """What this thread starts may run on any core."""
-    own = CORES and os.sched_getaffinity(0)
-    if CORES:
-        os.sched_setaffinity(0, CORES)
+    own = os.sched_getaffinity(0) if CORES else CORES
+    if own == CORES:
+        yield
+        return
+    os.sched_setaffinity(0, CORES)
     try:
         yield
     finally:
-        if CORES:
-            os.sched_setaffinity(0, own)
+        os.sched_setaffinity(0, own)
 
 
 class Forked:

@@ -91,6 +91,8 @@ def test_the_command_line(invoke, tiny_dir, drawn, tmp_path):
     assert (tmp_path / "speed.png").read_bytes()[:4] == b"\x89PNG"
     assert outcome.out.strip() == table(result).strip()
     assert [line.split()[0] for line in outcome.out.splitlines()[3:]] == ["dense", "0.3", "0.5"]
+    printed = invoke(main, "--model", tiny_dir, "-p", 2, "-g", 3, "-n", 1, "--density", "0.5", "--json", "-")
+    assert printed.code == 0 and MEASURED <= set(json.loads(printed.out)["dense"])
 
 
 def test_a_plan_for_several_machines(invoke, shape):

@@ -15,6 +15,7 @@ from random import Random
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import examples
 from global_statistics import same
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 
@@ -130,7 +131,7 @@ def test_the_old_or_the_new_version(kind, request, tmp_path):
     write(0)
     assert read() == 0
     random, found = Random(0), []
-    for _ in range(request.config.getoption("--kills")):
+    for _ in range(request.config.getoption("--kills") or examples(2, 3)):
         killed_while(write, random.uniform(0, 0.05))
         found.append(read())
     print(f"{kind}: {len(found)} kills, {found.count(0)} old and {found.count(1)} new versions")

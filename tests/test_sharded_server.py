@@ -136,7 +136,7 @@ def test_a_client_that_leaves(served):
         next(response.iter_lines())
     assert served.text() == expected
     with suppress(httpx.TimeoutException):
-        served.client.post(TEXT, json={"prompt": [5] * 5000, **endless}, timeout=0.25)
+        served.client.post(TEXT, json={"prompt": [5] * 5000, **endless}, timeout=0.5)
     assert served.text() == expected
 
 

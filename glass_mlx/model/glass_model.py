@@ -314,8 +314,8 @@ class GlassModel(nn.Module):
             mx.eval(session.evidence)  # so that the prefill's time is not counted as selection's
         start = time.perf_counter()
         plan.bring_here(self.dense)
-        kept, known = self._choose(session), plan.known(session) if session.config.compensation else None
-        compact = make_compact(plan.blocks, kept, known, plan.files, partial(plan.memory.use, session))
+        kept = self._choose(session)
+        compact = make_compact(plan.blocks, kept, plan.known(session), plan.files, partial(plan.memory.use, session))
         if plan.files is not None:
             plan.accept(self.dense)  # dense weights were let go
         session.hold(compact, time.perf_counter() - start)

@@ -101,8 +101,10 @@ class Plan:
         pipeline = self.part is not None and self.part.whole.way == "pipeline"
         return [entry.state for entry in entries] if pipeline else []
 
-    def known(self, session: Session) -> list[Known]:
-        """For each block what a conversation's dropped neurons are answered for by."""
+    def known(self, session: Session) -> list[Known] | None:
+        """For each block what a conversation's dropped neurons are answered for by; None where they are not."""
+        if not session.config.compensation:
+            return None
         nothing = [None] * len(self.blocks)
         sums = nothing if session.evidence is None else self.layout.sums(session.evidence)
         return list(zip(self.responses or nothing, sums))
