@@ -57,6 +57,7 @@ class Driven(GlassApp):
         seen["menu"], seen["submenus"] = entries(self.menu), {m.title(): entries(m) for m in submenus(self.menu)}
         picture(self.menu, "menu")
         await self.choose("Copy endpoint URL")
+        await until(lambda: QGuiApplication.clipboard().text())
         seen["clipboard"] = QGuiApplication.clipboard().text()
         await self.choose("✓ GLASS")
         await until(lambda: self.find("GLASS") == "GLASS")
