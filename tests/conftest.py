@@ -67,18 +67,8 @@ def pytest_configure(config):
     _thorough = config.getoption("--thorough")
     runs_tests = hasattr(config, "workerinput") or not config.getoption("numprocesses", None)  # or starts workers
     if runs_tests and processes.CORES and not _thorough:
-        _keep_to_one_core()
+        processes.keep_to_one_core(int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")))
     config.addinivalue_line("markers", "few(n): so many of its cases are enough, but for --thorough")
-
-
-def _keep_to_one_core() -> None:
-    """MLX's thread and Python's hand each other many small pieces of work: where neither interrupts the other, nor
-    wakes another core, that takes a quarter less processor time. With --thorough they run side by side."""
-    cores = sorted(processes.CORES)
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    with contextlib.suppress(OSError):  # not every container lets a process choose
-        os.sched_setaffinity(0, {cores[worker % len(cores)]})
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def examples(few: int, many: int) -> int:
