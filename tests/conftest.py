@@ -40,6 +40,7 @@ from glass_mlx.ranks import lookup, measure
 from glass_mlx.ranks.format import GlobalStatistics
 from glass_mlx.ranks.identity import fingerprint
 from glass_mlx.ranks.lookup import STATS_DIR
+from glass_mlx.ranks.sensitivity import sensitivity
 from glass_mlx.ranks.sources import given_sequences
 from glass_mlx.serving import catalogue
 
@@ -289,6 +290,20 @@ def written(ranks, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("ranks") / "tiny.safetensors"
     ranks.write(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def insensitive():
+    """Blocks are all as sensitive: finding out takes longest, no part of it is kept, and it is tested by itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "sensitivity", lambda model, *_: np.ones(len(model.blocks)))
+        yield
+
+
+@pytest.fixture
+def sensitive(monkeypatch):
+    """They are not, as in a real measuring."""
+    monkeypatch.setattr(measure, "sensitivity", sensitivity)
 
 
 @pytest.fixture

@@ -23,6 +23,8 @@ from glass_mlx.ranks.format import GlobalStatistics
 from glass_mlx.ranks.lookup import STATS_DIR, cache_dir, cached_file
 from glass_mlx.terminal import chat as terminal
 
+pytestmark = pytest.mark.usefixtures("insensitive")
+
 FEW = ("--tokens", 60, "--sequences", 4, "--length", 8)
 LEAST = ("--tokens", 4, "--sequences", 2, "--length", 4)
 
@@ -73,7 +75,7 @@ def fails(done, *says, code=1) -> None:
         assert part in last
 
 
-def test_build(build, tiny, tiny_dir):
+def test_build(build, tiny, tiny_dir, sensitive):
     file = build("--all")
     ranks = GlobalStatistics.read(file).check(tiny[0])
     assert {p.name for p in file.parent.iterdir()} == {file.name, f"{file.name}.read"}

@@ -28,22 +28,9 @@ from glass_mlx.ranks.evidence import SplitEvidence
 from glass_mlx.ranks.format import GlobalStatistics
 from glass_mlx.ranks.identity import fingerprint
 from glass_mlx.ranks.measure import build_ranks, measure_statistics
-from glass_mlx.ranks.sensitivity import sensitivity
 from glass_mlx.ranks.sources import Source, given_sequences, null_prompt
 
-
-@pytest.fixture(scope="module", autouse=True)
-def insensitive():
-    """Blocks are all as sensitive: finding out takes longest, no part of it is kept, and it is tested by itself."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "sensitivity", lambda model, *_: np.ones(len(model.blocks)))
-        yield
-
-
-@pytest.fixture
-def sensitive(monkeypatch):
-    """They are not, as in a real measuring."""
-    monkeypatch.setattr(module, "sensitivity", sensitivity)
+pytestmark = pytest.mark.usefixtures("insensitive")
 
 
 def small(model, tokenizer, **options) -> Source:
