@@ -640,7 +640,7 @@ def test_the_process_ends_cleanly(forked):
         "engines[0].close()"
     )
     done = forked("-c", code)
-    assert (done.code, done.out, done.err) == (0, "", "")
+    assert (done.code, done.out) == (0, ""), done.err
 
 
 def test_the_engines_models(make, tiny_dir):
