@@ -6,6 +6,7 @@ limit" and "off". What else they send is judged by the tables of ``fields``.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -123,6 +124,7 @@ class Body(Model):
         """
         return judge(self.rules, self.model_extra or {})
 
+    @abstractmethod
     def writer(self, model: str, choices: int) -> Any:
         """What writes the response.
 
@@ -130,7 +132,6 @@ class Body(Model):
             model (str): the model's name.
             choices (int): the number of requests to the engine.
         """
-        raise NotImplementedError
 
     def _request(self, client: str, defaults: dict[str, Any], **fields: Any) -> Request:
         shared = Body.model_fields.keys() & Request.__dataclass_fields__.keys()
