@@ -292,16 +292,16 @@ def written(ranks, tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def insensitive():
-    """Blocks are all as sensitive: finding out takes longest, no part of it is kept, and it is tested by itself."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "sensitivity", lambda model, *_: np.ones(len(model.blocks)))
-        yield
+@pytest.fixture
+def insensitive(monkeypatch):
+    """Blocks are all as sensitive: finding out takes longest, no part of it is kept, and it is tested by itself.
+
+    For one test each: what is measured once for all tests is measured as it is."""
+    monkeypatch.setattr(measure, "sensitivity", lambda model, *_: np.ones(len(model.blocks)))
 
 
 @pytest.fixture
-def sensitive(monkeypatch):
+def sensitive(insensitive, monkeypatch):
     """They are not, as in a real measuring."""
     monkeypatch.setattr(measure, "sensitivity", sensitivity)
 

@@ -201,16 +201,6 @@ def test_what_an_extra_installs_is_imported_where_it_is_needed(package):
     assert not wrong, "\n".join(wrong)
 
 
-def test_an_engine_needs_no_libraries_of_a_server():
-    """Whoever puts one into a program of their own does not install them."""
-    needed, left = set(), {"serving.engine"}
-    while left:
-        needed |= left
-        left = {name for module, name in arrows() if module.name in left} - needed
-    assert {"mlx", "serving.worker"} < needed
-    assert not needed & {"starlette", "uvicorn", "h11", "pydantic"}
-
-
 def lengths() -> Iterator[tuple[str, int, int]]:
     """Names of modules and functions, their lines, and the most that they may have."""
     for module in modules().values():

@@ -254,20 +254,11 @@ DAMAGE = {
 }
 
 
-@pytest.fixture(scope="module")
-def measured(tiny, rows, tmp_path_factory) -> tuple[GlobalStatistics, bytes]:
-    """Statistics, and the file that was kept meanwhile."""
-    partial = tmp_path_factory.mktemp("partial") / "partial"
-    whole = measure_statistics(tiny[0], given_sequences("text", rows[:3], 2), 20, None, partial=partial)
-    return whole, partial.read_bytes()
-
-
 @pytest.mark.few(10)
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_partial(tiny, rows, tmp_path, damage, measured):
+def test_damaged_partial(tiny, rows, tmp_path, damage):
     source, partial = given_sequences("text", rows[:3], 2), tmp_path / "partial"
-    whole, data = measured
-    partial.write_bytes(data)
+    whole = measure_statistics(tiny[0], source, 20, None, partial=partial)
     DAMAGE[damage](partial)
     if damage == "directory":
         with pytest.raises(GlassError, match="Cannot write"):

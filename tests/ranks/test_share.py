@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer
 from huggingface_hub import constants, file_download
+from processes import environment
 
 from glass_mlx import GlassError, StatsError
 from glass_mlx.hub.access import download, hub_access
@@ -314,8 +315,7 @@ def test_hub_access_lets_other_errors_through():
 def test_in_a_process_of_its_own(server, repo, tmp_path):
     """As a user has it: the environment says everything."""
     code = f"from glass_mlx.ranks.share import download; print(download({REPO!r}, {FILE!r}))"
-    path = os.pathsep.join(filter(None, [str(DEMO.parents[1]), os.environ.get("PYTHONPATH")]))
-    env = os.environ | server.env() | {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": path}
+    env = environment(**server.env(), HF_HOME=str(tmp_path / "home"))
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     path = Path(done.stdout.strip())
